@@ -1,0 +1,42 @@
+# Everything from a fresh clone: Python 3.11+, gcc/g++, make and git are enough.
+#   make train   set up, then train a GPT on the text that Python carries (a few minutes on two cores)
+#   make test    set up, then every test
+#   make check   lint, format, types, import rules
+#   make venv    the set-up alone: .venv/bin/origo and .venv/bin/python
+
+PYTHON ?= python3
+VENV   := .venv
+READY  := $(VENV)/.ready
+
+.PHONY: train test check format venv clean
+.DELETE_ON_ERROR:
+
+train: venv
+	$(VENV)/bin/origo train $(ARGS)
+
+test: venv
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: venv
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: venv
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+venv: $(READY)
+
+# The book's package is a reference for parity tests; what it declares to need (TensorFlow, JupyterLab) is for its notebooks.
+$(READY): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Origo needs Python 3.11 or later; $(PYTHON) is older. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llms-from-scratch
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,31 @@
+"""Origo: train a GPT at compiled speed; keep the model, not its wrappers.
+
+The library, in one screen. Every function takes a model as it is, plain, compiled or wrapped; names in files are always the
+model's own. The command line is ``origo --help``.
+"""
+
+from origo.errors import OrigoError
+from origo.models.config import GPTConfig
+from origo.models.gpt import GPT
+from origo.models.registry import register_architecture
+from origo.naming.mismatch import MismatchError
+from origo.naming.wrappers import register_wrapper, unwrap
+from origo.persist import load, load_model, open_checkpoint, save
+from origo.state.model import LoadReport, load_state_dict, state_dict
+
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "LoadReport",
+    "MismatchError",
+    "OrigoError",
+    "load",
+    "load_model",
+    "load_state_dict",
+    "open_checkpoint",
+    "register_architecture",
+    "register_wrapper",
+    "save",
+    "state_dict",
+    "unwrap",
+]

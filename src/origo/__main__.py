@@ -1,0 +1,7 @@
+"""``python -m origo`` is the command ``origo``."""
+
+import sys
+
+from origo.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,87 @@
+"""``origo generate``: text from a trained GPT, as it comes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from origo.data.tokenizer import Tokenizer
+from origo.errors import CheckpointError, ConfigError, TokenizerError
+from origo.generation.generate import generate
+from origo.generation.sampling import Sampling
+from origo.models.gpt import GPT
+from origo.persist import load_checkpoint
+from origo.store.layout import TOKENIZER
+from origo.store.reader import Checkpoint
+from origo.store.run import find_checkpoint
+from origo.training.precision import choose_compute
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Continue a text with a trained GPT, token by token as they come."""
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
+    """A run, a checkpoint, a model folder, or a .safetensors file that origo.save wrote."""
+    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none, a new document)")] = ""
+    """The text to continue."""
+    max_new_tokens: int = 200
+    """Tokens to write at the most."""
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: another text each time)")] = None
+    """For the same text again."""
+    step: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the newest good one)")] = None
+    """Of a run, which step."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME", help_behavior_hint="")] = None
+    """A tokenizer.json or hub name, where the model's folder holds none."""
+    device: str = "cpu"
+    """cpu, cuda, mps, or auto."""
+
+
+def run(arguments: list[str]) -> int:
+    """``origo generate``."""
+    given = tyro.cli(_Arguments, prog="origo generate", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    found = find_checkpoint(given.model, "latest" if given.step is None else given.step)
+    for path, reason in found.skipped:
+        print(f"Passed over '{path}': {reason}", file=sys.stderr)
+    tokenizer = _tokenizer(given, found.checkpoint)
+    model = load_checkpoint(found.checkpoint, device=choose_compute(given.device, "fp32").device)
+    if not isinstance(model, GPT):
+        raise CheckpointError(f"'{given.model}' is a {type(model).__name__}; only a GPT generates text here.")
+    try:
+        given.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("The prompt is not valid UTF-8 text.") from error
+    tokens = generate(
+        model,
+        tokenizer.encode(given.prompt) or [tokenizer.end_of_text],
+        given.max_new_tokens,
+        given.sampling,
+        seed=given.seed,
+        end_of_text=tokenizer.end_of_text,
+    )
+    _stream(given.prompt, tokenizer.decode_stream(tokens))
+    return 0
+
+
+def _tokenizer(given: _Arguments, checkpoint: Checkpoint) -> Tokenizer:
+    if given.tokenizer is not None:
+        return Tokenizer.load(given.tokenizer)
+    text = checkpoint.text(TOKENIZER)
+    if text is None:
+        raise TokenizerError(f"'{given.model}' holds no tokenizer: name the one it was trained with, with --tokenizer.")
+    return Tokenizer.from_json(text)
+
+
+def _stream(prompt: str, pieces: Iterator[str]) -> None:
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")

@@ -1,0 +1,63 @@
+"""``origo``: picks the command, and turns errors into one sentence and an exit code.
+
+Exit codes: 0 done; 2 something of the user's is in the way (said in a sentence on standard error); 130 stopped by Ctrl-C,
+with everything kept.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.metadata import version
+
+from origo.errors import ConfigError, OrigoError, nearest
+
+INTERRUPTED = 130
+
+# Each command is a module here with a function `run(arguments) -> exit code`; only the one that is called is imported.
+_COMMANDS = {
+    "train": "train a GPT on text, and keep it under its own names",
+    "generate": "continue a text with a trained GPT",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(_overview())
+            return 0
+        if arguments[0] in ("-V", "--version"):
+            print(f"origo {version('origo')}")
+            return 0
+        command = arguments[0]
+        if command not in _COMMANDS:
+            raise ConfigError(f"There is no command {command!r}{nearest(command, _COMMANDS)}: see origo --help.")
+        code: int = importlib.import_module(f"origo.cli.{command}").run(arguments[1:])
+        sys.stdout.flush()
+        return code
+    except OrigoError as error:
+        print(f"origo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("origo: stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`; the flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _overview() -> str:
+    width = max(map(len, _COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in _COMMANDS.items())
+    return (
+        "Origo: train a GPT at compiled speed; keep the model, not its wrappers.\n\n"
+        f"usage: origo COMMAND [options]\n\n{commands}\n\n"
+        "origo COMMAND --help tells the options of one. To begin: origo train"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

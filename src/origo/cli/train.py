@@ -1,0 +1,124 @@
+"""``origo train``: text in, a trained GPT out."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from origo.cli.main import INTERRUPTED
+from origo.store.layout import MODEL
+from origo.training.display import Display, size
+from origo.training.loop import Outcome, train
+from origo.training.options import DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
+from origo.training.run_folder import FINISHED, RunFolder
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Train a GPT on text and keep it under its own names.
+
+    Without any option: a small GPT on the documentation that Python carries, in a few minutes on two cores. The same command
+    continues a run that was stopped; of a run that exists, options that are not given are those it was started with.
+    """
+
+    data: DataOptions
+    model: ModelOptions
+    optimization: OptimizationOptions
+    run: RunOptions
+
+    @property
+    def options(self) -> TrainOptions:
+        return TrainOptions(self.data, self.model, self.optimization, self.run)
+
+
+def run(arguments: list[str]) -> int:
+    """``origo train``."""
+    display = Display()
+    outcome = train(_parse(arguments), display)
+    if outcome.status != FINISHED:
+        display.note(
+            f"Stopped after step {outcome.step}; all of it is kept in '{outcome.checkpoint}'. The same command continues."
+        )
+        return INTERRUPTED
+    _summarise(outcome, display)
+    return 0
+
+
+def _parse(arguments: list[str]) -> TrainOptions:
+    """The options given; of a run that exists, completed with its own."""
+
+    def parse(defaults: TrainOptions) -> TrainOptions:
+        known = _Arguments(defaults.data, defaults.model, defaults.optimization, defaults.run)
+        config = (tyro.conf.OmitArgPrefixes,)
+        return tyro.cli(_Arguments, prog="origo train", args=arguments, default=known, config=config).options
+
+    options = parse(TrainOptions())
+    description = RunFolder(options.run_path).description()
+    return options if description is None else parse(TrainOptions.from_dict(description["options"]))
+
+
+def _summarise(outcome: Outcome, display: Display) -> None:
+    """What was kept, how it is known to be right, and what to do next."""
+    run, command = outcome.folder.path, program()
+    if outcome.compilation is None:
+        display.note(f"The run '{run}' is finished already: nothing to do.")
+    if outcome.proof is not None:
+        display.quote("A sample, from the fresh process:", outcome.proof.sample)
+    drop = 1 - outcome.held_out / outcome.first_held_out
+    rows = [
+        ("kept", f"{outcome.checkpoint} ({size(_bytes_in(outcome.checkpoint))}; the model alone {_model_size(outcome)})"),
+        (
+            "held-out loss",
+            f"{outcome.first_held_out:.3f} -> {outcome.held_out:.3f} (-{drop:.0%}), "
+            f"perplexity {math.exp(min(outcome.held_out, 99)):,.1f}",
+        ),
+    ]
+    if outcome.compilation is not None and outcome.tokens_per_second:
+        how = "compiling and the first step took" if outcome.compilation.compiled else "not compiled; the first step took"
+        rows.append(("speed", f"{outcome.tokens_per_second:,.0f} tokens/s; {how} {outcome.compilation.seconds:.1f} s"))
+    if outcome.proof is not None:
+        difference = abs(outcome.proof.held_out - outcome.proof.expected)
+        rows.append(
+            (
+                "proof",
+                f"a fresh process without torch.compile opened it: held-out loss {outcome.proof.held_out:.6f}, "
+                f"{'the same' if difference == 0 else f'{difference:.1e} apart'}",
+            )
+        )
+    rows.append(("look at", f"{outcome.folder.loss_plot}  {run / 'samples'}  {outcome.folder.metrics}"))
+    display.table(rows)
+    display.note("Next:", style="bold")
+    display.note(f"  {command} generate {run} --prompt 'Return the'")
+    display.note(f"  {command} train --name {run.name} --steps {2 * outcome.step}{_runs_dir(run)}    (longer)")
+    display.note(f"  {_python()} -c \"import origo; print(origo.load_model('{run}'))\"")
+
+
+def program() -> str:
+    """How this program is called from here."""
+    if shutil.which("origo"):
+        return "origo"
+    called = Path(sys.argv[0])
+    return os.path.relpath(called) if called.name == "origo" else f"{_python()} -m origo"
+
+
+def _runs_dir(run: Path) -> str:
+    return "" if run.parent == RunOptions().runs_dir else f" --runs-dir {run.parent}"
+
+
+def _python() -> str:
+    inside = Path(sys.executable).is_relative_to(Path.cwd())
+    return os.path.relpath(sys.executable) if inside else "python"
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _model_size(outcome: Outcome) -> str:
+    return f"{size((outcome.checkpoint / MODEL).stat().st_size)}, {outcome.parameters / 1e6:.1f}M parameters"

@@ -1,0 +1,1 @@
+"""Text out: sampling with a KV cache."""

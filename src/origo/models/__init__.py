@@ -1,0 +1,1 @@
+"""The GPT and its configuration. Knows nothing of files, data or training."""

@@ -1,0 +1,206 @@
+"""The GPT, from token ids to logits, readable top to bottom.
+
+A decoder-only transformer as in "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): learned
+positions, pre-norm blocks, tanh GELU. Module and parameter names are those of the optimised ``GPTModel`` in "Build a Large
+Language Model From Scratch", so a state dict saved by that code loads strictly, and one saved from here loads there:
+
+    tok_emb pos_emb drop_emb trf_blocks.N.{norm1, att.{qkv, proj}, norm2, ff.layers.{0, 2}} final_norm out_head
+
+This file knows nothing of training, files or devices: parameters stay in whatever dtype they were made (fp32 when
+training), and the caller chooses the compute dtype with ``torch.autocast``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from origo.models.config import GPTConfig
+
+# Matrix units work on tiles: on an A100 a head of 50304 rows instead of 50257 trains 14 % faster (the book's ladder).
+HEAD_MULTIPLE = 64
+IGNORED_TARGET = -100  # a target that does not count in the loss; PyTorch's own default
+
+
+class KVCache:
+    """The keys and values of the tokens read so far, in buffers allocated once.
+
+    Args:
+        config: the model's shape; the buffers hold ``context_length`` tokens.
+        batch_size: sequences decoded side by side.
+        device, dtype: of the buffers; the model's parameters' by default in :meth:`GPT.new_cache`.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layers, batch_size, config.n_heads, config.context_length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens held; the model moves it on once a forward pass is complete
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new entries and return all of that layer's so far, both [batch, heads, length, head_dim]."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; q, k and v from one matrix product."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads = config.n_heads
+        self.drop_rate = config.drop_rate
+        self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.emb_dim, config.emb_dim)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # [batch, time, emb] -> the same
+        batch, time, emb = x.shape
+        # [batch, time, 3 * emb] -> three of [batch, heads, time, head_dim]
+        q, k, v = self.qkv(x).view(batch, time, 3, self.n_heads, emb // self.n_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(self.layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
+            q = q.to(k.dtype)
+            if 1 < time < k.shape[2]:  # several new tokens behind cached ones: each sees all up to itself
+                mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - time)
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=time == k.shape[2], dropout_p=self.drop_rate if self.training else 0.0
+        )
+        return self.proj(x.transpose(1, 2).reshape(batch, time, emb))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, four times as wide between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(config.emb_dim, 4 * config.emb_dim),
+            nn.GELU(approximate="tanh"),  # the form that GPT-2's weights were trained with
+            nn.Linear(4 * config.emb_dim, config.emb_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, time, emb] -> the same
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.emb_dim)
+        self.att = Attention(config, layer)
+        self.norm2 = nn.LayerNorm(config.emb_dim)
+        self.ff = FeedForward(config)
+        self.drop_resid = nn.Dropout(config.drop_rate)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # [batch, time, emb] -> the same
+        x = x + self.drop_resid(self.att(self.norm1(x), cache))
+        return x + self.drop_resid(self.ff(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+class Head(nn.Linear):
+    """The output head: a linear layer that computes with its rows padded to a multiple of ``HEAD_MULTIPLE``.
+
+    The padding exists only inside the product. The parameter, its gradient, the optimizer's state and every file have one
+    row a token, so nothing downstream needs to know of it; compiled, it is part of the cast to the compute dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, time, emb] -> [batch, time, vocab]
+        padding = -self.out_features % HEAD_MULTIPLE
+        if not padding:
+            return super().forward(x)
+        return F.linear(x, F.pad(self.weight, (0, 0, 0, padding)))[..., : self.out_features]
+
+
+class GPT(nn.Module):
+    """A GPT-2.
+
+    Args:
+        config: its shape; see :class:`GPTConfig`.
+
+    >>> model = GPT(GPTConfig.preset("nano", vocab_size=100))
+    >>> model(torch.zeros(2, 16, dtype=torch.long)).shape
+    torch.Size([2, 16, 100])
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.drop_emb = nn.Dropout(config.drop_rate)
+        self.trf_blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(config.emb_dim)
+        self.out_head = Head(config.emb_dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+        if config.tie_embeddings:
+            self.out_head.weight = self.tok_emb.weight
+            self.register_load_state_dict_pre_hook(_complete_tie)  # type: ignore[no-untyped-call]
+
+    def reset_parameters(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), biases 0, and the layers that write to the residual stream scaled down by
+        the square root of their number, so that its variance does not grow with depth."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                writes_to_residual = name.endswith(("att.proj", "ff.layers.2"))
+                nn.init.normal_(module.weight, std=residual_std if writes_to_residual else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits, or the loss where targets are given.
+
+        Args:
+            tokens: [batch, time] int64, time at most ``context_length`` (with a cache: less what it already holds).
+            targets: [batch, time] int64, the token that follows each; -100 where it does not count.
+            cache: keys and values of the tokens before these; extended in place.
+
+        Returns:
+            Logits [batch, time, vocab] in the compute dtype; with targets, the mean cross-entropy in nats, a 0-d fp32
+            tensor.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + tokens.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(
+                f"{end} tokens do not fit a context of {self.config.context_length}: "
+                "pass the last ones only, or use origo.generation.generate, which slides."
+            )
+        positions = torch.arange(start, end, device=tokens.device)
+        x = self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions))  # [batch, time, emb]
+        for block in self.trf_blocks:
+            x = block(x, cache)
+        logits: Tensor = self.out_head(self.final_norm(x))  # [batch, time, vocab]
+        if cache is not None:
+            cache.length = end
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_TARGET)
+
+    def new_cache(self, batch_size: int = 1) -> KVCache:
+        """An empty cache for ``batch_size`` sequences, on the device and in the dtype of the parameters."""
+        weight = self.tok_emb.weight
+        return KVCache(self.config, batch_size, weight.device, weight.dtype)
+
+
+def _complete_tie(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A tied matrix is stored once, under either name; let a strict load find it under both."""
+    embedding, head = f"{prefix}tok_emb.weight", f"{prefix}out_head.weight"
+    if embedding in state:
+        state.setdefault(head, state[embedding])
+    elif head in state:
+        state[embedding] = state[head]

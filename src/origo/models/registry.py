@@ -1,0 +1,79 @@
+"""Which model classes can be built from a stored configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from origo.errors import CheckpointError, ConfigError
+from origo.models.config import GPTConfig
+from origo.models.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model class, and the dataclass that its constructor takes."""
+
+    model_cls: type[nn.Module]
+    config_cls: type[Any]
+
+
+_ARCHITECTURES: dict[str, Architecture] = {"gpt": Architecture(GPT, GPTConfig)}
+
+
+def register_architecture(name: str, model_cls: type[nn.Module], config_cls: type[Any]) -> None:
+    """Let :func:`origo.save` and :func:`origo.load_model` keep a model of your own whole: weights and structure.
+
+    Args:
+        name: what its files call it; the same in the program that saves and the one that loads.
+        model_cls: built as ``model_cls(config)``; its instances have that config as ``model.config``.
+        config_cls: a dataclass whose fields are plain JSON values.
+
+    Raises:
+        ConfigError: ``config_cls`` is no dataclass, or the name stands for another class already.
+    """
+    if not (isinstance(config_cls, type) and dataclasses.is_dataclass(config_cls)):
+        raise ConfigError(f"register_architecture takes a dataclass as config_cls, not {config_cls!r}.")
+    taken = _ARCHITECTURES.get(name)
+    # A reloaded notebook cell defines its classes again: the same name in the same module is the same class to its author.
+    if taken is not None and _qualified_name(taken.model_cls) != _qualified_name(model_cls):
+        raise ConfigError(f"The architecture {name!r} is {taken.model_cls.__name__} already: take another name.")
+    _ARCHITECTURES[name] = Architecture(model_cls, config_cls)
+
+
+def describe_model(model: nn.Module) -> tuple[str | None, dict[str, Any] | None]:
+    """The architecture's name and the configuration of a model, both None where its class is not registered."""
+    for name, architecture in _ARCHITECTURES.items():
+        config = getattr(model, "config", None)
+        if type(model) is architecture.model_cls and isinstance(config, architecture.config_cls):
+            return name, dataclasses.asdict(config)
+    return None, None
+
+
+def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
+    """A new model from its stored description.
+
+    Raises:
+        CheckpointError: the architecture is not registered in this program.
+        ConfigError: the configuration does not fit it.
+    """
+    if architecture not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"The model is of the architecture {architecture!r}, which this program does not know: call "
+            f"origo.register_architecture({architecture!r}, ModelClass, ConfigClass) before loading it."
+        )
+    known = _ARCHITECTURES[architecture]
+    if known.config_cls is GPTConfig:
+        return known.model_cls(GPTConfig.from_dict(config))
+    try:
+        return known.model_cls(known.config_cls(**config))
+    except TypeError as error:
+        raise ConfigError(f"The stored configuration does not fit {known.config_cls.__name__}: {error}.") from error
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,1 @@
+"""One parameter, one name, through every wrapper."""

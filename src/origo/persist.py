@@ -1,0 +1,137 @@
+"""One call each: save a model, load weights into one, or build one from what was saved.
+
+The three practices, as functions: keep the original module's state (``save``), make sure that the structure matches
+(``load``), keep the whole model where programs switch between compiled and not (``save`` + ``load_model``).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from origo.errors import CheckpointError, ConfigError
+from origo.models.registry import build_model, describe_model
+from origo.naming.canonical import recover_names
+from origo.naming.wrappers import unwrap
+from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict
+from origo.store.layout import CONFIG, MODEL
+from origo.store.reader import Checkpoint
+from origo.store.run import find_checkpoint
+from origo.store.writer import write_folder, write_pth, write_safetensors
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Keep a model under its own names, plain or wrapped, durably: the file is there as a whole or not at all.
+
+    The path's ending decides what is written:
+
+    - ``.safetensors``: one file that every safetensors reader opens. The model's configuration, where its class is known,
+      and each tensor's hash are in its header, so ``load_model`` and the check on loading work on it.
+    - ``.pth``, ``.pt``: a plain state dict for ``torch.load(path, weights_only=True)`` and ``load_state_dict(strict=True)``.
+    - no ending, or one of a folder: a self-describing folder with ``model.safetensors``, ``config.json`` and a manifest.
+
+    Args:
+        model: any module. A tied tensor is stored once, with its further names; tensors may be on any device.
+        path: where to; a file there is replaced.
+
+    Raises:
+        CheckpointError: the model has something that the format cannot hold.
+        StorageError: the disk refused; what was there before is untouched.
+    """
+    path = Path(path)
+    state = state_dict(model)
+    architecture, config = describe_model(unwrap(model))
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, architecture, config)
+    elif path.suffix in (".pth", ".pt"):
+        write_pth(path, state)
+    elif path.suffix in (".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".onnx", ".gguf", ".npz"):
+        raise ConfigError(f"A model cannot be saved as '{path.suffix}': end the path in .safetensors, .pth, or / for a folder.")
+    else:
+        texts = {CONFIG: _config_json(config)} if config is not None else {}
+        write_folder(path, {MODEL: state}, texts, architecture=architecture)
+
+
+def load(
+    path: str | Path, into: nn.Module, *, strict: bool = True, dtype: DtypePolicy = "exact", verify: bool = True
+) -> LoadReport:
+    """Copy saved weights into a model, plain or wrapped.
+
+    Args:
+        path: what ``save`` wrote, a run or checkpoint of ``origo train``, any .safetensors file, or a state dict from
+            ``torch.save``. Names that wrappers polluted (``_orig_mod.…``, ``module.…``) are matched to the model's own and
+            listed in the report's ``renamed``.
+        into: the model; its tensors keep their identity, so an optimizer over them stays valid.
+        strict: refuse names that are missing or unexpected.
+        dtype: ``"exact"`` refuses tensors of another dtype, ``"cast"`` converts and reports them.
+        verify: check each tensor against its stored hash (BLAKE3, about 4 GB a second and core) before it is used.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or would run code.
+        MismatchError: it does not fit the model; nothing has been changed.
+    """
+    return _load_into(find_checkpoint(path).checkpoint, into, strict=strict, dtype=dtype, verify=verify)
+
+
+def load_model(
+    path: str | Path, *, step: int | str = "latest", device: str | torch.device = "cpu", compile: bool = False
+) -> nn.Module:
+    """Build a model from what was saved, structure and weights, in evaluation mode.
+
+    Args:
+        path: a run, a checkpoint, a model folder or a .safetensors file that ``save`` wrote.
+        step: of a run, ``"latest"`` (the newest good one) or a number.
+        device: where to put it.
+        compile: compile it in place (``model.compile()``), which changes no name.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or holds weights without a configuration.
+    """
+    return load_checkpoint(find_checkpoint(path, step).checkpoint, device=device, compile=compile)
+
+
+def open_checkpoint(path: str | Path, *, step: int | str = "latest") -> Checkpoint:
+    """Open anything that :func:`load` takes, without reading its tensors.
+
+    The result has ``.names``, ``.config``, ``.tensor(name)`` (one tensor, read and checked now) and ``.verify()`` (every byte).
+
+    Raises:
+        CheckpointError: it is missing, or its structure is damaged.
+    """
+    return find_checkpoint(path, step).checkpoint
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", compile: bool = False) -> nn.Module:
+    """:func:`load_model` of a checkpoint that is open already."""
+    if checkpoint.config is None or checkpoint.architecture is None:
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds weights without the structure they belong to: build the model and use "
+            "origo.load(path, into=model), or register its class (origo.register_architecture) before saving it."
+        )
+    model = build_model(checkpoint.architecture, checkpoint.config)
+    _load_into(checkpoint, model, strict=True, dtype="cast", verify=True)
+    model.to(device).eval()
+    if compile:
+        model.compile()
+    return model
+
+
+def _load_into(checkpoint: Checkpoint, model: nn.Module, *, strict: bool, dtype: DtypePolicy, verify: bool) -> LoadReport:
+    state: dict[str, Any] = checkpoint.model.state(verify=verify)
+    renamed: dict[str, str] = {}
+    known = state_dict(model)
+    if unknown := [name for name in state if name not in known]:
+        absent = [name for name in known if name not in state]
+        renamed = recover_names(unknown, absent)
+        state = {renamed.get(name, name): value for name, value in state.items()}
+    report = load_state_dict(model, state, strict=strict, dtype=dtype)
+    return replace(report, renamed=renamed)
+
+
+def _config_json(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2) + "\n"

@@ -1,0 +1,1 @@
+"""What is kept: live objects <-> named tensors and plain JSON values."""

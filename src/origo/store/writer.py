@@ -1,0 +1,155 @@
+"""Named tensors and texts -> durable files, with the hash of everything recorded beside it."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from origo.errors import CheckpointError
+from origo.state.model import tensor_identity
+from origo.store.filesystem import new_file, new_folder
+from origo.store.layout import HEADER_KEY, MANIFEST, FileEntry, Header, Manifest, TensorEntry
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensors ready to be written: each once, in plain memory, with the further names of tied ones."""
+
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Further name -> the name it is stored under."""
+
+
+def gather(state: Mapping[str, Any]) -> Stored:
+    """Bring a state dict into the form it is stored in.
+
+    A tied tensor is kept under the first of its names. A view is copied, so that what is written is the view and not all
+    of the memory behind it.
+
+    Raises:
+        CheckpointError: a value is no tensor, or a tensor has no values to store.
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name} is a {type(value).__name__}, not a tensor: only tensors can be stored in .safetensors. "
+                "Take it out of the model's state (get_extra_state), or save to .pth."
+            )
+        if value.is_meta or isinstance(value, torch.nn.UninitializedParameter):
+            raise CheckpointError(
+                f"{name} has no values yet (it is on the meta device, or its layer is lazy): load or initialise the model "
+                "before saving it."
+            )
+        identity = tensor_identity(value)
+        if identity is not None and identity in seen:
+            aliases[name] = seen[identity]
+            continue
+        if identity is not None:
+            seen[identity] = name
+        stored = value.detach().to("cpu").contiguous()
+        owns_all = stored.untyped_storage().nbytes() == stored.nbytes
+        tensors[name] = stored if owns_all else stored.clone()
+    return Stored(tensors, aliases)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, in its own byte order, as safetensors stores it."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """BLAKE3 of a contiguous CPU tensor's bytes, in hexadecimal."""
+    return blake3(tensor_bytes(tensor)).hexdigest()
+
+
+def write_safetensors(
+    path: Path, state: Mapping[str, Any], architecture: str | None = None, config: Mapping[str, Any] | None = None
+) -> None:
+    """Write one self-describing .safetensors file, durably."""
+    stored = gather(state)
+    header = Header({name: tensor_hash(tensor) for name, tensor in stored.tensors.items()}, architecture, config)
+    with new_file(path) as temporary:
+        _save_file(temporary, stored, {HEADER_KEY: header.to_json()})
+
+
+def write_pth(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a plain state dict for ``torch.load(path, weights_only=True)``, durably. Tied tensors stay tied."""
+    stored = gather({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    plain = {name: stored.tensors[stored.aliases.get(name, name)] if isinstance(v, Tensor) else v for name, v in state.items()}
+    with new_file(path) as temporary:
+        torch.save(plain, temporary)
+
+
+def write_folder(
+    path: Path,
+    tensors: Mapping[str, Mapping[str, Any]],
+    texts: Mapping[str, str],
+    *,
+    architecture: str | None = None,
+    step: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Write a checkpoint or model folder, durably, its manifest last.
+
+    Args:
+        path: where it shall be.
+        tensors: by file name, the named tensors of each .safetensors file.
+        texts: by file name, the content of each other file.
+        architecture, step, metrics: for the manifest.
+    """
+    gathered = {file: gather(state) for file, state in tensors.items()}
+    with new_folder(path, last=MANIFEST) as temporary:
+        entries: dict[str, dict[str, TensorEntry]] = {}
+        for file, stored in gathered.items():
+            _save_file(temporary / file, stored, {})
+            entries[file] = {
+                name: TensorEntry(
+                    file,
+                    str(tensor.dtype).removeprefix("torch."),
+                    list(tensor.shape),
+                    tensor_hash(tensor),
+                    [alias for alias, kept in stored.aliases.items() if kept == name],
+                )
+                for name, tensor in stored.tensors.items()
+            }
+        for file, text in texts.items():
+            (temporary / file).write_text(text, encoding="utf-8")
+        files = {file: file_entry(temporary / file) for file in (*tensors, *texts)}
+        manifest = Manifest(files, entries, architecture, step, dict(metrics or {}), _provenance())
+        (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and hash of a file as it is."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    hasher.update_mmap(path)
+    return FileEntry(path.stat().st_size, hasher.hexdigest())
+
+
+def _save_file(path: Path, stored: Stored, metadata: Mapping[str, str]) -> None:
+    # Aliases as stock safetensors records them: further name -> stored name, beside the format.
+    safetensors.torch.save_file(stored.tensors, path, {"format": "pt", **stored.aliases, **metadata})
+
+
+def _provenance() -> dict[str, Any]:
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "origo": version("origo"),
+    }

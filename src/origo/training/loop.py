@@ -1,0 +1,394 @@
+"""The loop: from options to a trained, kept and proven model.
+
+    text -> tokens -> batch i, a pure function of (seed, i) -> loss -> optimizer -> checkpoint -> proof
+
+A run is continued from its newest good checkpoint with everything that decides what comes next: weights, optimizer state,
+step, and the state of every random number generator.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from origo.data.batches import TrainingBatches
+from origo.data.tokenizer import Tokenizer
+from origo.data.tokens import TokenData, cached_tokenizer, survey, tokenise
+from origo.errors import CheckpointError, RunError
+from origo.generation.generate import generate
+from origo.models.config import GPTConfig
+from origo.models.gpt import GPT
+from origo.models.registry import describe_model
+from origo.state.model import load_state_dict, state_dict
+from origo.state.optimizer import load_optimizer_state, optimizer_state
+from origo.state.rng import load_rng_state, rng_state
+from origo.store.layout import CONFIG, MODEL, OPTIMIZER, TOKENIZER, TRAINER, TRAINER_TENSORS
+from origo.store.reader import Checkpoint
+from origo.store.run import newest_good, write_step
+from origo.training.compilation import Compilation, compile_in_place
+from origo.training.display import Display, Standing, size
+from origo.training.evaluation import held_out_loss
+from origo.training.metering import Meter
+from origo.training.optimizer import build_optimizer, learning_rate
+from origo.training.options import TrainOptions
+from origo.training.plot import plot_losses
+from origo.training.precision import Compute, choose_compute
+from origo.training.proof import SAMPLE_SEED, SAMPLE_TOKENS, Proof, prove
+from origo.training.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, require_same_run
+from origo.training.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: str
+    folder: RunFolder
+    checkpoint: Path
+    step: int
+    parameters: int
+    first_held_out: float
+    held_out: float
+    tokens_per_second: float
+    compilation: Compilation | None = None
+    """None where there was nothing left to train."""
+    proof: Proof | None = None
+    """None where the run was interrupted."""
+
+
+def train(options: TrainOptions, display: Display) -> Outcome:
+    """Start a run, or continue it.
+
+    Raises:
+        OrigoError: something of the user's or of the surroundings prevents it; said in a sentence.
+    """
+    folder = RunFolder(options.run_path)
+    before = folder.description()
+    if before is not None:
+        changes = require_same_run(before["options"], options, folder.path)
+        found = newest_good(folder.checkpoints)
+        for path, reason in found.skipped if found else ():
+            display.warn(f"Passed over '{path}': {reason}")
+        if found is not None and before["status"] == FINISHED and _step_of(found.checkpoint) >= options.optimization.steps:
+            return _finished(folder, found.checkpoint)
+        for change in changes:
+            display.note(f"Changed since the run was started: {change}.")
+    else:
+        found = None
+        folder.require_writable()
+    compute = choose_compute(options.run.device, options.run.precision)
+    tokenizer, tokens = _prepare_data(options, found.checkpoint if found else None, display)
+    trainer = Trainer(options, folder, compute, tokenizer, tokens, display)
+    if found is not None:
+        trainer.restore(found.checkpoint)
+    return trainer.run()
+
+
+def _prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: Display) -> tuple[Tokenizer, TokenData]:
+    """Text -> tokenizer and token streams, from the caches where they are known already."""
+    data, corpus = options.data, options.data.corpus
+    with display.activity("Text") as activity:
+        found = survey(corpus, data.held_out, activity)
+        activity.result = f"{found.documents:,} documents, {size(found.text_bytes)} of {corpus.description}"
+    with display.activity("Tokenizer") as activity:
+        if checkpoint is not None:
+            text = checkpoint.text(TOKENIZER)
+            if text is None:
+                raise CheckpointError(f"'{checkpoint.path}' holds no tokenizer: it was not written by origo train.")
+            tokenizer = Tokenizer.from_json(text)
+        elif data.tokenizer is not None:
+            tokenizer = Tokenizer.load(data.tokenizer)
+        else:
+            tokenizer = cached_tokenizer(corpus, found, data.vocab_size, data.cache_dir, activity)
+        activity.result = f"byte-level BPE, {tokenizer.vocab_size:,} tokens"
+        if data.tokenizer is not None:
+            activity.result = f"{data.tokenizer}, {tokenizer.vocab_size:,} tokens"
+    with display.activity("Tokens") as activity:
+        tokens = tokenise(corpus, found, tokenizer, data.cache_dir, activity)
+        activity.result = f"{len(tokens.train):,} to train on, {len(tokens.held_out):,} held out"
+    return tokenizer, tokens
+
+
+class Trainer:
+    """A run in progress: owns the model, its optimizer, and how far they are."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        folder: RunFolder,
+        compute: Compute,
+        tokenizer: Tokenizer,
+        tokens: TokenData,
+        display: Display,
+    ) -> None:
+        self.options, self.folder, self.compute, self.display = options, folder, compute, display
+        self.tokenizer, self.tokens = tokenizer, tokens
+        self.config: GPTConfig = options.model.config(tokenizer.vocab_size)
+        steps = options.optimization
+        self.batches = TrainingBatches(
+            tokens.train, self.config.context_length, steps.batch_size, steps.seed, options.data.corpus.description
+        )
+        torch.manual_seed(steps.seed)
+        self.model = GPT(self.config).to(compute.device)
+        self.optimizer = build_optimizer(self.model, steps)
+        self.step = 0  # steps done
+        self.seconds = 0.0  # that they and everything between them took
+        self.first_held_out = math.nan
+        self.held_out = math.nan
+        self.measured_step = self.kept_step = -1  # the last steps whose held-out loss was measured, and that were kept
+        self.checkpoint: Path | None = None  # the newest one
+        self.meter = Meter(steps.batch_size * self.config.context_length)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        load_state_dict(self.model, checkpoint.model.state())
+        progress = json.loads(checkpoint.text(TRAINER) or "null")
+        if progress is None:
+            raise CheckpointError(f"'{checkpoint.path}' holds a model only, not the state of a run.")
+        self.checkpoint, self.kept_step = checkpoint.path, progress["step"]
+        load_optimizer_state(self.model, self.optimizer, checkpoint.tensors(OPTIMIZER).state(), progress["optimizer"])
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.first_held_out, self.held_out = progress["first_held_out"], progress["held_out"]
+        load_rng_state(checkpoint.tensors(TRAINER_TENSORS).state(), progress["rng"])
+
+    def run(self) -> Outcome:
+        """Train to the end, or to an interruption."""
+        run, steps = self.options.run, self.options.optimization.steps
+        self.display.note(
+            f"Model: {self.options.model.preset}, {self.parameters / 1e6:.1f}M parameters, context "
+            f"{self.config.context_length}; {self.compute}"
+        )
+        compilation, first_loss = self._compile()
+        self._describe(RUNNING)
+        self.folder.drop_metrics_after(self.step if self.step else -1)
+        started_at = time.perf_counter() - self.seconds
+        if self.step == 0:
+            self._measure()
+            self.first_held_out = self.held_out
+            self._log(first_loss, started_at)
+        else:
+            self.display.note(f"Continuing after step {self.step} of {steps}.")
+        losses: list[torch.Tensor] = []
+        with self.display.training(), StopRequest() as stop:
+            while self.step < steps and not stop.requested:
+                with self.meter.step():
+                    losses.append(self._train_step())
+                self.step += 1
+                measured = self.step % run.eval_every == 0 or self.step == steps
+                if measured:
+                    self._measure()
+                if self.step % run.log_every == 0 or measured:
+                    self._log(self._mean_loss(losses), started_at, measured=measured)
+                if self.step % run.save_every == 0 or self.step == steps:
+                    self._keep(losses, started_at)
+        if self.step < steps:
+            self._keep(losses, started_at)
+            self._describe(INTERRUPTED)
+            return self._outcome(INTERRUPTED, compilation, None)
+        proof = self._prove()
+        self._describe(FINISHED)
+        return self._outcome(FINISHED, compilation, proof)
+
+    def _compile(self) -> tuple[Compilation, float]:
+        """Compile, and the loss of the next batch as things stand."""
+        inputs, targets = self._batch(self.step)
+        losses: list[float] = []
+
+        def dry_run() -> None:
+            devices = [self.compute.device] if self.compute.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                with self.compute.autocast():
+                    loss = self.model(inputs, targets)
+                loss.backward()
+            self.optimizer.zero_grad()
+            losses.append(loss.item())
+
+        title = "Compiling" if self.options.run.compile else "First step"
+        with self.display.activity(title) as activity:
+            compilation = compile_in_place(self.model, self.options.run.compile, dry_run)
+            activity.result = "in place; every name stays as it is" if compilation.compiled else "without compilation"
+        if compilation.reason:
+            self.display.warn(f"torch.compile does not work here, going on without: {compilation.reason}")
+        return compilation, losses[-1]
+
+    def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = self.batches[number]
+        return inputs.to(self.compute.device), targets.to(self.compute.device)
+
+    def _train_step(self) -> torch.Tensor:
+        """One optimizer step; its loss, a 0-d tensor that nobody has waited for yet."""
+        options = self.options.optimization
+        rate = learning_rate(self.step, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        inputs, targets = self._batch(self.step)
+        with self.compute.autocast():
+            loss: torch.Tensor = self.model(inputs, targets)
+        loss.backward()
+        if options.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def _mean_loss(self, losses: list[torch.Tensor]) -> float:
+        """The mean of the losses since the last call."""
+        mean = _require_finite(losses, self.step, self.folder)
+        losses.clear()
+        return mean
+
+    def _measure(self) -> None:
+        """The held-out loss, and a sample of text."""
+        run, options = self.options.run, self.options.optimization
+        self.held_out = held_out_loss(
+            self.model, self.tokens.held_out, self.config.context_length, options.batch_size, run.eval_batches, self.compute
+        )
+        self.measured_step = self.step
+        self.model.eval()
+        end = self.tokenizer.end_of_text
+        text = self.tokenizer.decode(generate(self.model, [end], SAMPLE_TOKENS, seed=SAMPLE_SEED, end_of_text=end))
+        self.model.train()
+        self.folder.add_sample(self.step, text)
+        steps = options.steps
+        if self.step and self.step < steps and self.step % max(1, steps // 3 // run.eval_every * run.eval_every) == 0:
+            self.display.quote(f"Sample after step {self.step}:", text)
+
+    def _log(self, loss: float, started_at: float, *, measured: bool = True) -> None:
+        rate = self.meter.tokens_per_second()
+        row: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.step * self.meter.tokens_per_step,
+            "train_loss": round(loss, 6),
+            "lr": learning_rate(max(0, self.step - 1), self.options.optimization),
+            "tokens_per_second": round(rate, 1),
+            "seconds": round(time.perf_counter() - started_at, 3),
+        }
+        if measured:
+            row["val_loss"] = round(self.held_out, 6)
+        self.folder.add_metrics(row)
+        if measured:
+            plot_losses(self.folder.read_metrics(), self.folder.loss_plot, self.folder.path.name)
+        left = (self.options.optimization.steps - self.step) * self.meter.tokens_per_step / rate if rate else math.nan
+        standing = Standing(self.step, self.options.optimization.steps, loss, self.held_out, rate, left)
+        self.display.standing(standing, keep=measured)
+
+    def _keep(self, losses: list[torch.Tensor], started_at: float) -> None:
+        """Write a checkpoint of the model and of everything that decides what comes next, if there is anything new."""
+        if self.kept_step == self.step:
+            return
+        _require_finite(losses, self.step, self.folder)
+        self.seconds = time.perf_counter() - started_at
+        optimizer_tensors, optimizer_values = optimizer_state(self.model, self.optimizer)
+        rng_tensors, rng_values = rng_state()
+        progress = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "first_held_out": self.first_held_out,
+            "held_out": self.held_out,
+            "optimizer": optimizer_values,
+            "rng": rng_values,
+        }
+        architecture, _ = describe_model(self.model)
+        self.checkpoint = write_step(
+            self.folder.checkpoints,
+            self.step,
+            {MODEL: state_dict(self.model), OPTIMIZER: optimizer_tensors, TRAINER_TENSORS: rng_tensors},
+            {CONFIG: self.config.to_json(), TOKENIZER: self.tokenizer.to_json(), TRAINER: json.dumps(progress) + "\n"},
+            architecture=architecture,
+            metrics={"val_loss": self.held_out} if self.measured_step == self.step else {},
+            keep_last=self.options.run.keep_last,
+        )
+        self.kept_step = self.step
+
+    def _prove(self) -> Proof:
+        assert self.checkpoint is not None
+        with self.display.activity("Proof") as activity:
+            proof = prove(
+                self.checkpoint,
+                self.tokens.path,
+                self.options.optimization.batch_size,
+                self.options.run.eval_batches,
+                str(self.compute.device),
+                "fp32" if self.compute.dtype == torch.float32 else "bf16",
+            )
+            activity.result = "a fresh process without torch.compile opened the checkpoint"
+        if not proof.holds:
+            raise CheckpointError(
+                f"A fresh process finds a held-out loss of {proof.held_out:.6f} in '{self.checkpoint}', the model "
+                f"trained has {proof.expected:.6f}: the checkpoint is not what was trained. Please report this."
+            )
+        return proof
+
+    def _describe(self, status: str) -> None:
+        facts = {
+            "step": self.step,
+            "parameters": self.parameters,
+            "held_out": None if math.isnan(self.held_out) else self.held_out,
+            "model": self.config.to_dict(),
+            "token_cache": str(self.tokens.path),
+        }
+        self.folder.describe(self.options, status, **facts)
+
+    def _outcome(self, status: str, compilation: Compilation, proof: Proof | None) -> Outcome:
+        assert self.checkpoint is not None
+        return Outcome(
+            status,
+            self.folder,
+            self.checkpoint,
+            self.step,
+            self.parameters,
+            self.first_held_out,
+            self.held_out,
+            self.meter.mean_tokens_per_second(),
+            compilation,
+            proof,
+        )
+
+
+def _require_finite(losses: list[torch.Tensor], step: int, folder: RunFolder) -> float:
+    """The mean of some losses, NaN of none.
+
+    Raises:
+        RunError: it is not a number, so what was trained since the last checkpoint is of no use.
+    """
+    if not losses:
+        return math.nan
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise RunError(
+            f"The loss is not a finite number any more at step {step}: lower --learning-rate or raise --warmup-steps, under "
+            f"another --name. The checkpoints in '{folder.checkpoints}' are from before."
+        )
+    return mean
+
+
+def _step_of(checkpoint: Checkpoint) -> int:
+    assert checkpoint.manifest is not None
+    return checkpoint.manifest.step or 0
+
+
+def _finished(folder: RunFolder, checkpoint: Checkpoint) -> Outcome:
+    """The outcome of a run that has nothing left to do."""
+    progress = json.loads(checkpoint.text(TRAINER) or "{}")
+    parameters = sum(math.prod(shape) for shape in checkpoint.model.shapes.values())
+    return Outcome(
+        FINISHED,
+        folder,
+        checkpoint.path,
+        _step_of(checkpoint),
+        parameters,
+        progress.get("first_held_out", math.nan),
+        progress.get("held_out", math.nan),
+        math.nan,
+    )

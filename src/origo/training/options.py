@@ -1,0 +1,208 @@
+"""What a user can choose for a run: one frozen dataclass a subject, checked when they are put together.
+
+The command line is made from these: each field is a flag, its docstring the help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+from tyro.conf import arg
+
+from origo.data.corpus import Corpus
+from origo.errors import ConfigError
+from origo.models.config import GPTConfig
+
+# How a value that may be left out is shown on the help page.
+_PRESETS = "(default: the preset's)"
+_PresetInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_PRESETS)]
+_PresetFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=_PRESETS)]
+_PresetBool = Annotated[bool | None, arg(metavar="{True,False}", help_behavior_hint=_PRESETS)]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to train on."""
+
+    data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
+    """Files, folders or globs: .txt, .md, .py, .jsonl, .parquet. Without it: the documentation that Python carries."""
+    text_field: str = "text"
+    """Field of .jsonl lines, or column of .parquet files, that holds the text."""
+    held_out: float = 0.05
+    """Share of the text that is kept from training, to measure the loss on."""
+    tokenizer: Annotated[str | None, arg(metavar="FILE|NAME", help_behavior_hint="(default: train one)")] = None
+    """An existing tokenizer: a tokenizer.json, a folder with one, or a name on the Hugging Face hub (gpt2)."""
+    vocab_size: int = 1024
+    """Vocabulary of the byte-level BPE that is trained on the text, where no tokenizer is given."""
+    cache_dir: Path = field(
+        default_factory=lambda: Path(os.environ.get("ORIGO_CACHE_DIR") or platformdirs.user_cache_dir("origo"))
+    )
+    """Where tokenised text is kept for the next run; safe to delete. The environment's ORIGO_CACHE_DIR sets it too."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value that cannot work."""
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"--held-out must be between 0 and 1, not {self.held_out}.")
+        _require_positive(self, "vocab_size")
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text these options name."""
+        return Corpus(self.data, self.text_field)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to train. A value that is not given is the preset's."""
+
+    preset: str = "micro"
+    """nano, micro, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl."""
+    context_length: _PresetInt = None
+    """Most tokens the model sees at once."""
+    emb_dim: _PresetInt = None
+    """Width of the model."""
+    n_heads: _PresetInt = None
+    """Attention heads in each block; must divide the width."""
+    n_layers: _PresetInt = None
+    """Number of blocks."""
+    drop_rate: _PresetFloat = None
+    """Dropout probability."""
+    qkv_bias: _PresetBool = None
+    """Give the query, key and value projections a bias."""
+    tie_embeddings: _PresetBool = None
+    """Use the token embedding as the output head too."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value that cannot work."""
+        self.config(vocab_size=1)  # whatever is wrong with the shape is said before any text is read
+
+    def config(self, vocab_size: int) -> GPTConfig:
+        """The model's configuration for a tokenizer of that size."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if name != "preset" and value is not None}
+        return GPTConfig.preset(self.preset, **{**given, "vocab_size": vocab_size})
+
+
+@dataclass(frozen=True)
+class OptimizationOptions:
+    """How to train it."""
+
+    steps: int = 900
+    """Optimizer steps of the whole run."""
+    batch_size: int = 8
+    """Sequences in a step."""
+    learning_rate: float = 1.5e-3
+    """Peak learning rate."""
+    min_learning_rate: float = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    warmup_steps: int = 50
+    """Steps in which the learning rate rises to its peak."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; biases and norms have none."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 to leave it as it is."""
+    seed: int = 0
+    """Of the weights, the order of the data, and dropout."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value that cannot work."""
+        _require_positive(self, "steps", "batch_size", "learning_rate")
+        _require_not_negative(self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where it goes, and what is shown on the way."""
+
+    name: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: that of the data)")] = None
+    """Name of the run. The same name continues an unfinished run."""
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+    eval_every: int = 100
+    """Steps from one measurement of the held-out loss to the next; a sample of text is kept with each."""
+    eval_batches: int = 20
+    """Most batches in such a measurement."""
+    save_every: int = 300
+    """Steps from one checkpoint to the next; the last step is always kept."""
+    keep_last: int = 3
+    """How many of the newest checkpoints stay."""
+    log_every: int = 10
+    """Steps from one line of metrics.jsonl to the next."""
+    compile: bool = True
+    """Compile the model in place (torch.compile); where that cannot work, the run says why and goes on without."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the computation; weights and optimizer state are fp32. auto: bf16 where the machine computes in it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value that cannot work."""
+        _require_positive(self, "eval_every", "eval_batches", "save_every", "keep_last", "log_every")
+        if self.name is not None and (not self.name or Path(self.name).name != self.name or self.name.startswith(".")):
+            raise ConfigError(f"--name must be a plain folder name, not {self.name!r}; --runs-dir says where it is put.")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All of a run's options."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        # Here rather than in each part: the command line builds the parts, and would put our sentence into its own frame.
+        for part in (self.data, self.model, self.optimization, self.run):
+            part.check()
+
+    @property
+    def run_path(self) -> Path:
+        """The run's folder."""
+        return self.run.runs_dir / (self.run.name or self.data.corpus.name)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> TrainOptions:
+        """Read what :meth:`to_dict` gave; what an earlier version did not know has its default."""
+        subjects: dict[str, Any] = {}
+        for subject in dataclasses.fields(cls):
+            default = getattr(cls(), subject.name)
+            known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+            given = {name: value for name, value in values.get(subject.name, {}).items() if name in known}
+            typed = {n: type(known[n])(v) if isinstance(known[n], tuple | Path) else v for n, v in given.items()}
+            subjects[subject.name] = type(default)(**{**known, **typed})
+        return cls(**subjects)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """JSON values, by subject."""
+        values = dataclasses.asdict(self)
+        return {
+            subject: {name: str(value) if isinstance(value, Path) else _plain(value) for name, value in fields.items()}
+            for subject, fields in values.items()
+        }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def flag(name: str) -> str:
+    """A field's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def _require_positive(options: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(options, name) < float("inf"):
+            raise ConfigError(f"{flag(name)} must be more than 0, not {getattr(options, name)}.")
+
+
+def _require_not_negative(options: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(options, name) < float("inf"):
+            raise ConfigError(f"{flag(name)} must be 0 or more, not {getattr(options, name)}.")

@@ -1,0 +1,59 @@
+"""Which device computes, and in which dtype. Weights and optimizer state are fp32 in any case."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from origo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which dtype the model runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products in ``dtype``, sums and losses in fp32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def __str__(self) -> str:
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16 compute, fp32 weights"}
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+        return f"{where}, {names[self.dtype]}"
+
+
+def choose_compute(device: str, precision: str) -> Compute:
+    """Resolve ``"auto"`` for this machine.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"There is no device {device!r} here ({str(error).splitlines()[0][:100]}): take another --device."
+        ) from error
+    if precision == "auto":
+        precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
+    return Compute(chosen, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run in hardware; emulated, they are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return False

@@ -1,0 +1,92 @@
+"""Prove a checkpoint: a fresh process opens it, without torch.compile, and does with it what the trained model did.
+
+The process that trained is the worst witness for what it kept: its memory holds the weights whether or not the files do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from origo.errors import CheckpointError
+
+SAMPLE_TOKENS = 80
+SAMPLE_SEED = 0
+_TOLERANCE = 1e-4  # nats; the same machine gives the same bits, another thread count rounds otherwise
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the fresh process found."""
+
+    held_out: float
+    """Held-out loss of the model that it loaded, in nats a token."""
+    expected: float
+    """That of the trained model, as the checkpoint says."""
+    sample: str
+    imported_compiler: bool
+    """Whether torch's compiler was even imported there."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the losses agree."""
+        both_undefined = math.isnan(self.held_out) and math.isnan(self.expected)
+        return both_undefined or abs(self.held_out - self.expected) <= _TOLERANCE
+
+
+def prove(checkpoint: Path, token_cache: Path, batch_size: int, eval_batches: int, device: str, precision: str) -> Proof:
+    """Run the proof in a fresh process.
+
+    Raises:
+        CheckpointError: the process failed; its last line says why.
+    """
+    request = {
+        "checkpoint": str(checkpoint),
+        "token_cache": str(token_cache),
+        "batch_size": batch_size,
+        "eval_batches": eval_batches,
+        "device": device,
+        "precision": precision,
+    }
+    command = [sys.executable, "-m", "origo.training.proof", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise CheckpointError(f"The checkpoint '{checkpoint}' did not open in a fresh process: {last}")
+    return Proof(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _prove_here(request: dict[str, object]) -> Proof:
+    from origo.data.tokenizer import Tokenizer
+    from origo.data.tokens import open_tokens
+    from origo.generation.generate import generate
+    from origo.models.gpt import GPT
+    from origo.persist import load_checkpoint
+    from origo.store.layout import TOKENIZER
+    from origo.store.reader import read_checkpoint
+    from origo.training.evaluation import held_out_loss
+    from origo.training.precision import choose_compute
+
+    compute = choose_compute(str(request["device"]), str(request["precision"]))
+    checkpoint = read_checkpoint(str(request["checkpoint"]))
+    model = load_checkpoint(checkpoint, device=compute.device)
+    assert isinstance(model, GPT)
+    tokens = open_tokens(Path(str(request["token_cache"])))
+    assert tokens is not None, "the token cache is gone"
+    batch_size, limit = int(str(request["batch_size"])), int(str(request["eval_batches"]))
+    loss = held_out_loss(model, tokens.held_out, model.config.context_length, batch_size, limit, compute)
+    text = checkpoint.text(TOKENIZER)
+    assert text is not None
+    tokenizer = Tokenizer.from_json(text)
+    sample = generate(model, [tokenizer.end_of_text], SAMPLE_TOKENS, seed=SAMPLE_SEED, end_of_text=tokenizer.end_of_text)
+    written = tokenizer.decode(sample)
+    assert checkpoint.manifest is not None
+    return Proof(loss, checkpoint.manifest.metrics["val_loss"], written, "torch._dynamo" in sys.modules)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_prove_here(json.loads(sys.argv[1])))))

@@ -1,0 +1,159 @@
+"""A run's folder: what was asked for, how far it is, and what a person wants to look at.
+
+runs/NAME/run.json        options, model, status
+          metrics.jsonl   a row every few steps
+          loss.png        samples/step-000000100.txt
+          checkpoints/    see store.run
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from origo.errors import RunError, storage_error
+from origo.store.filesystem import new_file
+from origo.store.run import CHECKPOINTS
+from origo.training.options import TrainOptions, flag
+
+RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
+
+# What may differ when a run is continued: none of these changes what has been trained so far.
+_CHANGEABLE = {
+    *("steps", "cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "log_every"),
+    *("compile", "precision", "device"),
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the steps are kept."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def loss_plot(self) -> Path:
+        """The picture of the losses."""
+        return self.path / "loss.png"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a row."""
+        return self.path / "metrics.jsonl"
+
+    def require_writable(self) -> None:
+        """Fail now rather than after the text was read.
+
+        Raises:
+            StorageError: the folder cannot be made here.
+        """
+        ancestor = self.path
+        while not ancestor.exists() and ancestor != ancestor.parent:
+            ancestor = ancestor.parent
+        missing = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".writable").touch()
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise storage_error("write the run", self.path, error) from error
+        finally:
+            if missing:  # leave no trace of a run that has not begun
+                folder = self.path
+                while folder != ancestor and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+                    folder = folder.parent
+
+    def description(self) -> dict[str, Any] | None:
+        """What run.json says, or None where the run has not begun.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.path / "run.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            assert isinstance(values["options"], dict)
+            assert isinstance(values["status"], str)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            raise RunError(f"'{path}' is damaged: take another --name; the checkpoints beside it are whole.") from error
+        return values  # type: ignore[no-any-return]
+
+    def describe(self, options: TrainOptions, status: str, **facts: Any) -> None:
+        """Write run.json anew."""
+        text = json.dumps({"status": status, **facts, "options": options.to_dict()}, indent=2) + "\n"
+        with new_file(self.path / "run.json") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one row."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise storage_error("write the metrics", self.metrics, error) from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All rows; a last one that was cut off is left out."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Take out the rows of steps that will be trained again."""
+        kept: Iterable[dict[str, Any]] = [row for row in self.read_metrics() if row["step"] <= step]
+        with new_file(self.metrics) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def add_sample(self, step: int, text: str) -> None:
+        """Keep a sample of what the model writes."""
+        with new_file(self.path / "samples" / f"step-{step:09d}.txt") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def require_same_run(stored: Mapping[str, Mapping[str, Any]], options: TrainOptions, path: Path) -> list[str]:
+    """Hold the options of a run that goes on against those it was started with.
+
+    Returns:
+        The changes, in words, that a run may have.
+
+    Raises:
+        RunError: one that it may not.
+    """
+    changed: list[str] = []
+    refused: list[str] = []
+    for subject, fields in options.to_dict().items():
+        for name, value in fields.items():
+            before = stored.get(subject, {}).get(name, value)
+            if before == value:
+                continue
+            change = f"{flag(name)} was {_shown(before)}, is {_shown(value)}"
+            (changed if name in _CHANGEABLE else refused).append(change)
+    if refused:
+        raise RunError(
+            f"The run '{path}' was started with other options ({'; '.join(refused)}): give the ones it was started with to "
+            "continue it, or another --name to start a new one."
+        )
+    return [change for change in changed if not change.startswith(("--cache-dir", "--name", "--runs-dir"))]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) or "not given" if isinstance(value, list) else str(value)

@@ -1,0 +1,82 @@
+"""What the tests share: a small corpus, a small model, and the command run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from origo import GPT, GPTConfig
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+TINY = GPTConfig(vocab_size=101, context_length=32, emb_dim=32, n_heads=4, n_layers=2)
+
+# A model and a corpus so small that a whole run takes seconds.
+TINY_RUN = (
+    *("--preset", "nano", "--n-layers", "2", "--emb-dim", "32", "--n-heads", "2", "--context-length", "32"),
+    *("--vocab-size", "300", "--batch-size", "4", "--eval-every", "10", "--log-every", "5", "--warmup-steps", "2"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> GPT:
+    return GPT(TINY).eval()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, TINY.vocab_size, (2, TINY.context_length))
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    """A text file of 30 paragraphs, enough for some batches."""
+    path = tmp_path / "book.txt"
+    lines = [f"{word} was the {n}th of the {n * 7} things, and the {word} knew it.\n\n" for n, word in enumerate(WORDS * 10)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+WORDS = ["lamp", "river", "stone", "engine", "garden", "letter", "shadow", "teacher", "window", "harvest", "mirror", "island"]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """This process's, with a token cache of the test's own."""
+    return {**os.environ, "ORIGO_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def origo(tmp_path: Path, environment: dict[str, str]) -> Run:
+    """The command, in a process of its own, in the test's folder."""
+
+    def run(*arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "origo", *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=tmp_path, env={**environment, **changes}, capture_output=True, text=True, encoding="utf-8", check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def in_fresh_process(tmp_path: Path) -> Callable[[str], str]:
+    """Run a program in another Python, and return what it printed."""
+
+    def run(program: str) -> str:
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -1,0 +1,73 @@
+"""Text <-> tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from origo.data.tokenizer import END_OF_TEXT, Tokenizer
+from origo.errors import TokenizerError
+
+TRAINED = Tokenizer.train(["the cat sat on the mat, the cat sat\n" * 20, "def f(x):\n    return x\n" * 20], 320)
+
+
+@given(st.text())
+def test_any_text_round_trips(text: str) -> None:
+    assert TRAINED.decode(TRAINED.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", [END_OF_TEXT, f"a{END_OF_TEXT}b", "\r\n\t ", "🙂 é ß 漢字", "\x00\x7f", "  leading", "trailing  "]
+)
+def test_awkward_text_round_trips(text: str) -> None:
+    assert TRAINED.decode(TRAINED.encode(text)) == text
+
+
+@given(st.text())
+def test_text_never_becomes_the_end_of_text_token(text: str) -> None:
+    assert TRAINED.end_of_text not in TRAINED.encode(text + END_OF_TEXT)
+
+
+@given(st.text())
+def test_streamed_text_is_the_text(text: str) -> None:
+    assert "".join(TRAINED.decode_stream(TRAINED.encode(text))) == text
+
+
+def test_a_stored_tokenizer_encodes_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TRAINED.to_json(), encoding="utf-8")
+    for source in (path, tmp_path):
+        loaded = Tokenizer.load(source)
+        assert loaded.encode("the cat\n🙂") == TRAINED.encode("the cat\n🙂")
+        assert loaded.to_json() == TRAINED.to_json()
+        assert (loaded.end_of_text, loaded.vocab_size) == (TRAINED.end_of_text, TRAINED.vocab_size)
+
+
+def test_a_tokenizer_without_an_end_of_text_token_gets_one() -> None:
+    import tokenizers
+
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    assert Tokenizer(bare).end_of_text == 2
+
+
+def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
+    with pytest.raises(TokenizerError, match="at least 257"):
+        Tokenizer.train(["text"], 256)
+
+
+@pytest.mark.parametrize("content", ["", "not json", "{}", '{"model": 3}', "[]"])
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json.*damaged"):
+        Tokenizer.load(path)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"no tokenizer file '.*gone\.json'"):
+        Tokenizer.load(tmp_path / "gone.json")
+    with pytest.raises(TokenizerError, match=r"holds no tokenizer\.json"):
+        Tokenizer.load(tmp_path)

@@ -1,0 +1,115 @@
+"""Token files: made once, found again, never half there; and the split by document."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from origo.data.corpus import Corpus
+from origo.data.tokenizer import Tokenizer
+from origo.data.tokens import TokenData, cached_tokenizer, survey, tokenise
+from origo.errors import DataError
+
+TEXTS = [f"document number {n} tells of {n * n} things\nand ends here\n" for n in range(200)]
+
+
+def write(folder: Path, texts: list[str]) -> Corpus:
+    folder.mkdir(exist_ok=True)
+    for number, text in enumerate(texts):
+        (folder / f"{number:04}.txt").write_text(text, encoding="utf-8")
+    return Corpus((str(folder),))
+
+
+def build(corpus: Corpus, cache: Path, held_out: float = 0.1) -> tuple[TokenData, Tokenizer]:
+    found = survey(corpus, held_out)
+    tokenizer = cached_tokenizer(corpus, found, 300, cache)
+    return tokenise(corpus, found, tokenizer, cache), tokenizer
+
+
+def documents(data: TokenData, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    both = []
+    for stream in (data.train, data.held_out):
+        bounds = [*stream.document_starts.tolist(), len(stream)]
+        pieces = [stream.tokens[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+        assert all(piece[-1] == tokenizer.end_of_text for piece in pieces)
+        both.append([tokenizer.decode(piece[:-1]) for piece in pieces])
+    return both[0], both[1]
+
+
+def test_every_document_is_in_one_stream_and_whole(tmp_path: Path) -> None:
+    data, tokenizer = build(write(tmp_path / "text", TEXTS), tmp_path / "cache")
+    train, held_out = documents(data, tokenizer)
+    assert sorted(train + held_out) == sorted(TEXTS)
+    assert 10 <= len(held_out) <= 30, "about a tenth"
+
+
+def test_new_documents_do_not_move_the_old_ones(tmp_path: Path) -> None:
+    before, tokenizer = build(write(tmp_path / "a", TEXTS), tmp_path / "cache")
+    after, other = build(write(tmp_path / "b", [*TEXTS, *(f"new {n}\n" for n in range(20))]), tmp_path / "cache")
+    moved = set(documents(before, tokenizer)[0]) & set(documents(after, other)[1])
+    assert len(moved) <= 2, "only as far as the share of held-out text is kept"
+
+
+def test_copies_of_a_document_stay_on_one_side(tmp_path: Path) -> None:
+    data, tokenizer = build(write(tmp_path / "text", TEXTS * 2), tmp_path / "cache")
+    train, held_out = documents(data, tokenizer)
+    assert not set(train) & set(held_out)
+
+
+def test_of_few_documents_the_last_part_of_each_is_held_out(tmp_path: Path) -> None:
+    texts = ["".join(TEXTS[:50]), "".join(TEXTS[50:120])]
+    data, tokenizer = build(write(tmp_path / "text", texts), tmp_path / "cache")
+    train, held_out = documents(data, tokenizer)
+    assert [a + b for a, b in zip(train, held_out, strict=True)] == texts
+    assert all(part.endswith("\n") for part in train), "cut at the end of a line"
+
+
+def test_the_cache_is_found_again_and_a_change_looks_elsewhere(tmp_path: Path) -> None:
+    corpus, cache = write(tmp_path / "text", TEXTS), tmp_path / "cache"
+    first, _ = build(corpus, cache)
+    written = (first.path / "tokens.json").stat().st_mtime_ns
+    assert (build(corpus, cache)[0].path / "tokens.json").stat().st_mtime_ns == written
+    (tmp_path / "text" / "0000.txt").write_text("another text\n")
+    assert build(corpus, cache)[0].path != first.path
+    assert build(corpus, cache, held_out=0.2)[0].path != first.path
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no-json"])
+def test_a_cache_that_is_not_whole_is_made_again(tmp_path: Path, damage: str) -> None:
+    corpus, cache = write(tmp_path / "text", TEXTS), tmp_path / "cache"
+    first, _ = build(corpus, cache)
+    before = np.array(first.train.tokens)
+    file = first.path / ("tokens.json" if damage == "no-json" else "train.bin")
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-2])
+    else:
+        file.unlink()
+    again, _ = build(corpus, cache)
+    assert np.array_equal(again.train.tokens, before)
+    assert [entry.name for entry in (cache / "tokens").iterdir()] == [first.path.name]
+
+
+def test_the_dtype_follows_the_vocabulary(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "text", TEXTS)
+    data, tokenizer = build(corpus, tmp_path / "cache")
+    assert data.train.tokens.dtype == np.uint16
+    tokenizer.vocab_size = (1 << 16) + 1
+    wide = tokenise(corpus, survey(corpus, 0.3), tokenizer, tmp_path / "cache")
+    assert wide.train.tokens.dtype == np.uint32
+
+
+def test_a_long_document_is_encoded_in_pieces_and_stays_one(tmp_path: Path) -> None:
+    text = "".join(f"line {n} of a long document\n" for n in range(120_000))
+    data, tokenizer = build(write(tmp_path / "text", [text]), tmp_path / "cache")
+    train, held_out = documents(data, tokenizer)
+    assert len(train) == len(held_out) == 1
+    assert train[0] + held_out[0] == text
+
+
+def test_an_empty_corpus_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("  \n")
+    with pytest.raises(DataError, match=r"no text in '.*empty\.txt'"):
+        survey(Corpus((str(tmp_path / "empty.txt"),)), 0.1)
