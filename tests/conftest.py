@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from origo import GPT, GPTConfig
+from origo.cli.main import main
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -58,7 +59,28 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def origo(tmp_path: Path, environment: dict[str, str]) -> Run:
+def origo(
+    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """The command, called in this process and in the test's folder: a process of its own costs seconds to start."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("ORIGO_CACHE_DIR", environment["ORIGO_CACHE_DIR"])
+        capsys.readouterr()
+        given = [str(argument) for argument in arguments]
+        try:
+            code = main(given)
+        except SystemExit as left:
+            code = int(left.code or 0)
+        out, error = capsys.readouterr()
+        return subprocess.CompletedProcess(given, code, out, error)
+
+    return run
+
+
+@pytest.fixture
+def origo_process(tmp_path: Path, environment: dict[str, str]) -> Run:
     """The command, in a process of its own, in the test's folder."""
 
     def run(*arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:

@@ -183,6 +183,8 @@ def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "x.safetensors", {"count": 3})
     with pytest.raises(CheckpointError, match="w has no values yet"):
         write_safetensors(tmp_path / "x.safetensors", {"w": torch.empty(2, device="meta")})
+    with pytest.raises(CheckpointError, match=r"w has the dtype torch\.complex128"):
+        write_safetensors(tmp_path / "x.safetensors", {"w": torch.ones(1, dtype=torch.complex128)})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,6 +7,7 @@ byte for byte through a tokenizer trained here, because its alphabet is the 256 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class Tokenizer:
                 raise TokenizerError(f"The tokenizer '{path}' cannot be read, it may be damaged: {error}") from error
         if path.suffix or len(path.parts) > 2:
             raise TokenizerError(f"There is no tokenizer file '{name}': check the path given to --tokenizer.")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news to the user
         try:
             return cls(tokenizers.Tokenizer.from_pretrained(str(name)))
         except Exception as error:  # the hub's client raises its own types, and plain Exception

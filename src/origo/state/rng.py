@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+def seed_all(seed: int) -> None:
+    """Start every generator from one number."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Capture the generators of Python, NumPy, torch and each CUDA device."""
     version, words, gauss = random.getstate()

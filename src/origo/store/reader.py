@@ -187,7 +187,7 @@ def _open_listed(folder: Path, file: str, manifest: Manifest) -> TensorFile:
         raise CheckpointError(f"'{folder / file}' is damaged: it holds other tensors than its manifest lists.")
     return TensorFile(
         found.path,
-        found.shapes,
+        {name: found.shapes[name] for name in entries},  # in the order of the model, where the file sorts them
         {alias: name for name, entry in entries.items() for alias in entry.aliases},
         {name: entry.blake3 for name, entry in entries.items()},
         found._read,
@@ -201,7 +201,10 @@ def _open_safetensors(path: Path) -> tuple[TensorFile, Header | None]:
         raise CheckpointError(f"'{path}' is damaged, or no .safetensors file: {error}.") from error
     metadata: dict[str, str] = file.metadata() or {}
     header = Header.from_json(metadata[HEADER_KEY], str(path)) if HEADER_KEY in metadata else None
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+    names = list(header.blake3) if header else sorted(file.keys())  # the model's order, where the file sorts them
+    if set(names) != set(file.keys()):
+        raise CheckpointError(f"'{path}' is damaged: it holds other tensors than were written.")
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     # Stock safetensors records a tied tensor's further names as metadata entries: further name -> stored name.
     aliases = {alias: name for alias, name in metadata.items() if name in shapes and alias not in shapes}
     return TensorFile(path, shapes, aliases, header.blake3 if header else {}, file.get_tensor), header

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from blake3 import blake3
 from torch import Tensor
@@ -19,6 +19,26 @@ from origo.errors import CheckpointError
 from origo.state.model import tensor_identity
 from origo.store.filesystem import new_file, new_folder
 from origo.store.layout import HEADER_KEY, MANIFEST, FileEntry, Header, Manifest, TensorEntry
+
+# The dtypes of the safetensors format under its names for them.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,7 @@ def write_safetensors(
     stored = gather(state)
     header = Header({name: tensor_hash(tensor) for name, tensor in stored.tensors.items()}, architecture, config)
     with new_file(path) as temporary:
-        _save_file(temporary, stored, {HEADER_KEY: header.to_json()})
+        _write_tensor_file(temporary, stored, {HEADER_KEY: header.to_json()})
 
 
 def write_pth(path: Path, state: Mapping[str, Any]) -> None:
@@ -114,7 +134,7 @@ def write_folder(
     with new_folder(path, last=MANIFEST) as temporary:
         entries: dict[str, dict[str, TensorEntry]] = {}
         for file, stored in gathered.items():
-            _save_file(temporary / file, stored, {})
+            _write_tensor_file(temporary / file, stored, {})
             entries[file] = {
                 name: TensorEntry(
                     file,
@@ -139,9 +159,27 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(path.stat().st_size, hasher.hexdigest())
 
 
-def _save_file(path: Path, stored: Stored, metadata: Mapping[str, str]) -> None:
-    # Aliases as stock safetensors records them: further name -> stored name, beside the format.
-    safetensors.torch.save_file(stored.tensors, path, {"format": "pt", **stored.aliases, **metadata})
+def _write_tensor_file(path: Path, stored: Stored, metadata: Mapping[str, str]) -> None:
+    """Write the safetensors format: the header's length (u64, little-endian), the header (JSON), the tensors' bytes.
+
+    Written here rather than by the safetensors library, whose metadata comes out in another order each time: equal models
+    shall be equal files. Tensors are ordered by falling item size, as the library does, so that each is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **stored.aliases, **metadata}}
+    ordered = sorted(stored.tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{name} has the dtype {tensor.dtype}, which the safetensors format does not have: cast it.")
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for _, tensor in ordered:
+            file.write(tensor_bytes(tensor))
 
 
 def _provenance() -> dict[str, Any]:

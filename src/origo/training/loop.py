@@ -27,7 +27,7 @@ from origo.models.gpt import GPT
 from origo.models.registry import describe_model
 from origo.state.model import load_state_dict, state_dict
 from origo.state.optimizer import load_optimizer_state, optimizer_state
-from origo.state.rng import load_rng_state, rng_state
+from origo.state.rng import load_rng_state, rng_state, seed_all
 from origo.store.layout import CONFIG, MODEL, OPTIMIZER, TOKENIZER, TRAINER, TRAINER_TENSORS
 from origo.store.reader import Checkpoint
 from origo.store.run import newest_good, write_step
@@ -134,11 +134,12 @@ class Trainer:
         self.batches = TrainingBatches(
             tokens.train, self.config.context_length, steps.batch_size, steps.seed, options.data.corpus.description
         )
-        torch.manual_seed(steps.seed)
+        seed_all(steps.seed)
         self.model = GPT(self.config).to(compute.device)
         self.optimizer = build_optimizer(self.model, steps)
         self.step = 0  # steps done
         self.seconds = 0.0  # that they and everything between them took
+        self.losses: list[torch.Tensor] = []  # of the steps since the last row of metrics.jsonl
         self.first_held_out = math.nan
         self.held_out = math.nan
         self.measured_step = self.kept_step = -1  # the last steps whose held-out loss was measured, and that were kept
@@ -160,6 +161,7 @@ class Trainer:
         load_optimizer_state(self.model, self.optimizer, checkpoint.tensors(OPTIMIZER).state(), progress["optimizer"])
         self.step, self.seconds = progress["step"], progress["seconds"]
         self.first_held_out, self.held_out = progress["first_held_out"], progress["held_out"]
+        self.losses = [torch.tensor(loss, device=self.compute.device) for loss in progress["losses"]]
         load_rng_state(checkpoint.tensors(TRAINER_TENSORS).state(), progress["rng"])
 
     def run(self) -> Outcome:
@@ -179,21 +181,20 @@ class Trainer:
             self._log(first_loss, started_at)
         else:
             self.display.note(f"Continuing after step {self.step} of {steps}.")
-        losses: list[torch.Tensor] = []
         with self.display.training(), StopRequest() as stop:
             while self.step < steps and not stop.requested:
                 with self.meter.step():
-                    losses.append(self._train_step())
+                    self.losses.append(self._train_step())
                 self.step += 1
                 measured = self.step % run.eval_every == 0 or self.step == steps
                 if measured:
                     self._measure()
                 if self.step % run.log_every == 0 or measured:
-                    self._log(self._mean_loss(losses), started_at, measured=measured)
+                    self._log(self._mean_loss(), started_at, measured=measured)
                 if self.step % run.save_every == 0 or self.step == steps:
-                    self._keep(losses, started_at)
+                    self._keep(started_at)
         if self.step < steps:
-            self._keep(losses, started_at)
+            self._keep(started_at)
             self._describe(INTERRUPTED)
             return self._outcome(INTERRUPTED, compilation, None)
         proof = self._prove()
@@ -242,10 +243,10 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def _mean_loss(self, losses: list[torch.Tensor]) -> float:
+    def _mean_loss(self) -> float:
         """The mean of the losses since the last call."""
-        mean = _require_finite(losses, self.step, self.folder)
-        losses.clear()
+        mean = _require_finite(self.losses, self.step, self.folder)
+        self.losses.clear()
         return mean
 
     def _measure(self) -> None:
@@ -283,11 +284,11 @@ class Trainer:
         standing = Standing(self.step, self.options.optimization.steps, loss, self.held_out, rate, left)
         self.display.standing(standing, keep=measured)
 
-    def _keep(self, losses: list[torch.Tensor], started_at: float) -> None:
+    def _keep(self, started_at: float) -> None:
         """Write a checkpoint of the model and of everything that decides what comes next, if there is anything new."""
         if self.kept_step == self.step:
             return
-        _require_finite(losses, self.step, self.folder)
+        _require_finite(self.losses, self.step, self.folder)
         self.seconds = time.perf_counter() - started_at
         optimizer_tensors, optimizer_values = optimizer_state(self.model, self.optimizer)
         rng_tensors, rng_values = rng_state()
@@ -296,6 +297,7 @@ class Trainer:
             "seconds": self.seconds,
             "first_held_out": self.first_held_out,
             "held_out": self.held_out,
+            "losses": [loss.item() for loss in self.losses],
             "optimizer": optimizer_values,
             "rng": rng_values,
         }

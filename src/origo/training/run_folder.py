@@ -83,8 +83,10 @@ class RunFolder:
             values = json.loads(path.read_text(encoding="utf-8"))
             assert isinstance(values["options"], dict)
             assert isinstance(values["status"], str)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except PermissionError as error:
+            raise storage_error("read the run", path, error) from error
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise RunError(f"'{path}' is damaged: take another --name; the checkpoints beside it are whole.") from error
         return values  # type: ignore[no-any-return]

@@ -1,0 +1,29 @@
+"""Help pages: there for every command, with every option explained."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Run
+
+
+def test_the_overview_names_every_command(origo: Run) -> None:
+    for arguments in ((), ("--help",), ("-h",)):
+        done = origo(*arguments)
+        assert done.returncode == 0
+        assert "origo train" in done.stdout
+        assert "generate" in done.stdout
+    assert origo("--version").stdout.startswith("origo 0.")
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_every_option_is_explained(origo_process: Run, command: str) -> None:
+    done = origo_process(command, "--help", COLUMNS="100")
+    assert done.returncode == 0
+    assert "{None}" not in done.stdout
+    assert "(default: None)" not in done.stdout
+    lines = [line.strip("│ ").strip() for line in done.stdout.splitlines()]
+    for index, line in enumerate(lines):
+        if line.startswith("--"):
+            explanation = line.partition("  ")[2].strip() or lines[index + 1]
+            assert len(explanation) > 10, line

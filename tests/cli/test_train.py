@@ -1,0 +1,206 @@
+"""The command as a user runs it: a whole small run, continued, finished, interrupted, without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import origo as library
+from origo.store.run import steps
+from tests.conftest import TINY_RUN, Run
+
+EAGER = (*TINY_RUN, "--no-compile")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:09d}"
+    tensors = {}
+    for file in ("model", "optimizer", "trainer"):
+        tensors |= {f"{file}/{name}": value.clone() for name, value in load_file(folder / f"{file}.safetensors").items()}
+    return tensors
+
+
+def assert_equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_run_keeps_all_that_it_promises(origo_process: Run, book: Path, tmp_path: Path) -> None:
+    done = origo_process("train", "--data", book, *TINY_RUN, "--steps", 20, "--save-every", 8)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "book"
+    assert steps(run / "checkpoints") == [8, 16, 20]
+    assert sorted(p.name for p in (run / "checkpoints" / "step-000000020").iterdir()) == [
+        *("config.json", "manifest.json", "model.safetensors", "optimizer.safetensors"),
+        *("tokenizer.json", "trainer.json", "trainer.safetensors"),
+    ]
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [0, 5, 10, 15, 20]
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 10, 20]
+    for row in rows:
+        assert {"step", "tokens", "train_loss", "lr", "tokens_per_second", "seconds"} <= row.keys()
+        assert row["tokens"] == row["step"] * 4 * 32
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in sorted((run / "samples").iterdir())] == [f"step-{n:09d}.txt" for n in (0, 10, 20)]
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+    out = done.stdout
+    assert "in place; every name stays as it is" in out, "compiled"
+    assert re.search(r"proof +a fresh process without torch.compile opened it: held-out loss [\d.]+, the same", out)
+    assert re.search(r"step 10/20  loss [\d.]+  held-out [\d.]+  [\d,]+ tokens/s  ETA 0:0\d", out)
+    assert "generate runs/book" in out
+    assert "\x1b" not in out, "no escape codes in a pipe"
+
+    names = list(library.open_checkpoint(run).names)
+    assert names == list(library.load_model(run).state_dict()), "all of them, in the order of the model"
+    assert not any("_orig_mod" in name for name in names)
+    back = library.GPT(library.GPTConfig(**json.loads((run / "checkpoints/step-000000020/config.json").read_text())))
+    back.load_state_dict(load_file(run / "checkpoints/step-000000020/model.safetensors"), strict=True)
+
+
+def test_the_same_command_on_a_finished_run_says_so(origo: Run, book: Path, tmp_path: Path) -> None:
+    command = ("train", "--data", book, *EAGER, "--steps", 6)
+    assert origo(*command).returncode == 0
+    before = checkpoint(tmp_path / "runs" / "book", 6)
+    again = origo(*command)
+    assert again.returncode == 0
+    assert "finished already: nothing to do" in again.stdout
+    assert "--steps 12" in again.stdout
+    assert_equal_bits(before, checkpoint(tmp_path / "runs" / "book", 6))
+
+
+@pytest.mark.parametrize("drop_rate", ["0.0", "0.2"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(origo: Run, book: Path, tmp_path: Path, drop_rate: str) -> None:
+    command = ("train", "--data", book, *EAGER, "--drop-rate", drop_rate, "--steps", 24, "--save-every", 8)
+    assert origo(*command, "--name", "straight").returncode == 0
+
+    killed = tmp_path / "runs" / "killed"
+    process = start(*command, "--name", "killed", cwd=tmp_path, kill_at=killed / "checkpoints" / "step-000000008")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    kept = steps(killed / "checkpoints")[-1]
+    assert kept < 24, "killed before its end"
+
+    done = origo("train", "--name", "killed")  # options that are not given are those it was started with
+    assert done.returncode == 0, done.stderr
+    assert f"Continuing after step {kept} of 24" in done.stdout
+    assert_equal_bits(checkpoint(tmp_path / "runs" / "straight", 24), checkpoint(killed, 24))
+    exact = ("step", "tokens", "train_loss", "val_loss", "lr")
+    straight = [{name: row.get(name) for name in exact} for row in metrics(tmp_path / "runs" / "straight")]
+    resumed = [{name: row.get(name) for name in exact} for row in metrics(killed)]
+    assert straight == resumed
+
+
+def start(*arguments: object, cwd: Path, kill_at: Path) -> subprocess.Popen[bytes]:
+    """A training process, once a path has appeared."""
+    environment = {**os.environ, "ORIGO_CACHE_DIR": str(cwd / "cache")}
+    command = [sys.executable, "-m", "origo", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not kill_at.exists():
+        if process.poll() is not None:
+            pytest.fail(f"ended before {kill_at.name}: {process.stdout and process.stdout.read()!r}")
+    return process
+
+
+def test_an_interrupt_keeps_the_step_and_the_same_command_continues(origo: Run, book: Path, tmp_path: Path) -> None:
+    command = ("train", "--data", book, *EAGER, "--steps", 400, "--save-every", 20, "--eval-every", 400)
+    process = start(*command, cwd=tmp_path, kill_at=tmp_path / "runs/book/checkpoints/step-000000020")
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 130, out
+    last = steps(tmp_path / "runs/book/checkpoints")[-1]
+    assert f"Stopped after step {last}; all of it is kept" in out.decode()
+    assert json.loads((tmp_path / "runs/book/run.json").read_text())["status"] == "interrupted"
+    done = origo(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"Continuing after step {last} of 400" in done.stdout
+
+
+def test_a_finished_run_can_be_trained_longer(origo: Run, book: Path, tmp_path: Path) -> None:
+    assert origo("train", "--data", book, *EAGER, "--steps", 10).returncode == 0
+    longer = origo("train", "--name", "book", "--steps", 20)
+    assert longer.returncode == 0, longer.stderr
+    assert "--steps was 10, is 20" in longer.stdout
+    assert [row["step"] for row in metrics(tmp_path / "runs/book")] == [0, 5, 10, 15, 20]
+
+
+def test_a_run_is_not_continued_as_another_one(origo: Run, book: Path, tmp_path: Path) -> None:
+    assert origo("train", "--data", book, *EAGER, "--steps", 5).returncode == 0
+    other = origo("train", "--data", book, *EAGER, "--steps", 5, "--n-layers", 3, "--seed", 4)
+    assert other.returncode == 2
+    assert "--n-layers was 2, is 3; --seed was 0, is 4" in other.stderr
+    assert steps(tmp_path / "runs/book/checkpoints") == [5]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(origo: Run, book: Path, tmp_path: Path) -> None:
+    command = ("train", "--data", book, *EAGER, "--steps", 15, "--save-every", 5)
+    assert origo(*command).returncode == 0
+    expected = checkpoint(tmp_path / "runs/book", 15)
+    damaged = tmp_path / "runs/book/checkpoints/step-000000015/optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    done = origo(*command)
+    assert done.returncode == 0, done.stderr
+    assert "optimizer.safetensors' is damaged" in done.stdout
+    assert "Continuing after step 10 of 15" in done.stdout
+    assert_equal_bits(expected, checkpoint(tmp_path / "runs/book", 15))
+
+
+def test_without_a_compiler_it_says_why_and_goes_on(origo_process: Run, book: Path, tmp_path: Path) -> None:
+    done = origo_process(
+        *("train", "--data", book, *TINY_RUN, "--steps", 4),
+        CXX=str(tmp_path / "no-such-compiler"),
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("torch.compile does not work here")]
+    assert "no-such-compiler" in line
+    assert steps(tmp_path / "runs/book/checkpoints") == [4]
+
+
+def test_an_existing_tokenizer_is_used_and_kept(origo: Run, book: Path, tmp_path: Path) -> None:
+    from origo.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.train([book.read_text()], 280)
+    (tmp_path / "mine.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    done = origo("train", "--data", book, *EAGER, "--steps", 2, "--tokenizer", "mine.json")
+    assert done.returncode == 0, done.stderr
+    kept = tmp_path / "runs/book/checkpoints/step-000000002/tokenizer.json"
+    assert kept.read_text(encoding="utf-8") == tokenizer.to_json()
+    assert library.load_model(tmp_path / "runs/book").config.vocab_size == 280  # type: ignore[union-attr]
+
+
+def test_generate_writes_text(origo: Run, book: Path, tmp_path: Path) -> None:
+    assert origo("train", "--data", book, *EAGER, "--steps", 5).returncode == 0
+    run = tmp_path / "runs/book"
+    for source in (run, run / "checkpoints", run / "checkpoints/step-000000005"):
+        first, second = (origo("generate", source, "--prompt", "the lamp ", "--seed", 1) for _ in range(2))
+        assert first.returncode == 0, first.stderr
+        assert first.stdout.startswith("the lamp ")
+        assert len(first.stdout) > len("the lamp \n")
+        assert first.stdout == second.stdout
+    past_the_context = origo("generate", run, "--max-new-tokens", 100, "--temperature", 0)
+    assert past_the_context.returncode == 0, past_the_context.stderr
+
+    library.save(library.load_model(run), tmp_path / "model.safetensors")
+    alone = origo("generate", "model.safetensors", "--prompt", "x")
+    assert alone.returncode == 2
+    assert "holds no tokenizer" in alone.stderr
+    helped = origo("generate", "model.safetensors", "--tokenizer", run / "checkpoints/step-000000005", "--prompt", "x")
+    assert helped.returncode == 0, helped.stderr

@@ -1,0 +1,28 @@
+"""`origo train`, as it is: real text, the default options, a few minutes. Everything else here is smaller than life."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from origo.data.corpus import Corpus
+from tests.conftest import Run
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_the_language_of_the_corpus(origo_process: Run, tmp_path: Path) -> None:
+    done = origo_process("train")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "python-docs"
+    measured = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "val_loss" in row]
+    first, last = measured[0]["val_loss"], measured[-1]["val_loss"]
+    assert last <= 0.55 * first, f"held-out loss {first:.3f} -> {last:.3f}"
+
+    written = origo_process("generate", run, "--prompt", "Return ", "--max-new-tokens", 300, "--seed", 0).stdout
+    corpus = Counter(word for document in Corpus().documents() for word in document.text.split())
+    words = written.split()
+    known = sum(word in corpus for word in words) / len(words)
+    assert known > 0.6, f"{known:.0%} of the words are words of the corpus:\n{written}"
