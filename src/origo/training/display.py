@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line in a terminal, plain lines in a pipe or log file."""
+"""What a person sees while a run goes on: a live line in a terminal, and lines that stay there, in a pipe and in a log file."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ class Display:
         self._live = None
 
     def standing(self, standing: Standing, *, keep: bool) -> None:
-        """Show how far training is; ``keep`` makes it a line that stays in a pipe or log file."""
+        """Show how far training is; ``keep`` makes it a line that stays."""
         if self._live is not None:
             self._live.update(self._live.task_ids[0], completed=standing.step, total=standing.steps, text=str(standing))
-        elif keep:
+        if keep:
             self.note(str(standing))
 
     def table(self, rows: list[tuple[str, str]]) -> None:

@@ -38,6 +38,8 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
         above = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
         above.set_xlabel("tokens")
-        above.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e5 else f"{value / 1e3:g}k")
+        above.xaxis.set_major_formatter(
+            lambda value, _: f"{value / 1e6:g}M" if value >= 1e5 else f"{value / 1e3:g}k" if value else "0"
+        )
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png")
