@@ -61,7 +61,9 @@ def test_a_run_keeps_all_that_it_promises(origo_process: Run, book: Path, tmp_pa
 
     out = done.stdout
     assert "in place; every name stays as it is" in out, "compiled"
-    assert re.search(r"proof +a fresh process without torch.compile opened it: held-out loss [\d.]+, the same", out)
+    assert re.search(
+        r"proof +a fresh process without torch.compile opened it: held-out loss [\d.]+, the same to the last bit", out
+    )
     assert re.search(r"step 10/20  loss [\d.]+  held-out [\d.]+  [\d,]+ tokens/s  ETA 0:0\d", out)
     assert "generate runs/book" in out
     assert "\x1b" not in out, "no escape codes in a pipe"
@@ -144,6 +146,15 @@ def test_a_run_is_not_continued_as_another_one(origo: Run, book: Path, tmp_path:
     other = origo("train", "--data", book, *EAGER, "--steps", 5, "--n-layers", 3, "--seed", 4)
     assert other.returncode == 2
     assert "--n-layers was 2, is 3; --seed was 0, is 4" in other.stderr
+    assert steps(tmp_path / "runs/book/checkpoints") == [5]
+
+
+def test_a_run_does_not_go_on_with_another_text(origo: Run, book: Path, tmp_path: Path) -> None:
+    assert origo("train", "--data", book, *EAGER, "--steps", 5).returncode == 0
+    book.write_text(book.read_text() + "One more line.\n")
+    changed = origo("train", "--name", "book", "--steps", 10)
+    assert changed.returncode == 2
+    assert "The text of the run 'runs/book' has changed" in changed.stderr
     assert steps(tmp_path / "runs/book/checkpoints") == [5]
 
 

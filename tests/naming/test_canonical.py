@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -54,6 +55,18 @@ def checkpointed(model: nn.Module) -> nn.Module:
     return checkpoint_wrapper(model)
 
 
+def distributed(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process_group() -> Iterator[None]:
+    """A group of one process, for DistributedDataParallel."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 WRAPS: dict[str, Wrap] = {
     "plain": lambda model: model,
     "compiled": torch.compile,  # type: ignore[dict-item]
@@ -64,6 +77,10 @@ WRAPS: dict[str, Wrap] = {
     "data parallel": nn.DataParallel,
     "data parallel over compiled": lambda model: nn.DataParallel(torch.compile(model)),  # type: ignore[arg-type]
     "compiled over data parallel": lambda model: torch.compile(nn.DataParallel(model)),  # type: ignore[return-value]
+    "distributed": distributed,
+    "distributed over compiled": lambda model: distributed(torch.compile(model)),  # type: ignore[arg-type]
+    "compiled over distributed": lambda model: torch.compile(distributed(model)),  # type: ignore[return-value]
+    "distributed over compiled children": lambda model: distributed(compiled_children(model)),
     "checkpointed": checkpointed,
     "compiled over checkpointed": lambda model: torch.compile(checkpointed(model)),  # type: ignore[return-value]
     "checkpointed over compiled": lambda model: checkpointed(torch.compile(model)),  # type: ignore[arg-type]

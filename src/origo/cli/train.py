@@ -69,13 +69,13 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     if outcome.compilation is None:
         display.note(f"The run '{run}' is finished already: nothing to do.")
     if outcome.proof is not None:
-        display.quote("A sample, from the fresh process:", outcome.proof.sample)
+        display.quote("A sample, from the fresh process (what was given is in brackets):", outcome.proof.sample)
     drop = 1 - outcome.held_out / outcome.first_held_out
     rows = [
         ("kept", f"{outcome.checkpoint} ({size(_bytes_in(outcome.checkpoint))}; the model alone {_model_size(outcome)})"),
         (
             "held-out loss",
-            f"{outcome.first_held_out:.3f} -> {outcome.held_out:.3f} (-{drop:.0%}), "
+            f"{outcome.first_held_out:.3f} -> {outcome.held_out:.3f} ({-drop:+.0%}), "
             f"perplexity {math.exp(min(outcome.held_out, 99)):,.1f}",
         ),
     ]
@@ -88,7 +88,7 @@ def _summarise(outcome: Outcome, display: Display) -> None:
             (
                 "proof",
                 f"a fresh process without torch.compile opened it: held-out loss {outcome.proof.held_out:.6f}, "
-                f"{'the same' if difference == 0 else f'{difference:.1e} apart'}",
+                f"{'the same to the last bit' if difference == 0 else f'{difference:.1e} apart'}",
             )
         )
     rows.append(("look at", f"{outcome.folder.loss_plot}  {run / 'samples'}  {outcome.folder.metrics}"))

@@ -15,6 +15,7 @@ import torch
 
 from origo.errors import ConfigError
 from origo.generation.sampling import Sampling, choose
+from origo.models.eager import without_compilation
 from origo.models.gpt import GPT
 
 
@@ -72,7 +73,7 @@ def _generate(
     unread = tokens[-context:]
     for _ in range(max_new_tokens):
         # Entered anew for each token: a caller may do other things between two of them.
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        with torch.inference_mode(), without_compilation():
             logits = model(torch.tensor([unread], device=device), cache=cache)[:, -1]  # [1, vocab]
             token = int(choose(logits, sampling, generator))
         if token == end:

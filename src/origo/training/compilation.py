@@ -1,18 +1,15 @@
 """Compile the model in place, or say in one line why it runs without.
 
 ``model.compile()`` changes how the model is called and nothing else: no wrapper, no prefix in any name, the same parameters.
-Evaluation and sampling call the same model without compilation (``torch.compiler.set_stance``), so they cause no
-recompilation: they differ from a training step in shape, in grad mode and in dropout.
+Evaluation and sampling call the same model without compilation (:mod:`origo.models.eager`), so they cause no recompilation.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 
@@ -55,12 +52,6 @@ def compile_in_place(model: nn.Module, wanted: bool, dry_run: Callable[[], None]
 def uncompile(model: nn.Module) -> None:
     """Back to running without compilation: the same parameters, the same names, the same optimizer."""
     model._compiled_call_impl = None
-
-
-def without_compilation() -> AbstractContextManager[object]:
-    """A context in which compiled modules run as they are written."""
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def _short(error: BaseException) -> str:

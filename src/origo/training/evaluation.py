@@ -7,7 +7,7 @@ from torch import nn
 
 from origo.data.batches import IGNORED_TARGET, evaluation_batches
 from origo.data.tokens import TokenStream
-from origo.training.compilation import without_compilation
+from origo.models.eager import without_compilation
 from origo.training.precision import Compute
 
 

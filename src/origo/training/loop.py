@@ -19,9 +19,8 @@ import torch
 
 from origo.data.batches import TrainingBatches
 from origo.data.tokenizer import Tokenizer
-from origo.data.tokens import TokenData, cached_tokenizer, survey, tokenise
+from origo.data.tokens import TokenData
 from origo.errors import CheckpointError, RunError
-from origo.generation.generate import generate
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.models.registry import describe_model
@@ -32,15 +31,17 @@ from origo.store.layout import CONFIG, MODEL, OPTIMIZER, TOKENIZER, TRAINER, TRA
 from origo.store.reader import Checkpoint
 from origo.store.run import newest_good, write_step
 from origo.training.compilation import Compilation, compile_in_place
-from origo.training.display import Display, Standing, size
+from origo.training.display import Display, Standing
 from origo.training.evaluation import held_out_loss
 from origo.training.metering import Meter
 from origo.training.optimizer import build_optimizer, learning_rate
 from origo.training.options import TrainOptions
 from origo.training.plot import plot_losses
 from origo.training.precision import Compute, choose_compute
-from origo.training.proof import SAMPLE_SEED, SAMPLE_TOKENS, Proof, prove
+from origo.training.preparation import prepare_data
+from origo.training.proof import Proof, prove
 from origo.training.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, require_same_run
+from origo.training.sample import write_sample
 from origo.training.signals import StopRequest
 
 
@@ -83,36 +84,11 @@ def train(options: TrainOptions, display: Display) -> Outcome:
         found = None
         folder.require_writable()
     compute = choose_compute(options.run.device, options.run.precision)
-    tokenizer, tokens = _prepare_data(options, found.checkpoint if found else None, display)
+    tokenizer, tokens = prepare_data(options, found.checkpoint if found else None, display)
     trainer = Trainer(options, folder, compute, tokenizer, tokens, display)
     if found is not None:
         trainer.restore(found.checkpoint)
     return trainer.run()
-
-
-def _prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: Display) -> tuple[Tokenizer, TokenData]:
-    """Text -> tokenizer and token streams, from the caches where they are known already."""
-    data, corpus = options.data, options.data.corpus
-    with display.activity("Text") as activity:
-        found = survey(corpus, data.held_out, activity)
-        activity.result = f"{found.documents:,} documents, {size(found.text_bytes)} of {corpus.description}"
-    with display.activity("Tokenizer") as activity:
-        if checkpoint is not None:
-            text = checkpoint.text(TOKENIZER)
-            if text is None:
-                raise CheckpointError(f"'{checkpoint.path}' holds no tokenizer: it was not written by origo train.")
-            tokenizer = Tokenizer.from_json(text)
-        elif data.tokenizer is not None:
-            tokenizer = Tokenizer.load(data.tokenizer)
-        else:
-            tokenizer = cached_tokenizer(corpus, found, data.vocab_size, data.cache_dir, activity)
-        activity.result = f"byte-level BPE, {tokenizer.vocab_size:,} tokens"
-        if data.tokenizer is not None:
-            activity.result = f"{data.tokenizer}, {tokenizer.vocab_size:,} tokens"
-    with display.activity("Tokens") as activity:
-        tokens = tokenise(corpus, found, tokenizer, data.cache_dir, activity)
-        activity.result = f"{len(tokens.train):,} to train on, {len(tokens.held_out):,} held out"
-    return tokenizer, tokens
 
 
 class Trainer:
@@ -153,11 +129,16 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        load_state_dict(self.model, checkpoint.model.state())
         progress = json.loads(checkpoint.text(TRAINER) or "null")
         if progress is None:
             raise CheckpointError(f"'{checkpoint.path}' holds a model only, not the state of a run.")
+        if progress["tokens"] != self.tokens.path.name:
+            raise RunError(
+                f"The text of the run '{self.folder.path}' has changed since it was started, so it cannot go on as it was: "
+                "bring the text back, or start a new run under another --name."
+            )
         self.checkpoint, self.kept_step = checkpoint.path, progress["step"]
+        load_state_dict(self.model, checkpoint.model.state())
         load_optimizer_state(self.model, self.optimizer, checkpoint.tensors(OPTIMIZER).state(), progress["optimizer"])
         self.step, self.seconds = progress["step"], progress["seconds"]
         self.first_held_out, self.held_out = progress["first_held_out"], progress["held_out"]
@@ -256,14 +237,13 @@ class Trainer:
             self.model, self.tokens.held_out, self.config.context_length, options.batch_size, run.eval_batches, self.compute
         )
         self.measured_step = self.step
-        self.model.eval()
-        end = self.tokenizer.end_of_text
-        text = self.tokenizer.decode(generate(self.model, [end], SAMPLE_TOKENS, seed=SAMPLE_SEED, end_of_text=end))
-        self.model.train()
+        text = write_sample(self.model, self.tokenizer, self.tokens.held_out)
         self.folder.add_sample(self.step, text)
         steps = options.steps
         if self.step and self.step < steps and self.step % max(1, steps // 3 // run.eval_every * run.eval_every) == 0:
-            self.display.quote(f"Sample after step {self.step}:", text)
+            self.display.quote(
+                f"Sample after step {self.step}, of a text that was held out (what was given is in brackets):", text
+            )
 
     def _log(self, loss: float, started_at: float, *, measured: bool = True) -> None:
         rate = self.meter.tokens_per_second()
@@ -295,6 +275,7 @@ class Trainer:
         progress = {
             "step": self.step,
             "seconds": self.seconds,
+            "tokens": self.tokens.path.name,
             "first_held_out": self.first_held_out,
             "held_out": self.held_out,
             "losses": [loss.item() for loss in self.losses],
@@ -327,8 +308,8 @@ class Trainer:
             activity.result = "a fresh process without torch.compile opened the checkpoint"
         if not proof.holds:
             raise CheckpointError(
-                f"A fresh process finds a held-out loss of {proof.held_out:.6f} in '{self.checkpoint}', the model "
-                f"trained has {proof.expected:.6f}: the checkpoint is not what was trained. Please report this."
+                f"A fresh process finds a held-out loss of {proof.held_out:.6f} in '{self.checkpoint}', the trained model has "
+                f"{proof.expected:.6f}: the checkpoint is not what was trained. Please report this."
             )
         return proof
 

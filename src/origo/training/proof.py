@@ -14,8 +14,6 @@ from pathlib import Path
 
 from origo.errors import CheckpointError
 
-SAMPLE_TOKENS = 80
-SAMPLE_SEED = 0
 _TOLERANCE = 1e-4  # nats; the same machine gives the same bits, another thread count rounds otherwise
 
 
@@ -28,7 +26,7 @@ class Proof:
     expected: float
     """That of the trained model, as the checkpoint says."""
     sample: str
-    imported_compiler: bool
+    compiler_imported: bool
     """Whether torch's compiler was even imported there."""
 
     @property
@@ -57,19 +55,21 @@ def prove(checkpoint: Path, token_cache: Path, batch_size: int, eval_batches: in
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise CheckpointError(f"The checkpoint '{checkpoint}' did not open in a fresh process: {last}")
-    return Proof(**json.loads(done.stdout.splitlines()[-1]))
+    proof = Proof(**json.loads(done.stdout.splitlines()[-1]))
+    assert not proof.compiler_imported, "the proof is to be one without torch.compile"
+    return proof
 
 
 def _prove_here(request: dict[str, object]) -> Proof:
     from origo.data.tokenizer import Tokenizer
     from origo.data.tokens import open_tokens
-    from origo.generation.generate import generate
     from origo.models.gpt import GPT
     from origo.persist import load_checkpoint
     from origo.store.layout import TOKENIZER
     from origo.store.reader import read_checkpoint
     from origo.training.evaluation import held_out_loss
     from origo.training.precision import choose_compute
+    from origo.training.sample import write_sample
 
     compute = choose_compute(str(request["device"]), str(request["precision"]))
     checkpoint = read_checkpoint(str(request["checkpoint"]))
@@ -82,10 +82,9 @@ def _prove_here(request: dict[str, object]) -> Proof:
     text = checkpoint.text(TOKENIZER)
     assert text is not None
     tokenizer = Tokenizer.from_json(text)
-    sample = generate(model, [tokenizer.end_of_text], SAMPLE_TOKENS, seed=SAMPLE_SEED, end_of_text=tokenizer.end_of_text)
-    written = tokenizer.decode(sample)
+    sample = write_sample(model, tokenizer, tokens.held_out)
     assert checkpoint.manifest is not None
-    return Proof(loss, checkpoint.manifest.metrics["val_loss"], written, "torch._dynamo" in sys.modules)
+    return Proof(loss, checkpoint.manifest.metrics["val_loss"], sample, "torch._dynamo" in sys.modules)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+"""What the documents say works."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_story_in_the_readme_runs(in_fresh_process: Callable[[str], str]) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    claimed = re.search(r'# "(\d+ tensors loaded)"', program)
+    assert claimed is not None
+    assert in_fresh_process(program).strip() == claimed.group(1)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for folder in ("naming", "state", "store", "models", "data", "generation"):
+        for module in (ROOT / "src" / "origo" / folder).glob("*.py"):
+            assert module.name in text or module.name == "__init__.py", f"{folder}/{module.name}"
