@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from origo.errors import CheckpointError
+from origo.errors import CheckpointError, StorageError
 from origo.store.layout import HEADER_KEY, MANIFEST, MODEL, OPTIMIZER, Manifest
 from origo.store.reader import read_checkpoint
 from origo.store.run import find_checkpoint, newest_good, step_folder, steps, write_step
@@ -193,6 +193,32 @@ def test_a_manifest_survives_json(tmp_path: Path) -> None:
     assert Manifest.from_json(text, "x").to_json() == text
 
 
+@pytest.mark.parametrize("what", ["a file of the user's", "no manifest", "another program's manifest", "a file"])
+def test_nothing_that_origo_did_not_write_is_replaced(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "x"
+    if what == "a file":
+        path.write_text("mine")
+    else:
+        write(path)
+        if what == "a file of the user's":
+            (path / "README.md").write_text("mine")
+        elif what == "no manifest":
+            (path / MANIFEST).unlink()
+        else:
+            (path / MANIFEST).write_text('{"name": "a web page"}')
+    before = {entry: entry.read_bytes() for entry in tmp_path.rglob("*") if entry.is_file()}
+    with pytest.raises(StorageError, match="Origo did not write"):
+        write(path, value=2.0)
+    assert {entry: entry.read_bytes() for entry in tmp_path.rglob("*") if entry.is_file()} == before
+
+
+def test_a_model_folder_is_replaced_by_its_successor(tmp_path: Path) -> None:
+    write(tmp_path / "x")
+    assert read_checkpoint(write(tmp_path / "x", value=2.0)).tensor("a.weight")[0, 0] == 2
+    (tmp_path / "empty").mkdir()
+    read_checkpoint(write(tmp_path / "empty")).verify()
+
+
 # --- a run's steps ---------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +245,7 @@ def test_latest_passes_over_damaged_steps_and_deletes_nothing(tmp_path: Path) ->
     assert steps(tmp_path) == [1, 2, 3, 4]
 
     write_steps(tmp_path, 4)  # training goes on and comes to the damaged step again
-    assert (tmp_path / "damaged-1-step-000000004" / MODEL).exists()
+    assert (tmp_path / "aside-1-step-000000004" / MODEL).exists()
     assert find_checkpoint(tmp_path).checkpoint.tensor("a.weight")[0, 0] == 4
 
 

@@ -46,18 +46,13 @@ def test_a_reader_keeps_the_file_that_it_has_mapped(tmp_path: Path) -> None:
     assert target.read_bytes() == b"b"
 
 
-def test_a_folder_replaces_its_predecessor_and_nothing_of_the_users(tmp_path: Path) -> None:
+def test_a_folder_replaces_its_predecessor(tmp_path: Path) -> None:
     target = tmp_path / "model"
     for content in ("one", "two"):
         with new_folder(target, last="manifest.json") as temporary:
             (temporary / "manifest.json").write_text(content)
         assert (target / "manifest.json").read_text() == content
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(StorageError, match="not written by Origo"), new_folder(tmp_path / "mine", last="manifest.json"):
-        pytest.fail("must be refused before anything is written")
-    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
-    assert sorted(os.listdir(tmp_path)) == ["mine", "model"]
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:

@@ -64,17 +64,14 @@ def new_folder(path: Path, last: str) -> Iterator[Path]:
     """Write a folder of files: yields a temporary folder to fill, and puts it in place if the block succeeds.
 
     Args:
-        path: where it shall be. A folder that is there already is replaced if it holds a file ``last`` (so it is one of
-            ours); anything else is refused.
+        path: where it shall be. A folder that is there already is replaced; whether it may be is for the caller to say.
         last: the file that says the folder is whole; the others reach the disk before it.
 
     Raises:
-        StorageError: the disk refused, or something of the user's is in the way; nothing was changed.
+        StorageError: the disk refused; nothing was changed.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / last).is_file()):
-            raise StorageError(f"'{path}' is there already and was not written by Origo: choose another name, or remove it.")
         with _temporary_sibling(path) as temporary:
             temporary.mkdir()
             yield temporary

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from origo.errors import CheckpointError, storage_error
+from origo.errors import CheckpointError, StorageError, storage_error
 from origo.store.filesystem import remove_folder
-from origo.store.layout import MANIFEST
 from origo.store.reader import Checkpoint, read_checkpoint
-from origo.store.writer import write_folder
+from origo.store.writer import require_replaceable, write_folder
 
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
 CHECKPOINTS = "checkpoints"
@@ -91,14 +90,16 @@ def find_checkpoint(path: str | Path, step: int | str = "latest") -> Found:
     return found
 
 
-def set_aside_damaged(path: Path) -> None:
-    """Make room for a step whose folder has lost its manifest, by renaming it: it may hold something of use to somebody."""
-    if path.is_dir() and not (path / MANIFEST).is_file():
-        number = next(n for n in itertools.count(1) if not path.with_name(f"damaged-{n}-{path.name}").exists())
+def _make_room(path: Path) -> None:
+    """Rename a step's folder that is damaged, or holds more than Origo wrote: it may be of use to somebody."""
+    try:
+        require_replaceable(path)
+    except StorageError:
+        number = next(n for n in itertools.count(1) if not path.with_name(f"aside-{n}-{path.name}").exists())
         try:
-            path.rename(path.with_name(f"damaged-{number}-{path.name}"))
+            path.rename(path.with_name(f"aside-{number}-{path.name}"))
         except OSError as error:
-            raise storage_error("set a damaged checkpoint aside", path, error) from error
+            raise storage_error("set a checkpoint aside", path, error) from error
 
 
 def write_step(
@@ -114,7 +115,7 @@ def write_step(
     """Keep one step, then delete all but the newest ``keep_last``. A deletion that fails is left for the next time."""
     assert keep_last >= 1
     path = step_folder(directory, step)
-    set_aside_damaged(path)
+    _make_room(path)
     write_folder(path, tensors, texts, architecture=architecture, step=step, metrics=metrics)
     for old in steps(directory)[:-keep_last]:
         remove_folder(step_folder(directory, old))

@@ -15,7 +15,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from origo.errors import CheckpointError
+from origo.errors import CheckpointError, StorageError
 from origo.state.model import tensor_identity
 from origo.store.filesystem import new_file, new_folder
 from origo.store.layout import HEADER_KEY, MANIFEST, FileEntry, Header, Manifest, TensorEntry
@@ -130,6 +130,7 @@ def write_folder(
         texts: by file name, the content of each other file.
         architecture, step, metrics: for the manifest.
     """
+    require_replaceable(path)
     gathered = {file: gather(state) for file, state in tensors.items()}
     with new_folder(path, last=MANIFEST) as temporary:
         entries: dict[str, dict[str, TensorEntry]] = {}
@@ -150,6 +151,28 @@ def write_folder(
         files = {file: file_entry(temporary / file) for file in (*tensors, *texts)}
         manifest = Manifest(files, entries, architecture, step, dict(metrics or {}), _provenance())
         (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def require_replaceable(path: Path) -> None:
+    """See that nothing is at ``path``, or a folder of which Origo wrote every file.
+
+    Raises:
+        StorageError: something else is there; replacing it would delete it.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    theirs = [path.name]
+    if path.is_dir():
+        try:
+            ours = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"), str(path)).files
+            theirs = sorted(entry.name for entry in path.iterdir() if entry.name not in ours and entry.name != MANIFEST)
+        except (OSError, UnicodeDecodeError, CheckpointError):
+            theirs = sorted(entry.name for entry in path.iterdir())
+    if theirs:
+        raise StorageError(
+            f"'{path}' holds what Origo did not write ({', '.join(theirs[:3])}) and would be replaced as a whole: choose "
+            "another name, or remove it."
+        )
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -1,0 +1,69 @@
+"""The proof at the end of a run can fail, and does when the checkpoint is not the model that was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import origo as library
+from origo.data.tokenizer import Tokenizer
+from origo.data.tokens import open_tokens
+from origo.errors import CheckpointError
+from origo.store.layout import CONFIG, MODEL, TOKENIZER
+from origo.store.run import write_step
+from origo.training.proof import Proof, prove
+from origo.training.sample import write_sample
+from tests.conftest import TINY_RUN, Run
+
+
+@pytest.fixture
+def run(origo: Run, book: Path, tmp_path: Path) -> Path:
+    done = origo("train", "--data", book, *TINY_RUN, "--no-compile", "--steps", 10, "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "runs" / "book"
+
+
+def proof_of(run: Path, checkpoint: Path) -> Proof:
+    cache = Path(json.loads((run / "run.json").read_text())["token_cache"])
+    return prove(checkpoint, cache, batch_size=4, eval_batches=20, device="cpu", precision="fp32")
+
+
+def test_a_checkpoint_of_other_weights_is_found_out(run: Path) -> None:
+    checkpoint = run / "checkpoints" / "step-000000010"
+    proof = proof_of(run, checkpoint)
+    assert proof.holds
+    assert proof.held_out == proof.expected, "to the last bit"
+
+    opened = library.open_checkpoint(checkpoint)
+    assert opened.manifest is not None
+    texts = {file: opened.text(file) or "" for file in (CONFIG, TOKENIZER)}
+    state = opened.model.state()
+    state["tok_emb.weight"] = state["tok_emb.weight"] + 0.05 * torch.randn(state["tok_emb.weight"].shape)
+    forged = write_step(run / "forged", 10, {MODEL: state}, texts, architecture="gpt", metrics=opened.manifest.metrics)
+    assert not proof_of(run, forged).holds
+
+
+def test_a_checkpoint_that_does_not_open_is_named_with_the_reason(run: Path) -> None:
+    checkpoint = run / "checkpoints" / "step-000000010"
+    file = checkpoint / MODEL
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"did not open in a fresh process: .*model\.safetensors' is damaged"):
+        proof_of(run, checkpoint)
+
+
+def test_a_sample_continues_a_text_that_was_held_out(run: Path) -> None:
+    cache = open_tokens(Path(json.loads((run / "run.json").read_text())["token_cache"]))
+    assert cache is not None
+    model = library.load_model(run)
+    assert isinstance(model, library.GPT)
+    tokenizer = Tokenizer.load(run / "checkpoints" / "step-000000010")
+    sample = write_sample(model.train(), tokenizer, cache.held_out)
+    given, written = sample[1:].split("]", 1)
+    assert tokenizer.decode(cache.held_out.tokens.tolist()).startswith(given)
+    assert len(given) > 10
+    assert len(written) > 10
+    assert sample == write_sample(model, tokenizer, cache.held_out), "the same each time"
+    assert model.training, "left as it was"
