@@ -92,6 +92,14 @@ def test_a_cache_that_is_not_whole_is_made_again(tmp_path: Path, damage: str) ->
     assert [entry.name for entry in (cache / "tokens").iterdir()] == [first.path.name]
 
 
+def test_a_damaged_tokenizer_in_the_cache_is_made_again(tmp_path: Path) -> None:
+    corpus, cache = write(tmp_path / "text", TEXTS), tmp_path / "cache"
+    _, tokenizer = build(corpus, cache)
+    (file,) = (cache / "tokenizers").iterdir()
+    file.write_text("{")
+    assert build(corpus, cache)[1].to_json() == tokenizer.to_json() == file.read_text(encoding="utf-8")
+
+
 def test_the_dtype_follows_the_vocabulary(tmp_path: Path) -> None:
     corpus = write(tmp_path / "text", TEXTS)
     data, tokenizer = build(corpus, tmp_path / "cache")

@@ -7,6 +7,7 @@ with everything kept.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from importlib.metadata import version
@@ -25,6 +26,9 @@ _COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? rather than nothing at all
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(_overview())
@@ -41,12 +45,22 @@ def main(arguments: list[str] | None = None) -> int:
     except OrigoError as error:
         print(f"origo: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print("origo: Out of memory: lower --batch-size or --context-length, or take a smaller --preset.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("origo: stopped.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on the CPU."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def _overview() -> str:

@@ -20,6 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from origo.data.corpus import Corpus
 from origo.data.tokenizer import Tokenizer
-from origo.errors import DataError, storage_error
+from origo.errors import DataError, TokenizerError, storage_error
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -122,8 +123,9 @@ def cached_tokenizer(
 ) -> Tokenizer:
     """The tokenizer trained on this corpus, from the cache or new."""
     path = cache / "tokenizers" / f"{found.fingerprint[:32]}-{found.train_share:g}-{vocab_size}.json"
-    if path.exists():
-        return Tokenizer.load(path)
+    with suppress(TokenizerError):  # a damaged one is made again
+        if path.exists():
+            return Tokenizer.load(path)
 
     def training_texts() -> Iterator[str]:
         for number, document in enumerate(corpus.documents()):

@@ -113,6 +113,8 @@ class OptimizationOptions:
         """Raise a ConfigError for a value that cannot work."""
         _require_positive(self, "steps", "batch_size", "learning_rate")
         _require_not_negative(self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed")
+        if self.seed >= 2**63:
+            raise ConfigError(f"--seed must be below 2^63, not {self.seed}.")
 
 
 @dataclass(frozen=True)
