@@ -35,6 +35,7 @@ TABLE: dict[str, tuple[Prepare, str, str]] = {
     "all held out": (lambda _: None, "--held-out 1", "--held-out must be between 0 and 1"),
     "a tiny vocabulary": (lambda _: None, "--vocab-size 100", "at least 257 tokens"),
     "a path for a name": (lambda _: None, "--name ../x", "--name must be a plain folder name"),
+    "a device without memory": (lambda _: None, "--device meta", "There is no device 'meta' here"),
     "no such device": (lambda _: None, "--device tpu", "There is no device 'tpu' here"),
     "a corrupt tokenizer": (lambda p: (p / "t.json").write_text("{}"), "--tokenizer t.json", "'t.json' cannot be read"),
     "a missing tokenizer": (lambda _: None, "--tokenizer t.json", "There is no tokenizer file 't.json'"),
@@ -87,6 +88,23 @@ def test_other_commands_say_it_too(origo: Run, book: Path, arguments: tuple[str,
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_full_disk_while_saving_a_pth(book: Path, tmp_path: Path) -> None:
+    program = """
+import resource, signal, torch, origo
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for ending in (".pth", ".safetensors", ""):
+    try:
+        origo.save(torch.nn.Linear(200, 200), f"model{ending}")
+    except origo.OrigoError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("raise the limit, or choose another folder") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
 
 
 def test_an_unknown_option_is_refused_with_the_nearest(origo: Run) -> None:

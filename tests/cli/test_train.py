@@ -158,6 +158,63 @@ def test_a_run_does_not_go_on_with_another_text(origo: Run, book: Path, tmp_path
     assert steps(tmp_path / "runs/book/checkpoints") == [5]
 
 
+def test_a_run_may_be_asked_for_fewer_steps_than_it_has(origo: Run, book: Path, tmp_path: Path) -> None:
+    assert origo("train", "--data", book, *EAGER, "--steps", 9).returncode == 0
+    description = tmp_path / "runs/book/run.json"
+    description.write_text(description.read_text().replace('"finished"', '"running"'))  # killed during its proof
+    fewer = origo("train", "--name", "book", "--steps", 5, "--eval-batches", 1)
+    assert fewer.returncode == 0, fewer.stderr
+    assert "the same to the last bit" in fewer.stdout
+    assert steps(tmp_path / "runs/book/checkpoints") == [9]
+
+
+def test_files_in_the_folder_that_one_stands_in_are_not_run(origo_process: Run, book: Path, tmp_path: Path) -> None:
+    (tmp_path / "blake3.py").write_text("raise SystemExit('user code ran')")
+    program = Path(sys.executable).with_name("origo")
+    done = subprocess.run(
+        [program, "train", "--data", book, *EAGER, "--steps", "2"],
+        cwd=tmp_path,
+        env={**os.environ, "ORIGO_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(book: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "origo", "train", "--data", str(book), *EAGER, "--steps", "20"]
+    environment = {**os.environ, "ORIGO_CACHE_DIR": str(tmp_path / "cache")}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()  # as `| head -1` does
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert json.loads((tmp_path / "runs/book/run.json").read_text())["status"] == "finished"
+
+
+def test_commands_that_are_printed_can_be_typed(origo: Run, book: Path, tmp_path: Path) -> None:
+    book.rename(tmp_path / "my book.txt")
+    done = origo("train", "--data", "my book.txt", *EAGER, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "generate 'runs/my book' --prompt" in done.stdout
+    assert "train --name 'my book' --steps 4" in done.stdout
+    longer = origo("train", "--data", "./my book.txt", "--steps", 3)
+    assert longer.returncode == 0, "the same text under another spelling"
+
+
+def test_a_damaged_description_is_named(origo: Run, book: Path, tmp_path: Path) -> None:
+    assert origo("train", "--data", book, *EAGER, "--steps", 2).returncode == 0
+    description = tmp_path / "runs/book/run.json"
+    for content in ("", "{}", "[]", description.read_text().replace('"steps": 2', '"steps": "x"')):
+        description.write_text(content)
+        done = origo("train", "--name", "book")
+        assert done.returncode == 2
+        assert "run.json' is damaged" in done.stderr
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(origo: Run, book: Path, tmp_path: Path) -> None:
     command = ("train", "--data", book, *EAGER, "--steps", 15, "--save-every", 5)
     assert origo(*command).returncode == 0

@@ -41,8 +41,11 @@ def test_an_evaluation_predicts_every_token_once_in_batches_of_one_shape(length:
     assert seen == list(range(1, length))
 
 
-def test_the_limit_counts_batches() -> None:
-    assert len(list(evaluation_batches(stream(1000), 10, 4, limit=3))) == 3
+def test_a_limited_evaluation_is_spread_over_the_stream() -> None:
+    batches = list(evaluation_batches(stream(10_001), 10, 4, limit=5))
+    assert len(batches) == 5
+    starts = [int(row[0]) for inputs, _ in batches for row in inputs]
+    assert starts == list(range(0, 10_000, 500))
 
 
 def test_a_corpus_shorter_than_one_batch_is_named() -> None:

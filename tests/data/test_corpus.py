@@ -60,6 +60,8 @@ def test_line_ends_are_kept_and_a_byte_order_mark_is_not(tmp_path: Path) -> None
         ("zeros.txt", bytes(100), r"zeros\.txt' looks like a binary file"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2' is not a JSON object"),
         ("list.jsonl", b"[1]\n", r"list\.jsonl:1' has no text in a field 'text'"),
+        ("half.jsonl", b'{"text": "a\\ud83d b"}\n', r"half\.jsonl:1' has half of a surrogate pair at character 1"),
+        ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", r"deep\.jsonl:1' is not a JSON object"),
         ("bad.parquet", b"PAR1 no PAR1", r"bad\.parquet' is not a readable"),
     ],
 )
@@ -76,3 +78,37 @@ def test_paths_that_lead_nowhere_are_named(tmp_path: Path) -> None:
         texts(tmp_path / "*.txt")
     with pytest.raises(DataError, match="holds no"):
         texts(tmp_path)
+    for path in ("x" * 5000, "~nobody-of-this-name/x"):
+        with pytest.raises(DataError, match="given to --data cannot be followed"):
+            texts(path)
+
+
+def test_a_parquet_file_damaged_inside_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table({"text": [f"row {n}" * 50 for n in range(5000)]}), tmp_path / "x.parquet")
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[100:4000] = bytes(3900)
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.parquet' is damaged after row 0"):
+        texts(tmp_path / "x.parquet")
+
+
+def test_a_folder_whose_name_looks_like_a_file_is_searched_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").mkdir()
+    (tmp_path / "notes.md" / "a.txt").write_text("inside")
+    assert texts(tmp_path) == ["inside"]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("book.txt", "book"),
+        ("notes/**/*.md", "notes"),
+        ("my texts/*.txt", "my texts"),
+        ("src/", "src"),
+    ],
+)
+def test_a_run_is_called_after_its_data(data: str, name: str) -> None:
+    assert Corpus((data,)).name == name

@@ -36,6 +36,16 @@ def test_streamed_text_is_the_text(text: str) -> None:
     assert "".join(TRAINED.decode_stream(TRAINED.encode(text))) == text
 
 
+@given(st.lists(st.integers(0, TRAINED.vocab_size - 1)))
+def test_streamed_text_of_any_tokens_is_what_decoding_gives(ids: list[int]) -> None:
+    assert "".join(TRAINED.decode_stream(ids)) == TRAINED.decode(ids)
+
+
+def test_a_hub_name_may_have_a_dot() -> None:
+    with pytest.raises(TokenizerError, match="as a name on the Hugging Face hub it cannot be fetched"):
+        Tokenizer.load("no such owner/opt-1.3b")
+
+
 def test_a_stored_tokenizer_encodes_the_same(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(TRAINED.to_json(), encoding="utf-8")

@@ -67,6 +67,26 @@ def test_of_few_documents_the_last_part_of_each_is_held_out(tmp_path: Path) -> N
     assert all(part.endswith("\n") for part in train), "cut at the end of a line"
 
 
+def test_a_document_that_dominates_is_split(tmp_path: Path) -> None:
+    texts = ["".join(f"line {n}\n" for n in range(10_000)), *(f"note {n}\n" * 5 for n in range(11))]
+    data, tokenizer = build(write(tmp_path / "text", texts), tmp_path / "cache")
+    assert 0.05 < len(data.held_out) / (len(data.held_out) + len(data.train)) < 0.2, "about a tenth"
+    train, held_out = documents(data, tokenizer)
+    assert [a + b for a in train for b in held_out].count(texts[0]) == 1
+
+
+def test_a_long_line_is_cut_where_it_must_be(tmp_path: Path) -> None:
+    data, _ = build(write(tmp_path / "text", ["My title\n" + "word " * 20_000]), tmp_path / "cache")
+    assert len(data.train) > 5 * len(data.held_out)
+
+
+@pytest.mark.parametrize("held_out", [1e-20, 0.5])
+def test_both_streams_have_something(tmp_path: Path, held_out: float) -> None:
+    data, _ = build(write(tmp_path / "text", TEXTS), tmp_path / "cache", held_out=held_out)
+    assert len(data.train) >= 2
+    assert len(data.held_out) >= 2
+
+
 def test_the_cache_is_found_again_and_a_change_looks_elsewhere(tmp_path: Path) -> None:
     corpus, cache = write(tmp_path / "text", TEXTS), tmp_path / "cache"
     first, _ = build(corpus, cache)
@@ -77,13 +97,15 @@ def test_the_cache_is_found_again_and_a_change_looks_elsewhere(tmp_path: Path) -
     assert build(corpus, cache, held_out=0.2)[0].path != first.path
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "no-json"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no-json", "empty-index"])
 def test_a_cache_that_is_not_whole_is_made_again(tmp_path: Path, damage: str) -> None:
     corpus, cache = write(tmp_path / "text", TEXTS), tmp_path / "cache"
     first, _ = build(corpus, cache)
     before = np.array(first.train.tokens)
     file = first.path / ("tokens.json" if damage == "no-json" else "train.bin")
-    if damage == "truncate":
+    if damage == "empty-index":
+        (first.path / "train.documents.npy").write_bytes(b"")
+    elif damage == "truncate":
         file.write_bytes(file.read_bytes()[:-2])
     else:
         file.unlink()

@@ -94,6 +94,7 @@ def test_tokens_come_one_by_one(tiny: GPT) -> None:
         ({"sampling": Sampling(top_k=-1)}, "--top-k"),
         ({"sampling": Sampling(top_p=0)}, "--top-p"),
         ({"sampling": Sampling(temperature=float("nan"))}, "--temperature"),
+        ({"seed": 10**23}, "--seed must be from 0"),
     ],
 )
 def test_what_cannot_work_is_refused(tiny: GPT, arguments: dict[str, object], message: str) -> None:
@@ -111,7 +112,8 @@ def draws(sampling: Sampling, count: int = 4000) -> torch.Tensor:
 def test_sampling_follows_the_probabilities() -> None:
     torch.testing.assert_close(draws(Sampling(1.0)), torch.tensor([0.4, 0.3, 0.2, 0.1]), atol=0.03, rtol=0)
     torch.testing.assert_close(draws(Sampling(0.5)), torch.tensor([16, 9, 4, 1]) / 30, atol=0.03, rtol=0)
-    assert draws(Sampling(0)).tolist() == [1, 0, 0, 0]
+    for nearly_nothing in (0, 1e-40, 1e-5):
+        assert draws(Sampling(nearly_nothing)).tolist() == [1, 0, 0, 0]
 
 
 def test_top_k_and_top_p_leave_the_likeliest() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import origo
+from origo.errors import ConfigError
 from origo.naming.canonical import canonical_names, recover_names
 from origo.naming.wrappers import register_wrapper
 
@@ -118,6 +119,18 @@ def test_a_registered_wrapper_is_seen_through() -> None:
     assert list(origo.state_dict(model)) == ["the_model.0.weight", "the_model.0.bias"]
     register_wrapper(Logged, "the_model")
     assert list(origo.state_dict(torch.compile(model))) == ["0.weight", "0.bias"]
+
+
+def test_a_wrapper_that_hides_a_name_of_the_model_is_refused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.inner = model
+            self.weight = nn.Parameter(torch.ones(1))
+
+    register_wrapper(Scaled, "inner")
+    with pytest.raises(ConfigError, match=r"'weight' and 'inner.weight' would both be called 'weight'"):
+        origo.state_dict(Scaled(nn.Linear(2, 1)))
 
 
 def test_names_that_a_hook_made_up_are_kept() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from origo.errors import CheckpointError, StorageError
-from origo.store.layout import HEADER_KEY, MANIFEST, MODEL, OPTIMIZER, Manifest
+from origo.store.layout import HEADER_KEY, MANIFEST, MODEL, OPTIMIZER, Manifest, hash_of
 from origo.store.reader import read_checkpoint
 from origo.store.run import find_checkpoint, newest_good, step_folder, steps, write_step
 from origo.store.writer import write_folder, write_pth, write_safetensors
@@ -121,6 +121,52 @@ def test_a_flipped_bit_in_a_single_file_gives_the_right_tensors_or_an_error(
     assert hashes_lost or all(torch.equal(found[name], value) for name, value in state().items() if name in found)
 
 
+@pytest.mark.parametrize("ending", [".safetensors", ""])
+@pytest.mark.parametrize(("was", "becomes"), [(b'"F32"', b'"I32"'), (b"[4,3]", b"[3,4]"), (b'"a.bias":{', b'"a.bIas":{')])
+def test_a_tensor_that_is_described_otherwise_is_damage(tmp_path: Path, ending: str, was: bytes, becomes: bytes) -> None:
+    path = tmp_path / f"x{ending}"
+    write_safetensors(path, state()) if ending else write(path)
+    file = path if ending else path / MODEL
+    content = file.read_bytes()
+    at = content.rindex(was, 0, 8 + int.from_bytes(content[:8], "little"))  # in the format's own header
+    file.write_bytes(content[:at] + becomes + content[at + len(was) :])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_checkpoint(path).model.state()
+
+
+def test_the_configuration_in_a_single_file_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, state(), "gpt", {"n_heads": 4})
+    assert read_checkpoint(path).config == {"n_heads": 4}
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'\\"n_heads\\": 4', b'\\"n_heads\\": 2'))
+    assert path.read_bytes() != content
+    with pytest.raises(CheckpointError, match=r"x\.safetensors' is damaged"):
+        read_checkpoint(path)
+
+
+@given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
+@settings(max_examples=150, deadline=None)
+def test_a_flipped_bit_in_a_pth_gives_the_right_tensors_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, position: int, bit: int
+) -> None:
+    path = tmp_path_factory.mktemp("flip") / "x.pth"
+    write_pth(path, state())
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1 << bit
+    path.write_bytes(content)
+    try:
+        found = read_checkpoint(path).model.state()
+    except CheckpointError:
+        return
+    assert all(torch.equal(found[name], value) for name, value in state().items())
+
+
+def test_a_pth_from_before_torch_1_6_opens(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_checkpoint(tmp_path / "old.pth").tensor("a.bias"), torch.arange(3.0))
+
+
 def test_a_header_is_not_believed_blindly(tmp_path: Path) -> None:
     for number, content in enumerate(
         [(2**63).to_bytes(8, "little") + b"{", (100).to_bytes(8, "little") + b"{}", b"\x02\0\0\0\0\0\0\0{}extra", b"{" * 9]
@@ -134,8 +180,9 @@ def test_a_header_is_not_believed_blindly(tmp_path: Path) -> None:
 def test_a_manifest_names_files_in_its_own_folder_only(tmp_path: Path) -> None:
     path = write(tmp_path / "x")
     (tmp_path / "secret").write_text("hello\n")
-    manifest = (path / MANIFEST).read_text().replace("notes.txt", "../secret")
-    (path / MANIFEST).write_text(manifest)
+    values = json.loads((path / MANIFEST).read_text().replace("notes.txt", "../secret"))
+    del values["blake3"]  # whoever made the file can make its hash
+    (path / MANIFEST).write_text(json.dumps({**values, "blake3": hash_of(values)}))
     with pytest.raises(CheckpointError, match="outside its folder"):
         read_checkpoint(path)
 
@@ -183,6 +230,8 @@ def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "x.safetensors", {"count": 3})
     with pytest.raises(CheckpointError, match="w has no values yet"):
         write_safetensors(tmp_path / "x.safetensors", {"w": torch.empty(2, device="meta")})
+    with pytest.raises(CheckpointError, match=r"w is torch\.sparse_coo, .* to_dense"):
+        write_safetensors(tmp_path / "x.safetensors", {"w": torch.eye(2).to_sparse()})
     with pytest.raises(CheckpointError, match=r"w has the dtype torch\.complex128"):
         write_safetensors(tmp_path / "x.safetensors", {"w": torch.ones(1, dtype=torch.complex128)})
     assert list(tmp_path.iterdir()) == []
@@ -249,6 +298,16 @@ def test_latest_passes_over_damaged_steps_and_deletes_nothing(tmp_path: Path) ->
     assert find_checkpoint(tmp_path).checkpoint.tensor("a.weight")[0, 0] == 4
 
 
+def test_a_run_that_goes_on_from_before_a_damaged_step_keeps_what_it_writes(tmp_path: Path) -> None:
+    write_steps(tmp_path, 600, 900)
+    model = step_folder(tmp_path, 900) / MODEL
+    model.write_bytes(model.read_bytes()[:-1] + b"\x01")
+    write_steps(tmp_path, 650, keep_last=1)
+    assert steps(tmp_path) == [650]
+    assert (tmp_path / "aside-1-step-000000900" / MODEL).exists(), "renamed, not deleted"
+    assert find_checkpoint(tmp_path).checkpoint.tensor("a.weight")[0, 0] == 650
+
+
 def test_no_step_is_none_and_only_damaged_ones_are_an_error(tmp_path: Path) -> None:
     assert newest_good(tmp_path / "absent") is None
     write_steps(tmp_path, 1)
@@ -268,3 +327,5 @@ def test_a_step_is_found_by_number(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         read_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="is no run, so there is no step 2"):
+        find_checkpoint(step_folder(tmp_path / "checkpoints", 1), 2)

@@ -66,6 +66,33 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_a_replacement_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    with new_folder(target, last="manifest.json") as temporary:
+        (temporary / "manifest.json").write_text("old")
+    replace, calls = os.replace, []
+
+    def failing(source: object, to: object) -> None:
+        calls.append(to)
+        if len(calls) == 2:  # the old one is aside, the new one not yet in place
+            raise OSError(5, "Input/output error")
+        replace(source, to)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(StorageError, match="Input/output error"), new_folder(target, last="manifest.json") as temporary:
+        (temporary / "manifest.json").write_text("new")
+    assert len(calls) == 3
+    assert (target / "manifest.json").read_text() == "old"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_file_keeps_the_mode_of_the_one_it_replaces(tmp_path: Path) -> None:
+    (tmp_path / "x").touch(mode=0o600)
+    with new_file(tmp_path / "x") as temporary:
+        temporary.touch()
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
+
+
 def test_refusals_are_sentences(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="is a file, not a folder"), new_file(tmp_path / "file" / "x"):

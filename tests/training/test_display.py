@@ -14,14 +14,14 @@ from origo.training.plot import plot_losses
 
 def shown(*, terminal: bool, width: int = 80) -> str:
     out = io.StringIO()
-    display = Display(Console(file=out, force_terminal=terminal, width=width, highlight=False, soft_wrap=True))
+    display = Display(Console(file=out, force_terminal=terminal, width=width, highlight=False, soft_wrap=True, emoji=False))
     with display.activity("Tokens") as activity:
         activity("Tokenising", 1, 2)
         activity.result = "[bold]2 documents"
     with display.training():
         display.standing(Standing(5, 10, 4.0), keep=False)
         display.standing(Standing(10, 10, 3.5, 3.75, 12345.6, 61), keep=True)
-    display.table([("kept", "runs/x [1]"), ("held-out loss", "1.0")])
+    display.table([("kept", "runs/x [1] :key:"), ("held-out loss", "1.0")])
     return out.getvalue()
 
 
@@ -30,7 +30,7 @@ def test_a_pipe_gets_plain_lines_and_only_those_that_matter() -> None:
     assert lines[0].startswith("Tokens: [bold]2 documents ("), "text is text, not markup"
     assert lines[1:] == [
         "step 10/10  loss 3.500  held-out 3.750  12,346 tokens/s  ETA 1:01",
-        "kept           runs/x [1]",
+        "kept           runs/x [1] :key:",
         "held-out loss  1.0",
     ]
 

@@ -27,8 +27,16 @@ def run(origo: Run, book: Path, tmp_path: Path) -> Path:
 
 
 def proof_of(run: Path, checkpoint: Path) -> Proof:
-    cache = Path(json.loads((run / "run.json").read_text())["token_cache"])
-    return prove(checkpoint, cache, batch_size=4, eval_batches=20, device="cpu", precision="fp32")
+    description = json.loads((run / "run.json").read_text())
+    return prove(
+        checkpoint,
+        description["held_out"],
+        Path(description["token_cache"]),
+        batch_size=4,
+        eval_batches=20,
+        device="cpu",
+        precision="fp32",
+    )
 
 
 def test_a_checkpoint_of_other_weights_is_found_out(run: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import tyro
 
@@ -66,7 +67,7 @@ def _parse(arguments: list[str]) -> TrainOptions:
 def _summarise(outcome: Outcome, display: Display) -> None:
     """What was kept, how it is known to be right, and what to do next."""
     run, command = outcome.folder.path, program()
-    if outcome.compilation is None:
+    if outcome.compilation is None and outcome.proof is None:
         display.note(f"The run '{run}' is finished already: nothing to do.")
     if outcome.proof is not None:
         display.quote("A sample, from the fresh process (what was given is in brackets):", outcome.proof.sample)
@@ -94,9 +95,9 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     rows.append(("look at", f"{outcome.folder.loss_plot}  {run / 'samples'}  {outcome.folder.metrics}"))
     display.table(rows)
     display.note("Next:", style="bold")
-    display.note(f"  {command} generate {run} --prompt 'Return the'")
-    display.note(f"  {command} train --name {run.name} --steps {2 * outcome.step}{_runs_dir(run)}    (longer)")
-    display.note(f"  {_python()} -c \"import origo; print(origo.load_model('{run}'))\"")
+    display.note(f"  {command} generate {quote(str(run))} --prompt 'Return the'")
+    display.note(f"  {command} train --name {quote(run.name)} --steps {2 * outcome.step}{_runs_dir(run)}    (longer)")
+    display.note(f"  {_python()} -c {quote(f'import origo; print(origo.load_model({str(run)!r}))')}")
 
 
 def program() -> str:
@@ -108,7 +109,7 @@ def program() -> str:
 
 
 def _runs_dir(run: Path) -> str:
-    return "" if run.parent == RunOptions().runs_dir else f" --runs-dir {run.parent}"
+    return "" if run.parent == RunOptions().runs_dir else f" --runs-dir {quote(str(run.parent))}"
 
 
 def _python() -> str:

@@ -1,4 +1,4 @@
-"""Token streams as batches: shuffled windows to train on, consecutive ones to evaluate on.
+"""Token streams as batches: shuffled windows to train on, windows in order to evaluate on.
 
 Every batch has the same shape, the last one of an evaluation too (it is filled up with targets that do not count), so a
 compiled model is compiled once.
@@ -57,12 +57,14 @@ class TrainingBatches:
 def evaluation_batches(
     stream: TokenStream, context_length: int, batch_size: int, limit: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """At most ``limit`` batches of consecutive windows, covering every token once where the limit allows.
+    """At most ``limit`` batches, covering every token once where the limit allows, else windows spread evenly over the stream.
 
     Each is inputs and targets as in :class:`TrainingBatches`; targets past the end of the stream are -100.
     """
     starts = np.arange(0, max(len(stream) - 1, 0), context_length, dtype=np.int64)
-    for first in range(0, min(len(starts), limit * batch_size), batch_size):
+    if len(starts) > limit * batch_size:
+        starts = starts[np.arange(limit * batch_size) * len(starts) // (limit * batch_size)]
+    for first in range(0, len(starts), batch_size):
         chosen = starts[first : first + batch_size]
         # Rows that fill up the last batch start at the end of the stream: nothing of them counts.
         filled = np.concatenate([chosen, np.full(batch_size - len(chosen), len(stream), dtype=np.int64)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import json
 import sysconfig
 from collections.abc import Iterator
@@ -47,8 +48,9 @@ class Corpus:
         """What to call a run on this corpus."""
         if not self.data:
             return "python-docs"
-        first = Path(self.data[0])
-        return (first.resolve().stem if not has_magic(self.data[0]) else first.parent.resolve().name) or "data"
+        # Of a pattern, the last part that is none: notes/**/*.md -> notes
+        plain = Path(*itertools.takewhile(lambda part: not has_magic(part), Path(self.data[0]).parts))
+        return plain.resolve().stem or "data"
 
     @property
     def description(self) -> str:
@@ -74,12 +76,17 @@ def find_files(data: tuple[str, ...]) -> list[Path]:
     """The files that ``data`` names, each once, folders and globs in sorted order."""
     found: dict[Path, None] = {}
     for entry in data:
-        path = Path(entry).expanduser()
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and not _is_hidden(file, path))
+        try:
+            path = Path(entry).expanduser()
+            is_folder, exists = path.is_dir(), path.exists()
+        except (OSError, RuntimeError) as error:  # too long, no permission, no such user
+            raise DataError(f"The path '{entry}' given to --data cannot be followed: {error}.") from error
+        if is_folder:
+            found_here = (file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            files = sorted(file for file in found_here if not _is_hidden(file, path))
             if not files:
                 raise DataError(f"The folder '{entry}' holds no {', '.join(SUFFIXES)} files: name another, or the files.")
-        elif path.exists():
+        elif exists:
             files = [path]
         elif has_magic(entry):
             files = sorted(Path(match) for match in glob(str(path), recursive=True) if Path(match).is_file())  # noqa: PTH207
@@ -129,6 +136,13 @@ def _decode(raw: bytes, source: str) -> str:
     return text
 
 
+def _require_text(text: str, source: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"'{source}' has half of a surrogate pair at character {error.start:,}: that is no text.") from error
+
+
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
     try:
         lines = path.open("rb")
@@ -141,7 +155,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"'{source}' is not a JSON object: {error}.") from error
             if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
                 fields = ", ".join(row) if isinstance(row, dict) else "none"
@@ -149,6 +163,8 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
                     f"'{source}' has no text in a field {text_field!r} (its fields: {fields}): "
                     "name the field that holds the text with --text-field."
                 )
+            if not row[text_field].isascii():
+                _require_text(row[text_field], source)
             yield Document(source, row[text_field])
 
 
@@ -170,8 +186,15 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
                 "name the one that holds the text with --text-field."
             )
         row = 0
-        for batch in file.iter_batches(columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+        batches = file.iter_batches(columns=[text_field])
+        while True:
+            try:
+                texts = next(batches).column(0).to_pylist()
+            except StopIteration:
+                return
+            except (OSError, pyarrow.ArrowException) as error:
+                raise DataError(f"'{path}' is damaged after row {row:,}: {error}.") from error
+            for text in texts:
                 row += 1
                 if text is not None and not isinstance(text, str):
                     raise DataError(f"Column {text_field!r} of '{path}' holds {type(text).__name__}, not text.")

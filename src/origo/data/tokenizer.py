@@ -79,7 +79,7 @@ class Tokenizer:
                 return cls.from_json(path.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError, TokenizerError) as error:
                 raise TokenizerError(f"The tokenizer '{path}' cannot be read, it may be damaged: {error}") from error
-        if path.suffix or len(path.parts) > 2:
+        if path.suffix == ".json" or len(path.parts) > 2 or str(name).startswith((".", "/", "~")):
             raise TokenizerError(f"There is no tokenizer file '{name}': check the path given to --tokenizer.")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news to the user
         try:
@@ -115,11 +115,17 @@ class Tokenizer:
         return self._inner.decode(list(ids), skip_special_tokens=False)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text as its tokens come, held back only while a character is incomplete."""
+        """Text as its tokens come, held back only while a character is incomplete; together, what :meth:`decode` gives."""
         stream = decoders.DecodeStream(skip_special_tokens=False)
+        seen: list[int] = []
+        written = 0
         for token in ids:
+            seen.append(token)
             if piece := stream.step(self._inner, token):
+                written += len(piece)
                 yield piece
+        if rest := self.decode(seen)[written:]:  # an end inside a character
+            yield rest
 
 
 def _first_line(error: Exception) -> str:

@@ -9,8 +9,8 @@ corpus or tokenizer looks elsewhere. The folder is written beside its place and 
 or not at all. Deleting it costs the time to tokenise again and nothing else.
 
 Every document ends with the end-of-text token, and belongs to the training stream or to the held-out one as a whole: by a
-hash of its text, so that copies of a document stay on one side and new documents do not move the old ones. A corpus of
-fewer than ten documents is split within each: its last part is held out.
+hash of its text, so that copies of a document stay on one side and new documents do not move the old ones. A document that is
+longer than all that shall be held out is split instead: its last part is held out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is (0 while that is not known)."""
 
 _FORMAT = 1
-_FEW_DOCUMENTS = 10  # below this, whole documents are too coarse to hold out
 _CHUNK_CHARACTERS = 1 << 20  # encoded at a time, so that a long document does not need twenty times its size in memory
 
 
@@ -50,17 +49,20 @@ class Survey:
     fingerprint: str
     documents: int
     text_bytes: int
+    longest_whole: int
+    """Bytes of the longest document that is held out or trained on as a whole; a longer one is split."""
     held_out_below: int
-    """Documents whose hash is below this are held out; with fewer than ten, the share of each that is trained on counts."""
+    """Documents whose hash is below this are held out."""
     train_share: float
 
     def split(self, text: str) -> Iterator[tuple[Split, str]]:
         """A document, or its two parts, each with the stream that it belongs to."""
-        if self.documents >= _FEW_DOCUMENTS:
-            yield ("held_out" if _document_hash(text) < self.held_out_below else "train"), text
+        raw = text.encode()
+        if len(raw) <= self.longest_whole:
+            yield ("held_out" if _document_hash(raw) < self.held_out_below else "train"), text
             return
-        cut = int(len(text) * self.train_share)
-        cut = text.rfind("\n", 0, cut) + 1 or cut  # at the end of a line where there is one
+        cut = min(int(len(text) * self.train_share), len(text) - 1)
+        cut = text.rfind("\n", cut - len(text) // 10, cut) + 1 or cut  # at the end of a line where one is near
         for split, part in (("train", text[:cut]), ("held_out", text[cut:])):
             if part:
                 yield split, part  # type: ignore[misc]
@@ -73,28 +75,30 @@ def survey(corpus: Corpus, held_out: float, progress: Progress | None = None) ->
         DataError: nothing is in it.
     """
     digest = blake3()
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []  # hash and bytes of each document
     text_bytes = 0
     for document in corpus.documents():
         raw = document.text.encode()
-        document_digest = blake3(raw).digest()
-        digest.update(document_digest)
-        sizes.append((int.from_bytes(document_digest[:8], "big"), len(raw)))
+        digest.update(blake3(raw).digest())
+        sizes.append((_document_hash(raw), len(raw)))
         text_bytes += len(raw)
         if progress and len(sizes) % 100 == 0:
             progress("Reading the text", len(sizes), 0)
     if not sizes:
         raise DataError(f"There is no text in {corpus.description}: the corpus is empty. Name other files with --data.")
+    longest_whole = int(held_out * text_bytes)
+    whole = sorted((document_hash, size) for document_hash, size in sizes if size <= longest_whole)
+    wanted = held_out * sum(size for _, size in whole)
     below, seen = 0, 0
-    for document_hash, size in sorted(sizes):
-        if seen >= held_out * text_bytes:
+    for document_hash, size in whole:
+        if seen >= wanted:
             break
         below, seen = document_hash + 1, seen + size
-    return Survey(digest.hexdigest(), len(sizes), text_bytes, below, 1 - held_out)
+    return Survey(digest.hexdigest(), len(sizes), text_bytes, longest_whole, below, 1 - held_out)
 
 
-def _document_hash(text: str) -> int:
-    return int.from_bytes(blake3(text.encode()).digest()[:8], "big")
+def _document_hash(raw: bytes) -> int:
+    return int.from_bytes(blake3(raw).digest()[:8], "big")
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def tokenise(corpus: Corpus, found: Survey, tokenizer: Tokenizer, cache: Path, p
     Raises:
         StorageError: the cache cannot be written; nothing half-written stays.
     """
-    recipe = [_FORMAT, found.fingerprint, found.held_out_below, found.train_share, tokenizer.to_json()]
+    recipe = [_FORMAT, found.fingerprint, found.longest_whole, found.held_out_below, found.train_share, tokenizer.to_json()]
     key = blake3(json.dumps(recipe).encode()).hexdigest()[:32]
     folder = cache / "tokens" / key
     if (data := open_tokens(folder)) is not None:
@@ -162,6 +166,8 @@ def tokenise(corpus: Corpus, found: Survey, tokenizer: Tokenizer, cache: Path, p
             temporary = Path(name) / key
             temporary.mkdir()
             _write(temporary, corpus, found, tokenizer, progress)
+            if (data := open_tokens(folder)) is not None:  # another run was faster
+                return data
             shutil.rmtree(folder, ignore_errors=True)  # one that is there but was not whole
             os.replace(temporary, folder)
     except OSError as error:
@@ -240,5 +246,5 @@ def open_tokens(folder: Path) -> TokenData | None:
             tokens = np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype=dtype)
             streams[split] = TokenStream(tokens, np.load(folder / f"{split}.documents.npy", mmap_mode="r"))
         return TokenData(folder, streams["train"], streams["held_out"], description["documents"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

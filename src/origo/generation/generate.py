@@ -50,6 +50,8 @@ def generate(
         raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
     if not 1 <= slide <= context:
         raise ConfigError(f"slide must be from 1 to the context length {context}, not {slide}.")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed must be from 0 to 2^63 - 1, not {seed}.")
     if not prompt:
         raise ConfigError("The prompt has no tokens: give it some text.")
     if not all(0 <= token < model.config.vocab_size for token in prompt):

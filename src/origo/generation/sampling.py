@@ -44,7 +44,9 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    # Below the largest, so that a tiny temperature leads to -inf and never to a NaN.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

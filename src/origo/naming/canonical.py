@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from origo.errors import ConfigError
 from origo.naming.wrappers import wrapper_of, wrapper_prefixes
 
 
@@ -25,6 +26,9 @@ class _Place:
 
 def canonical_names(model: nn.Module, raw_names: Iterable[str]) -> dict[str, str]:
     """Map names as ``model.state_dict()`` gives them to canonical ones, in the same order.
+
+    Raises:
+        ConfigError: two names come out the same.
 
     >>> import torch
     >>> model = torch.compile(nn.Sequential(nn.Linear(1, 1)))
@@ -47,6 +51,13 @@ def canonical_names(model: nn.Module, raw_names: Iterable[str]) -> dict[str, str
     for raw in raw_names:
         prefix, leaf = _split_last(raw)
         names[raw] = place_of(prefix).canonical + leaf
+    if len(set(names.values())) < len(names):
+        first: dict[str, str] = {}
+        raw, canonical = next((raw, name) for raw, name in names.items() if first.setdefault(name, raw) != raw)
+        raise ConfigError(
+            f"{first[canonical]!r} and {raw!r} would both be called {canonical!r}: a wrapper has a parameter or child of the "
+            "same name as the model inside it. Rename it in the wrapper."
+        )
     return names
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,12 +47,13 @@ def new_file(path: Path) -> Iterator[Path]:
         StorageError: the disk refused; the file that was there before is untouched.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if path.is_dir():
             raise StorageError(f"'{path}' is a folder, not a file: name a file in it.")
         with _temporary_sibling(path) as temporary:
             yield temporary
-            os.chmod(temporary, 0o666 & ~_umask())  # some writers make their files private
+            # As the file that was there, or as the umask says: some writers make their files private.
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask())
             flush_file(temporary)
             os.replace(temporary, path)
             flush_folder(path.parent)
@@ -71,7 +73,7 @@ def new_folder(path: Path, last: str) -> Iterator[Path]:
         StorageError: the disk refused; nothing was changed.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with _temporary_sibling(path) as temporary:
             temporary.mkdir()
             yield temporary
@@ -79,16 +81,37 @@ def new_folder(path: Path, last: str) -> Iterator[Path]:
                 os.chmod(file, 0o666 & ~_umask())
                 flush_file(file)
             flush_folder(temporary)
-            if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside, then delete it
-                with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=path.parent) as aside:
-                    os.replace(path, Path(aside) / path.name)
-                    os.replace(temporary, path)
-                    flush_folder(path.parent)
-            else:
-                os.replace(temporary, path)
-                flush_folder(path.parent)
+            _put_in_place(temporary, path)
     except OSError as error:
         raise storage_error("write", path, error) from error
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a folder to its name. One that is there is moved aside first, back if that fails, and deleted last."""
+    aside = None
+    if path.is_dir():
+        aside = path.with_name(f"{TEMPORARY_PREFIX}replaced-{os.getpid()}-{path.name}")
+        os.replace(path, aside)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        if aside is not None:
+            os.replace(aside, path)
+        raise
+    flush_folder(path.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, each on the disk before the next."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from blake3 import blake3
+
 from origo.errors import CheckpointError
 
 FORMAT = "origo-checkpoint"
@@ -44,6 +46,20 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class HeaderTensor:
+    """One tensor of a single file; the format's own header says where it is."""
+
+    dtype: str
+    shape: list[int]
+    blake3: str
+
+
+def hash_of(values: Mapping[str, Any]) -> str:
+    """BLAKE3 of JSON values, in hexadecimal: of their text with sorted keys and without white space."""
+    return blake3(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a folder holds. A folder without one is not a checkpoint."""
 
@@ -59,7 +75,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of a ``manifest.json``."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps({**values, "blake3": hash_of(values)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:
@@ -77,6 +94,8 @@ class Manifest:
                     f"'{source}' has format version {values['version']}, this Origo reads up to {VERSION}: "
                     "pip install --upgrade origo."
                 )
+            if values.pop("blake3") != hash_of(values):
+                raise CheckpointError(f"The manifest '{source}' is damaged: its content is not what was written.")
             return cls(
                 files={name: FileEntry(**entry) for name, entry in values["files"].items()},
                 tensors={
@@ -98,20 +117,30 @@ class Manifest:
 class Header:
     """What Origo writes into the header of a single .safetensors file, so that it is checked and describes itself."""
 
-    blake3: dict[str, str]
+    tensors: dict[str, HeaderTensor]
     architecture: str | None = None
     config: Mapping[str, Any] | None = None
-    version: int = VERSION
 
     def to_json(self) -> str:
         """The string under ``HEADER_KEY``."""
-        return json.dumps(asdict(self))
+        values = {"version": VERSION, **asdict(self)}
+        return json.dumps({**values, "blake3": hash_of(values)})
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Header:
         """Read what :meth:`to_json` wrote."""
         try:
             values = json.loads(text)
-            return cls(dict(values["blake3"]), values["architecture"], values["config"], values["version"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if values["version"] > VERSION:
+                raise CheckpointError(
+                    f"'{source}' has format version {values['version']}, this Origo reads up to {VERSION}: "
+                    "pip install --upgrade origo."
+                )
+            if values.pop("blake3") != hash_of(values):
+                raise CheckpointError(f"The header that Origo wrote into '{source}' is damaged.")
+            tensors = {name: HeaderTensor(**entry) for name, entry in values["tensors"].items()}
+            return cls(tensors, values["architecture"], values["config"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"The header that Origo wrote into '{source}' is damaged ({error}).") from error

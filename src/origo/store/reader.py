@@ -6,8 +6,11 @@ that ``torch.save`` wrote.
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from origo.errors import CheckpointError
-from origo.store.layout import CONFIG, HEADER_KEY, MANIFEST, MODEL, Header, Manifest
-from origo.store.writer import file_entry, tensor_hash
+from origo.state.model import describe
+from origo.store.layout import CONFIG, HEADER_KEY, MANIFEST, MODEL, Header, HeaderTensor, Manifest, TensorEntry
+from origo.store.writer import DTYPE_NAMES, file_entry, tensor_hash
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,16 @@ class TensorFile:
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
-    """Of every stored tensor, in the order of the file."""
+    """Of every stored tensor."""
+    dtypes: Mapping[str, str]
+    """Of every stored tensor, under torch's names."""
     aliases: Mapping[str, str]
     """Further names of tied tensors -> the name they are stored under."""
     hashes: Mapping[str, str]
     """BLAKE3 of each tensor's bytes; a name without one cannot be checked."""
     _read: Callable[[str], Any] = field(repr=False)
+    _check: Callable[[], None] = field(repr=False, default=lambda: None)
+    """Checks the file as a whole, where its format has a checksum for that; cheap after the first call."""
 
     @property
     def names(self) -> list[str]:
@@ -52,6 +60,8 @@ class TensorFile:
         stored_name = self.aliases.get(name, name)
         if stored_name not in self.shapes:
             raise CheckpointError(f"'{self.path}' holds no tensor {name!r}.")
+        if verify:
+            self._check()
         try:
             value = self._read(stored_name)
         except (SafetensorError, OSError, RuntimeError) as error:
@@ -121,7 +131,11 @@ class Checkpoint:
         assert self.manifest is not None
         entry, path = self.manifest.files[file], self.path / file
         _check_size(path, entry.bytes)
-        if file_entry(path) != entry:
+        try:
+            found = file_entry(path)
+        except OSError as error:
+            raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+        if found != entry:
             raise CheckpointError(f"'{path}' is damaged: its content is not what was written.")
 
 
@@ -183,15 +197,22 @@ def _open_listed(folder: Path, file: str, manifest: Manifest) -> TensorFile:
     """A tensor file of a folder, held against the manifest."""
     found, _ = _open_safetensors(folder / file)
     entries = manifest.tensors[file]
-    if {name: list(shape) for name, shape in found.shapes.items()} != {name: entry.shape for name, entry in entries.items()}:
-        raise CheckpointError(f"'{folder / file}' is damaged: it holds other tensors than its manifest lists.")
+    _require_listed(found, entries)
     return TensorFile(
         found.path,
         {name: found.shapes[name] for name in entries},  # in the order of the model, where the file sorts them
+        found.dtypes,
         {alias: name for name, entry in entries.items() for alias in entry.aliases},
         {name: entry.blake3 for name, entry in entries.items()},
         found._read,
     )
+
+
+def _require_listed(file: TensorFile, entries: Mapping[str, TensorEntry] | Mapping[str, HeaderTensor]) -> None:
+    """Hold a file's own header against what was recorded when it was written."""
+    found = {name: (file.dtypes[name], list(shape)) for name, shape in file.shapes.items()}
+    if found != {name: (entry.dtype, entry.shape) for name, entry in entries.items()}:
+        raise CheckpointError(f"'{file.path}' is damaged: it holds other tensors than were written.")
 
 
 def _open_safetensors(path: Path) -> tuple[TensorFile, Header | None]:
@@ -201,30 +222,51 @@ def _open_safetensors(path: Path) -> tuple[TensorFile, Header | None]:
         raise CheckpointError(f"'{path}' is damaged, or no .safetensors file: {error}.") from error
     metadata: dict[str, str] = file.metadata() or {}
     header = Header.from_json(metadata[HEADER_KEY], str(path)) if HEADER_KEY in metadata else None
-    names = list(header.blake3) if header else sorted(file.keys())  # the model's order, where the file sorts them
+    names = list(header.tensors) if header else sorted(file.keys())  # the model's order, where the file sorts them
     if set(names) != set(file.keys()):
         raise CheckpointError(f"'{path}' is damaged: it holds other tensors than were written.")
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    slices = {name: file.get_slice(name) for name in names}
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    dtypes = {name: DTYPE_NAMES.get(part.get_dtype(), part.get_dtype()) for name, part in slices.items()}
     # Stock safetensors records a tied tensor's further names as metadata entries: further name -> stored name.
     aliases = {alias: name for alias, name in metadata.items() if name in shapes and alias not in shapes}
-    return TensorFile(path, shapes, aliases, header.blake3 if header else {}, file.get_tensor), header
+    hashes = {name: entry.blake3 for name, entry in header.tensors.items()} if header else {}
+    opened = TensorFile(path, shapes, dtypes, aliases, hashes, file.get_tensor)
+    if header:
+        _require_listed(opened, header.tensors)
+    return opened, header
 
 
 def _open_pth(path: Path) -> TensorFile:
+    is_zip = zipfile.is_zipfile(path)  # since torch 1.6; files from before cannot be mapped
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"'{path}' is not a plain state dict: reading it would run code that is stored in it, so it was not read. "
-            "Where it was made, save again with origo.save(model, path)."
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"'{path}' is no weight file, or it is damaged ({str(error).splitlines()[0]}).") from error
+        state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except Exception as error:  # a damaged file can make torch raise nearly anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # the pickle asks for a class or function
+            raise CheckpointError(
+                f"'{path}' is not a plain state dict: reading it would run code that is stored in it, so it was not read. "
+                "Where it was made, save again with origo.save(model, path)."
+            ) from error
+        reason = type(error).__name__ if is_zip else "it is neither safetensors nor written by torch.save"
+        raise CheckpointError(f"'{path}' is no weight file, or it is damaged ({reason}).") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"'{path}' holds a {type(state).__name__}, not a state dict of named tensors.")
     if not any(isinstance(value, Tensor) for value in state.values()):
         inner = next((name for name, value in state.items() if isinstance(value, dict)), None)
         hint = f" Load it with torch.load and pass [{inner!r}] to origo.load_state_dict." if inner else ""
         raise CheckpointError(f"'{path}' has no tensors at its top level; it has {', '.join(list(state)[:6])}.{hint}")
-    shapes = {name: tuple(value.shape) if isinstance(value, Tensor) else () for name, value in state.items()}
-    return TensorFile(path, shapes, {}, {}, state.__getitem__)
+
+    @functools.cache
+    def check() -> None:
+        """Compare the zip's checksums, which torch writes and does not read."""
+        try:
+            damaged = zipfile.ZipFile(path).testzip() if is_zip else None
+        except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+            raise CheckpointError(f"'{path}' is damaged ({error}).") from error
+        if damaged is not None:
+            raise CheckpointError(f"'{path}' is damaged: the bytes of its part {damaged!r} are not those that were written.")
+
+    described = describe(state)
+    shapes = {name: shape for name, (shape, _) in described.items()}
+    dtypes = {name: dtype for name, (_, dtype) in described.items()}
+    return TensorFile(path, shapes, dtypes, {}, {}, state.__getitem__, check)

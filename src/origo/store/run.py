@@ -80,6 +80,8 @@ def find_checkpoint(path: str | Path, step: int | str = "latest") -> Found:
     directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     available = steps(directory)
     if not available:
+        if step != "latest":
+            raise CheckpointError(f"'{path}' is no run, so there is no step {step} to choose in it.")
         return Found(read_checkpoint(path))
     if step != "latest":
         if step not in available:
@@ -95,11 +97,15 @@ def _make_room(path: Path) -> None:
     try:
         require_replaceable(path)
     except StorageError:
-        number = next(n for n in itertools.count(1) if not path.with_name(f"aside-{n}-{path.name}").exists())
-        try:
-            path.rename(path.with_name(f"aside-{number}-{path.name}"))
-        except OSError as error:
-            raise storage_error("set a checkpoint aside", path, error) from error
+        _set_aside(path)
+
+
+def _set_aside(path: Path) -> None:
+    number = next(n for n in itertools.count(1) if not path.with_name(f"aside-{n}-{path.name}").exists())
+    try:
+        path.rename(path.with_name(f"aside-{number}-{path.name}"))
+    except OSError as error:
+        raise storage_error("set a checkpoint aside", path, error) from error
 
 
 def write_step(
@@ -112,11 +118,18 @@ def write_step(
     metrics: Mapping[str, float] | None = None,
     keep_last: int = 3,
 ) -> Path:
-    """Keep one step, then delete all but the newest ``keep_last``. A deletion that fails is left for the next time."""
+    """Keep one step, then delete all but the newest ``keep_last``. A deletion that fails is left for the next time.
+
+    Steps after this one are of a past that the run has left (they were damaged, so it went on from an earlier one): they are
+    renamed, so that they neither count as the newest nor are lost.
+    """
     assert keep_last >= 1
     path = step_folder(directory, step)
     _make_room(path)
     write_folder(path, tensors, texts, architecture=architecture, step=step, metrics=metrics)
+    present = steps(directory)
+    for newer in present[present.index(step) + 1 :]:
+        _set_aside(step_folder(directory, newer))
     for old in steps(directory)[:-keep_last]:
         remove_folder(step_folder(directory, old))
     return path

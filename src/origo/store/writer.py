@@ -18,7 +18,7 @@ from torch import Tensor
 from origo.errors import CheckpointError, StorageError
 from origo.state.model import tensor_identity
 from origo.store.filesystem import new_file, new_folder
-from origo.store.layout import HEADER_KEY, MANIFEST, FileEntry, Header, Manifest, TensorEntry
+from origo.store.layout import HEADER_KEY, MANIFEST, FileEntry, Header, HeaderTensor, Manifest, TensorEntry
 
 # The dtypes of the safetensors format under its names for them.
 _DTYPES = {
@@ -39,6 +39,8 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPE_NAMES = {name: str(dtype).removeprefix("torch.") for dtype, name in _DTYPES.items()}
+"""From the format's names to torch's."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,15 @@ def gather(state: Mapping[str, Any]) -> Stored:
                 f"{name} has no values yet (it is on the meta device, or its layer is lazy): load or initialise the model "
                 "before saving it."
             )
+        if value.layout != torch.strided:
+            raise CheckpointError(f"{name} is {value.layout}, which cannot be stored: store its to_dense().")
         identity = tensor_identity(value)
         if identity is not None and identity in seen:
             aliases[name] = seen[identity]
             continue
         if identity is not None:
             seen[identity] = name
-        stored = value.detach().to("cpu").contiguous()
+        stored = value.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
         owns_all = stored.untyped_storage().nbytes() == stored.nbytes
         tensors[name] = stored if owns_all else stored.clone()
     return Stored(tensors, aliases)
@@ -88,6 +92,11 @@ def gather(state: Mapping[str, Any]) -> Stored:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, in its own byte order, as safetensors stores it."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The dtype under torch's name for it, as ``float32``."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -100,7 +109,11 @@ def write_safetensors(
 ) -> None:
     """Write one self-describing .safetensors file, durably."""
     stored = gather(state)
-    header = Header({name: tensor_hash(tensor) for name, tensor in stored.tensors.items()}, architecture, config)
+    tensors = {
+        name: HeaderTensor(dtype_name(tensor), list(tensor.shape), tensor_hash(tensor))
+        for name, tensor in stored.tensors.items()
+    }
+    header = Header(tensors, architecture, config)
     with new_file(path) as temporary:
         _write_tensor_file(temporary, stored, {HEADER_KEY: header.to_json()})
 
@@ -109,8 +122,11 @@ def write_pth(path: Path, state: Mapping[str, Any]) -> None:
     """Write a plain state dict for ``torch.load(path, weights_only=True)``, durably. Tied tensors stay tied."""
     stored = gather({name: value for name, value in state.items() if isinstance(value, Tensor)})
     plain = {name: stored.tensors[stored.aliases.get(name, name)] if isinstance(v, Tensor) else v for name, v in state.items()}
-    with new_file(path) as temporary:
-        torch.save(plain, temporary)
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(plain, file)
+        except RuntimeError as error:  # torch closes its zip after a failed write, and fails again over that
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def write_folder(
@@ -139,7 +155,7 @@ def write_folder(
             entries[file] = {
                 name: TensorEntry(
                     file,
-                    str(tensor.dtype).removeprefix("torch."),
+                    dtype_name(tensor),
                     list(tensor.shape),
                     tensor_hash(tensor),
                     [alias for alias, kept in stored.aliases.items() if kept == name],

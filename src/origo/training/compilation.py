@@ -43,7 +43,7 @@ def compile_in_place(model: nn.Module, wanted: bool, dry_run: Callable[[], None]
             dry_run()
             return Compilation(True, time.perf_counter() - start)
         except Exception as error:  # whatever a compiler can raise must not cost the user the run
-            model._compiled_call_impl = None
+            uncompile(model)
             reason = _short(error)
     dry_run()
     return Compilation(False, time.perf_counter() - start, reason)

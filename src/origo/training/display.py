@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,14 @@ class Standing:
         return "  ".join(parts)
 
 
+class _Console(Console):
+    """A console whose reader may go away, as with ``| head``: the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Display:
     """Writes to a terminal or to anything else, each as suits it.
 
@@ -43,7 +53,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _Console(highlight=False, soft_wrap=True, emoji=False)
         self._live: Progress | None = None
 
     def note(self, text: str, style: str = "") -> None:

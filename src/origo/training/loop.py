@@ -152,25 +152,32 @@ class Trainer:
             f"Model: {self.options.model.preset}, {self.parameters / 1e6:.1f}M parameters, context "
             f"{self.config.context_length}; {self.compute}"
         )
-        compilation, first_loss = self._compile()
+        if self.step < steps:
+            compilation, first_loss = self._compile()
+        else:  # stopped after its last step, or asked for fewer than it has
+            compilation, first_loss = None, math.nan
         self._describe(RUNNING)
         self.folder.drop_metrics_after(self.step if self.step else -1)
+        self.folder.keep_tokenizer(self.tokenizer.to_json())
         started_at = time.perf_counter() - self.seconds
         if self.step == 0:
             self._measure()
             self.first_held_out = self.held_out
             self._log(first_loss, started_at)
-        else:
+        elif self.step < steps:
             self.display.note(f"Continuing after step {self.step} of {steps}.")
         with self.display.training(), StopRequest() as stop:
             while self.step < steps and not stop.requested:
+                measured = (self.step + 1) % run.eval_every == 0 or self.step + 1 == steps
+                logged = (self.step + 1) % run.log_every == 0 or measured
                 with self.meter.step():
                     self.losses.append(self._train_step())
+                    if logged and self.compute.device.type == "cuda":
+                        torch.cuda.synchronize()  # the time of the steps since the last row, not of their launches
                 self.step += 1
-                measured = self.step % run.eval_every == 0 or self.step == steps
                 if measured:
                     self._measure()
-                if self.step % run.log_every == 0 or measured:
+                if logged:
                     self._log(self._mean_loss(), started_at, measured=measured)
                 if self.step % run.save_every == 0 or self.step == steps:
                     self._keep(started_at)
@@ -296,14 +303,17 @@ class Trainer:
 
     def _prove(self) -> Proof:
         assert self.checkpoint is not None
+        if self.measured_step != self.step:  # by another process, which may have measured otherwise
+            self._measure()
         with self.display.activity("Proof") as activity:
             proof = prove(
                 self.checkpoint,
+                self.held_out,
                 self.tokens.path,
-                self.options.optimization.batch_size,
-                self.options.run.eval_batches,
-                str(self.compute.device),
-                "fp32" if self.compute.dtype == torch.float32 else "bf16",
+                batch_size=self.options.optimization.batch_size,
+                eval_batches=self.options.run.eval_batches,
+                device=str(self.compute.device),
+                precision="fp32" if self.compute.dtype == torch.float32 else "bf16",
             )
             activity.result = "a fresh process without torch.compile opened the checkpoint"
         if not proof.holds:
@@ -323,7 +333,7 @@ class Trainer:
         }
         self.folder.describe(self.options, status, **facts)
 
-    def _outcome(self, status: str, compilation: Compilation, proof: Proof | None) -> Outcome:
+    def _outcome(self, status: str, compilation: Compilation | None, proof: Proof | None) -> Outcome:
         assert self.checkpoint is not None
         return Outcome(
             status,

@@ -170,7 +170,11 @@ class TrainOptions:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> TrainOptions:
-        """Read what :meth:`to_dict` gave; what an earlier version did not know has its default."""
+        """Read what :meth:`to_dict` gave; what an earlier version did not know has its default.
+
+        Raises:
+            ConfigError: a value is of another type than it was given as.
+        """
         subjects: dict[str, Any] = {}
         for subject in dataclasses.fields(cls):
             default = getattr(cls(), subject.name)

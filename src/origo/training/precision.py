@@ -39,7 +39,7 @@ def choose_compute(device: str, precision: str) -> Compute:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.ones(1, device=chosen).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"There is no device {device!r} here ({str(error).splitlines()[0][:100]}): take another --device."

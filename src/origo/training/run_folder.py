@@ -1,6 +1,7 @@
 """A run's folder: what was asked for, how far it is, and what a person wants to look at.
 
 runs/NAME/run.json        options, model, status
+              tokenizer.json
           metrics.jsonl   a row every few steps
           loss.png        samples/step-000000100.txt
           checkpoints/    see store.run
@@ -23,6 +24,7 @@ RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 
 # What may differ when a run is continued: none of these changes what has been trained so far.
 _CHANGEABLE = {
+    *("data", "text_field"),  # how it is spelled; whether it is the same text is seen by the tokens
     *("steps", "cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "log_every"),
     *("compile", "precision", "device"),
 }
@@ -81,13 +83,13 @@ class RunFolder:
         path = self.path / "run.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(values["options"], dict)
+            TrainOptions.from_dict(values["options"])
             assert isinstance(values["status"], str)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except PermissionError as error:
             raise storage_error("read the run", path, error) from error
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise RunError(f"'{path}' is damaged: take another --name; the checkpoints beside it are whole.") from error
         return values  # type: ignore[no-any-return]
 
@@ -95,6 +97,11 @@ class RunFolder:
         """Write run.json anew."""
         text = json.dumps({"status": status, **facts, "options": options.to_dict()}, indent=2) + "\n"
         with new_file(self.path / "run.json") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def keep_tokenizer(self, text: str) -> None:
+        """Write the tokenizer beside the run's description, as every checkpoint has it too."""
+        with new_file(self.path / "tokenizer.json") as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 
@@ -25,4 +26,5 @@ class StopRequest:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        print("\nFinishing the step and keeping it; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
