@@ -59,6 +59,16 @@ def hash_of(values: Mapping[str, Any]) -> str:
     return blake3(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _require_whole(values: dict[str, Any], what: str) -> None:
+    """Check the version of some JSON values and take their hash out of them, checked."""
+    if values["version"] > VERSION:
+        raise CheckpointError(
+            f"{what} has format version {values['version']}, this Origo reads up to {VERSION}: pip install --upgrade origo."
+        )
+    if values.pop("blake3") != hash_of(values):
+        raise CheckpointError(f"{what} is damaged: its content is not what was written.")
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a folder holds. A folder without one is not a checkpoint."""
@@ -89,13 +99,7 @@ class Manifest:
             values = json.loads(text)
             if values["format"] != FORMAT:
                 raise CheckpointError(f"'{source}' is not the manifest of an Origo checkpoint.")
-            if values["version"] > VERSION:
-                raise CheckpointError(
-                    f"'{source}' has format version {values['version']}, this Origo reads up to {VERSION}: "
-                    "pip install --upgrade origo."
-                )
-            if values.pop("blake3") != hash_of(values):
-                raise CheckpointError(f"The manifest '{source}' is damaged: its content is not what was written.")
+            _require_whole(values, f"The manifest '{source}'")
             return cls(
                 files={name: FileEntry(**entry) for name, entry in values["files"].items()},
                 tensors={
@@ -131,13 +135,7 @@ class Header:
         """Read what :meth:`to_json` wrote."""
         try:
             values = json.loads(text)
-            if values["version"] > VERSION:
-                raise CheckpointError(
-                    f"'{source}' has format version {values['version']}, this Origo reads up to {VERSION}: "
-                    "pip install --upgrade origo."
-                )
-            if values.pop("blake3") != hash_of(values):
-                raise CheckpointError(f"The header that Origo wrote into '{source}' is damaged.")
+            _require_whole(values, f"What Origo wrote into the header of '{source}'")
             tensors = {name: HeaderTensor(**entry) for name, entry in values["tensors"].items()}
             return cls(tensors, values["architecture"], values["config"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
