@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from origo.errors import CheckpointError, StorageError
 from origo.store.layout import MANIFEST, MODEL, OPTIMIZER, Manifest, hash_of
@@ -103,24 +101,22 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
         opened.verify()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-@given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
-@settings(max_examples=150, deadline=None)
-def test_a_flipped_bit_gives_the_right_tensors_or_an_error(
-    tmp_path_factory: pytest.TempPathFactory, ending: str, position: int, bit: int
-) -> None:
-    path = tmp_path_factory.mktemp("flip") / f"x{ending}"
+def test_a_flipped_bit_in_any_byte_gives_the_right_tensors_or_an_error(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"x{ending}"
     (write_safetensors if ending == ".safetensors" else write_pth)(path, state())
-    content = bytearray(path.read_bytes())
-    content[position % len(content)] ^= 1 << bit
-    path.write_bytes(content)
-    try:
-        found = read_checkpoint(path).model.state()
-    except CheckpointError:
-        return
-    # Where the flip renamed the entry that holds the hashes, there is nothing to check against.
-    hashes_lost = ending == ".safetensors" and b'"origo":' not in content
-    assert hashes_lost or all(torch.equal(found[name], value) for name, value in state().items())
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        content = bytearray(whole)
+        content[position] ^= 1 << position % 8
+        path.unlink()  # not written over: an earlier reader may have it mapped
+        path.write_bytes(content)
+        try:
+            found = read_checkpoint(path).model.state()
+        except CheckpointError:
+            continue
+        assert all(torch.equal(found[name], value) for name, value in state().items()), position
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ""])
