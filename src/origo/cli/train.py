@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -97,7 +98,7 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     display.note("Next:", style="bold")
     display.note(f"  {command} generate {quote(str(run))} --prompt 'Return the'")
     display.note(f"  {command} train --name {quote(run.name)} --steps {2 * outcome.step}{_runs_dir(run)}    (longer)")
-    display.note(f"  {_python()} -c {quote(f'import origo; print(origo.load_model({str(run)!r}))')}")
+    display.note(f"  {_python()} -c {quote(f'import origo; print(origo.load_model({json.dumps(str(run))}))')}")
 
 
 def program() -> str:

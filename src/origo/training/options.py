@@ -92,7 +92,7 @@ class ModelOptions:
 class OptimizationOptions:
     """How to train it."""
 
-    steps: int = 1000
+    steps: int = 1100
     """Optimizer steps of the whole run."""
     batch_size: int = 8
     """Sequences in a step."""
@@ -129,7 +129,7 @@ class RunOptions:
     """Steps from one measurement of the held-out loss to the next; a sample of text is kept with each."""
     eval_batches: int = 20
     """Most batches in such a measurement."""
-    save_every: int = 250
+    save_every: int = 275
     """Steps from one checkpoint to the next; the last step is always kept."""
     keep_last: int = 3
     """How many of the newest checkpoints stay."""
