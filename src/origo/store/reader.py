@@ -122,9 +122,10 @@ class Checkpoint:
             CheckpointError: the first file or tensor that is not as it was written.
         """
         if self.manifest is not None:
-            for file in self.manifest.files:
+            for file in self.manifest.files:  # a file's hash covers its tensors
                 self._check_file(file)
-        self.model.state(verify=True)
+        else:
+            self.model.state(verify=True)
 
     def _check_file(self, file: str) -> None:
         assert self.manifest is not None
