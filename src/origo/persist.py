@@ -16,7 +16,7 @@ from torch import nn
 
 from origo.errors import CheckpointError, ConfigError
 from origo.models.registry import build_model, describe_model
-from origo.naming.canonical import recover_names
+from origo.naming.recovery import recover_names
 from origo.naming.wrappers import unwrap
 from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict
 from origo.store.layout import CONFIG, MODEL

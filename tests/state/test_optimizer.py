@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from origo.errors import CheckpointError
+from origo.errors import CheckpointError, ConfigError
 from origo.state.optimizer import load_optimizer_state, optimizer_state
 from origo.state.rng import load_rng_state, rng_state
 
@@ -24,7 +24,30 @@ MAKERS: dict[str, Make] = {
     "sgd with momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "tensor rate": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "nested": lambda p: Nested(p),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3, history_size=4),
 }
+
+
+class Nested(torch.optim.Optimizer):
+    """Keeps dicts and lists for each parameter, as second-order methods do, in fp32 whatever the parameter is in."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"rate": (0.01, 0.9)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(count=0, blocks={"left": torch.zeros(parameter.shape), 7: [torch.zeros(2), None]}, mode="fast")
+                state["count"] += 1
+                rate, momentum = group["rate"]
+                state["blocks"]["left"].mul_(momentum).add_(parameter.grad.float())
+                state["blocks"][7][0] += state["count"]
+                parameter.sub_((rate * state["blocks"]["left"]).to(parameter.dtype))
 
 
 def network() -> nn.Module:
@@ -35,9 +58,15 @@ def network() -> nn.Module:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
     for step in range(start, start + steps):
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure if isinstance(optimizer, torch.optim.LBFGS) else None)  # type: ignore[arg-type]
 
 
 def through_json(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -92,10 +121,12 @@ def test_other_parameters_and_mixed_groups_are_refused_unchanged() -> None:
     train(model, split, 1)
     tensors, values = optimizer_state(model, split)
     joined = torch.optim.AdamW(parameters)
-    with pytest.raises(CheckpointError, match="unequal hyperparameters"):
+    with pytest.raises(CheckpointError, match=r"unequal weight_decay \(0.01, 0.5\)"):
         load_optimizer_state(model, joined, tensors, values)
     fewer = torch.optim.AdamW(parameters[:2])
-    with pytest.raises(CheckpointError, match="2 stored ones it does not have"):
+    with pytest.raises(
+        CheckpointError, match=r"2 of the stored parameters are in the model but not optimised \(frozen\?\): 2.weight, 2.bias"
+    ):
         load_optimizer_state(model, fewer, tensors, values)
     assert not joined.state
     assert not fewer.state
@@ -118,3 +149,164 @@ def test_random_numbers_go_on_where_they_were() -> None:
     draw()
     load_rng_state(tensors, values)
     assert draw() == expected
+
+
+def test_groups_are_split_joined_and_reordered_by_name() -> None:
+    model = network()
+    first, second, third, fourth = model.parameters()
+    optimizer = torch.optim.AdamW(
+        [{"params": [first, third], "lr": 0.1}, {"params": [second, fourth], "lr": 0.2, "weight_decay": 0.0}], betas=(0.8, 0.9)
+    )
+    train(model, optimizer, 2)
+    stored = through_json(*optimizer_state(model, optimizer))
+
+    regrouped = torch.optim.AdamW([{"params": [fourth]}, {"params": [third]}, {"params": [second]}, {"params": [first]}])
+    report = load_optimizer_state(torch.compile(model), regrouped, *stored)  # type: ignore[arg-type]
+    assert sorted(report.restored) == sorted(model.state_dict())
+    assert [group["lr"] for group in regrouped.param_groups] == [0.2, 0.1, 0.2, 0.1]
+    assert [group["weight_decay"] for group in regrouped.param_groups] == [0.0, 0.01, 0.0, 0.01]
+    assert all(group["betas"] == (0.8, 0.9) for group in regrouped.param_groups)
+    for parameter in model.parameters():
+        assert torch.equal(regrouped.state[parameter]["exp_avg_sq"], optimizer.state[parameter]["exp_avg_sq"])
+
+    joined = torch.optim.AdamW(model.parameters(), lr=7.0)
+    with pytest.raises(CheckpointError, match=r"unequal lr, weight_decay .*accept=\[\"hyperparameters\"\]"):
+        load_optimizer_state(model, joined, *stored)
+    report = load_optimizer_state(model, joined, *stored, accept=["hyperparameters"])
+    assert report.kept == ["group 0: lr", "group 0: weight_decay"]
+    assert joined.param_groups[0]["lr"] == 7.0
+    assert joined.param_groups[0]["betas"] == (0.8, 0.9), "what they had in common is restored"
+    assert torch.equal(joined.state[first]["exp_avg"], optimizer.state[first]["exp_avg"])
+
+
+def test_parameters_frozen_or_added_since_are_told_and_accepted() -> None:
+    model = network()
+    optimizer = MAKERS["adamw"](list(model.parameters()))
+    train(model, optimizer, 2)
+    stored = through_json(*optimizer_state(model, optimizer))
+
+    grown = nn.Sequential(*model, nn.Linear(2, 2))
+    more = MAKERS["adamw"](list(grown[2].parameters()) + list(grown[3].parameters()))
+    with pytest.raises(CheckpointError, match=r"no stored state: 3\.weight, 3\.bias") as caught:
+        load_optimizer_state(grown, more, *stored)
+    assert "(frozen?): 0.weight, 0.bias" in str(caught.value), "one sentence a difference, all at once"
+    with pytest.raises(CheckpointError, match="frozen"):
+        load_optimizer_state(grown, more, *stored, accept=["added"])
+    assert not more.state
+    report = load_optimizer_state(grown, more, *stored, accept=["added", "removed"])
+    assert (report.fresh, report.dropped) == (["3.weight", "3.bias"], ["0.weight", "0.bias"])
+    assert set(more.state) == set(grown[2].parameters())
+    with pytest.raises(ConfigError, match="not 'everything'"):
+        load_optimizer_state(grown, more, *stored, accept=["everything"])  # type: ignore[list-item]
+
+
+def test_two_optimizers_side_by_side_are_one_state() -> None:
+    muon = getattr(torch.optim, "Muon", None) or pytest.skip("this torch has no Muon")
+    model = network()
+    matrices, rest = [p for p in model.parameters() if p.dim() == 2], [p for p in model.parameters() if p.dim() < 2]
+    both = {"muon": muon(matrices, lr=0.02), "adamw": torch.optim.AdamW(rest, lr=0.01)}
+    for optimizer in both.values():
+        train(model, optimizer, 2)
+    tensors, description = through_json(*optimizer_state(model, both))
+    assert {"state.momentum_buffer.0.weight", "state.exp_avg.0.bias"} <= set(tensors)
+
+    again = [torch.optim.AdamW(reversed(rest), lr=9.0), muon(matrices, lr=9.0)]  # a list for a dict, in another order
+    load_optimizer_state(model, again, tensors, description)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in again] == [0.01, 0.02]
+    assert torch.equal(again[1].state[matrices[0]]["momentum_buffer"], tensors["state.momentum_buffer.0.weight"])
+
+    one = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CheckpointError, match="stored by Muon, this is AdamW"):
+        load_optimizer_state(model, one, tensors, description)
+    with pytest.raises(CheckpointError, match=r"0\.weight is in two optimizers"):
+        optimizer_state(model, [one, *both.values()])
+
+
+def test_state_of_another_shape_or_order_is_refused() -> None:
+    model = network()
+    optimizer = MAKERS["lbfgs"](list(model.parameters()))
+    train(model, optimizer, 1)
+    stored = through_json(*optimizer_state(model, optimizer))
+    with pytest.raises(CheckpointError, match="in the order of its parameters"):
+        load_optimizer_state(model, MAKERS["lbfgs"](list(model.parameters())[::-1]), *stored)
+    wider = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(CheckpointError, match=r"2\.weight is for the shape \[2, 8\], the parameter has \[3, 8\]"):
+        load_optimizer_state(wider, MAKERS["lbfgs"](list(wider.parameters())), *stored)
+    with pytest.raises(CheckpointError, match="fresh optimizer"):
+        load_optimizer_state(model, optimizer, {}, {})
+
+
+def test_state_keeps_its_dtype_and_is_no_second_name_for_the_stored_tensors() -> None:
+    model = network().to(torch.bfloat16)
+    optimizer = Nested(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors, description = optimizer_state(model, optimizer)  # live tensors, not copied
+    other = Nested(model.parameters())
+    load_optimizer_state(model, other, tensors, description)
+    first = next(model.parameters())
+    assert other.state[first]["blocks"]["left"].dtype == torch.float32, "torch would have cast it to bfloat16"
+    before = optimizer.state[first]["blocks"]["left"].clone()
+    other.step()
+    assert torch.equal(optimizer.state[first]["blocks"]["left"], before)
+
+
+def test_a_step_counter_stays_where_the_live_optimizer_wants_it_and_fused_stays_its_choice() -> None:
+    model = network()
+    fused = MAKERS["adamw fused"](list(model.parameters()))
+    train(model, fused, 1)
+    stored = through_json(*optimizer_state(model, fused))
+    plain = MAKERS["adamw"](list(model.parameters()))
+    load_optimizer_state(model, plain, *stored)
+    assert plain.param_groups[0]["fused"] is None
+    step = plain.state[next(model.parameters())]["step"]
+    assert (step.dtype, step.device.type, step.item()) == (torch.float32, "cpu", 1.0)
+    train(model, plain, 1)
+
+
+def test_a_tied_parameter_is_found_under_any_of_its_names() -> None:
+    class Tied(nn.Module):
+        def __init__(self, *order: str) -> None:
+            super().__init__()
+            weight = nn.Parameter(torch.ones(2))
+            for name in order:
+                self.register_parameter(name, weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first * x  # type: ignore[operator,no-any-return]
+
+    model, other = Tied("first", "second"), Tied("second", "first")
+    optimizer = MAKERS["adamw"](list(model.parameters()))
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    again = MAKERS["adamw"](list(other.parameters()))
+    assert load_optimizer_state(other, again, *optimizer_state(model, optimizer)).restored == ["second"]
+
+
+def test_names_that_torch_keeps_in_the_groups_do_not_matter() -> None:
+    model = network()
+    compiled = torch.compile(model)
+    optimizer = torch.optim.AdamW(compiled.named_parameters(), lr=0.01)  # type: ignore[attr-defined]
+    train(model, optimizer, 1)
+    assert optimizer.param_groups[0]["param_names"][0] == "_orig_mod.0.weight"
+    stored = through_json(*optimizer_state(model, optimizer))
+    assert "_orig_mod" not in json.dumps(stored[1])
+    load_optimizer_state(model, torch.optim.AdamW(model.parameters()), *stored)
+
+
+def test_what_cannot_be_kept_is_said() -> None:
+    model = network()
+
+    class Counting(torch.optim.SGD):
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "calls": 3}
+
+    with pytest.raises(CheckpointError, match="Counting keeps 'calls'"):
+        optimizer_state(model, Counting(model.parameters()))
+    optimizer = MAKERS["sgd with momentum"](list(model.parameters()))
+    optimizer.state[next(model.parameters())]["schedule"] = lambda step: step
+    with pytest.raises(CheckpointError, match=r"state\.schedule\.0\.weight is a function, .* Build it anew"):
+        optimizer_state(model, optimizer)
+    with pytest.raises(ConfigError, match=r"not a torch\.optim\.Optimizer"):
+        optimizer_state(model, model)  # type: ignore[arg-type]

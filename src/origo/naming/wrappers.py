@@ -1,45 +1,44 @@
 """Which classes are wrappers, and what each wraps.
 
 A wrapper is a module that holds the real model as a child and adds that child's name to every parameter. They are known by
-qualified class name, so recognising one imports nothing; a subclass of a known wrapper is one too.
+qualified class name, so recognising one imports nothing; a subclass of a known wrapper is one too. FSDP2 (``fully_shard``) and
+``module.compile()`` are not here: they change a module in place and add no name.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from torch import nn
 
 from origo.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Wrapper:
-    """How to see through a wrapper class."""
-
-    inner: str
-    """Name of the attribute that holds the wrapped module."""
-    hides_prefix: bool = False
-    """Its own state-dict hooks take ``inner`` out of the names already, so names from ``state_dict()`` lack it."""
-
-
-_WRAPPERS: dict[str, Wrapper] = {
-    "torch._dynamo.eval_frame.OptimizedModule": Wrapper("_orig_mod"),
-    "torch.nn.parallel.distributed.DistributedDataParallel": Wrapper("module"),
-    "torch.nn.parallel.data_parallel.DataParallel": Wrapper("module"),
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": Wrapper(
-        "_checkpoint_wrapped_module", hides_prefix=True
-    ),
+# Qualified class name -> the attribute that holds the wrapped module.
+_WRAPPERS: dict[str, str] = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
+    # CheckpointWrapper and OffloadWrapper
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
+    # A second model (EMA, SWA) rather than a wrapper: it has the names of the first, and a counter of its own.
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "lightning_fabric.wrappers._FabricModule": "_original_module",
+    "lightning.fabric.wrappers._FabricModule": "_original_module",
 }
 
+# Attributes through which a wrapper reaches the same model a second time, and which named_parameters() may go by.
+_SECOND_WAYS = {"_forward_module"}  # Fabric
 
-def register_wrapper(cls: type[nn.Module], inner: str, *, hides_prefix: bool = False) -> None:
+AVERAGE_COUNTER = "n_averaged"
+"""The one tensor that ``AveragedModel`` has besides the model's."""
+
+
+def register_wrapper(cls: type[nn.Module], inner: str) -> None:
     """Teach Origo a wrapper class.
 
     Args:
         cls: the wrapper; its subclasses count too.
-        inner: the attribute, a registered submodule, that holds the wrapped module.
-        hides_prefix: ``cls`` has state-dict hooks that take ``inner`` out of the names already.
+        inner: the attribute, a registered submodule, that holds the wrapped module. What else the wrapper has of parameters
+            and buffers is kept beside the model's.
 
     Raises:
         ConfigError: ``cls`` is not a module class, or ``inner`` no attribute name.
@@ -57,34 +56,45 @@ def register_wrapper(cls: type[nn.Module], inner: str, *, hides_prefix: bool = F
         raise ConfigError(f"register_wrapper takes a class derived from torch.nn.Module, not {cls!r}.")
     if not inner.isidentifier():
         raise ConfigError(f"register_wrapper takes the name of one attribute of {cls.__name__}, not {inner!r}.")
-    _WRAPPERS[_qualified_name(cls)] = Wrapper(inner, hides_prefix)
+    _WRAPPERS[_qualified_name(cls)] = inner
 
 
-def wrapper_of(module: nn.Module) -> Wrapper | None:
-    """How to see through this module, or None where it is a real one."""
+def wrapper_of(module: nn.Module) -> str | None:
+    """The attribute that holds what this module wraps, or None where it is a real one."""
     for cls in type(module).__mro__:
         if cls is nn.Module:
             return None
-        wrapper = _WRAPPERS.get(_qualified_name(cls))
-        if wrapper is not None and wrapper.inner in module._modules:
-            return wrapper
+        inner = _WRAPPERS.get(_qualified_name(cls))
+        if inner is not None and module._modules.get(inner) is not None:
+            return inner
     return None
+
+
+def inner_module(wrapper: nn.Module) -> nn.Module:
+    """What one wrapper holds; itself perhaps a wrapper."""
+    attribute = wrapper_of(wrapper)
+    assert attribute is not None
+    inner = wrapper._modules[attribute]
+    assert inner is not None
+    return inner
 
 
 def wrapper_prefixes() -> frozenset[str]:
     """The attribute names that wrappers put into parameter names."""
-    return frozenset(wrapper.inner for wrapper in _WRAPPERS.values())
+    return frozenset(_WRAPPERS.values()) | _SECOND_WAYS
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The real module inside a wrapped root: ``model`` itself where nothing wraps it.
 
     Only the root is peeled; wrapped submodules stay as they are, because the model calls them.
+
+    >>> model = nn.Linear(1, 1)
+    >>> unwrap(nn.DataParallel(model)) is model
+    True
     """
-    while (wrapper := wrapper_of(model)) is not None:
-        inner = model._modules[wrapper.inner]
-        assert inner is not None
-        model = inner
+    while wrapper_of(model) is not None:
+        model = inner_module(model)
     return model
 
 

@@ -1,23 +1,28 @@
 """A model's state under its own names, whatever wraps it, in both directions.
 
-Values come from the module's own ``state_dict()``, so its hooks, buffers and extra state are honoured; only the names are
-ours. Loading copies into the tensors that are there, so an optimizer keeps its parameters and compiled code stays valid; all
-is checked before the first copy, so a load that fails has changed nothing.
+Values come from the module's own ``state_dict()``, so its hooks, buffers and extra state are honoured. Loading copies into the
+tensors that are there, so an optimizer keeps its parameters and compiled code stays valid; all is checked before the first
+copy, so a load that fails has changed nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from origo.errors import CheckpointError, ConfigError
-from origo.naming.canonical import canonical_names
 from origo.naming.mismatch import Described, Differences, MismatchError, compare, explain
-from origo.naming.wrappers import unwrap
+from origo.naming.plain import plain_view
+from origo.state.sharded import local, shared_out_like, whole, whole_parameters
 
 DtypePolicy = Literal["exact", "cast"]
 
@@ -38,30 +43,46 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
-        for count, what in (
-            (len(self.renamed), "renamed"),
-            (len(self.cast), "cast"),
-            (len(self.missing), "left as they were"),
-            (len(self.unexpected), "not used"),
+        for names, what in (
+            (self.renamed, "renamed"),
+            (self.cast, "cast"),
+            (self.missing, "left as they were"),
+            (self.unexpected, "not used"),
         ):
-            if count:
-                parts.append(f"{count} {what}")
+            if names:
+                shown = list(names)[:3]
+                more = ", …" if len(names) > len(shown) else ""
+                parts.append(f"{len(names)} {what} ({', '.join(shown)}{more})")
         return ", ".join(parts)
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
     """``model.state_dict()`` under the names that the model's author gave, through any nesting of wrappers.
 
-    The tensors are the live ones, detached and not copied: clone them to keep them past the next training step.
+    Equal in names, order and values to the ``state_dict()`` of the same model without wrappers. What a wrapper has of its own
+    (``n_averaged`` of ``AveragedModel``) is in it too.
+
+    Returns:
+        {canonical name: tensor}. The tensors are the live ones, detached and not copied: clone them to keep them past the
+        next training step. FSDP2's are DTensors, this process's pieces. FSDP1's are copies, whole; every process has to call.
 
     Raises:
-        ConfigError: ``model`` is not a module (``torch.compile(torch.compile(m))`` is a function, for one).
+        ConfigError: ``model`` is no module (``torch.compile(torch.compile(m))`` is a function, for one), is a TorchScript
+            module, or has a lazy parameter, which has no values yet.
 
     >>> list(state_dict(torch.compile(nn.Linear(2, 1))))
     ['weight', 'bias']
     """
-    raw = _require_module(model).state_dict()
-    return {canonical: raw[name] for name, canonical in canonical_names(model, raw).items()}
+    require_module(model)
+    with whole_parameters(model) as passing:
+        state: dict[str, Any] = plain_view(model).state_dict()
+        if passing:
+            for name, value in state.items():
+                state[name] = value.clone() if isinstance(value, Tensor) else value
+    for name, value in state.items():
+        if isinstance(value, Tensor) and is_lazy(value):
+            raise ConfigError(f"{name} has no values yet, because its layer is lazy: run one batch through the model first.")
+    return state
 
 
 def load_state_dict(
@@ -71,64 +92,119 @@ def load_state_dict(
 
     Args:
         model: any module; its tensors keep their identity, device and dtype.
-        state: {canonical name: tensor}; not changed. A tied tensor may be given under any of its names.
+        state: {canonical name: tensor}; not changed. A tied tensor may be given under any of its names. Whole tensors load into
+            sharded ones (FSDP) and the other way round.
         strict: refuse names that are missing or unexpected. Shapes must agree in any case.
         dtype: ``"exact"`` refuses a tensor of another dtype, ``"cast"`` converts and reports it.
 
+    Returns:
+        What was loaded, and what was not.
+
     Raises:
         MismatchError: it does not fit; nothing has been changed.
+        ConfigError: ``model`` is no module with values to copy into.
+
+    >>> model = nn.Linear(2, 1)
+    >>> print(load_state_dict(torch.compile(model), {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}))
+    2 tensors loaded
+    >>> model.weight
+    Parameter containing:
+    tensor([[1., 1.]], requires_grad=True)
     """
     if dtype not in ("exact", "cast"):
         raise ConfigError(f'dtype is "exact" or "cast", not {dtype!r}.')
-    # Past the wrappers of the root: a CheckpointWrapper's own loading hook confuses names like its prefix.
-    target_module = unwrap(_require_module(model))
-    live = target_module.state_dict()
-    raw_names = {canonical: raw for raw, canonical in canonical_names(target_module, live).items()}
-    ties = _ties({canonical: live[raw] for canonical, raw in raw_names.items()})
-    complete = dict(state)
-    for name, others in ties.items():
-        given = next((other for other in others if other in state), None)
-        if name not in complete and given is not None:
-            complete[name] = state[given]
+    require_module(model)
+    with whole_parameters(model, writeback=True), torch.no_grad():
+        plain = plain_view(model)
+        live = plain.state_dict(keep_vars=True)
+        _require_writable(live)
+        ties = _ties(live)
+        complete = dict(state)
+        for name, others in ties.items():
+            given = next((other for other in others if other in state), None)
+            if name not in complete and given is not None:
+                complete[name] = state[given]
 
-    stored, target = describe(complete), describe({name: live[raw] for name, raw in raw_names.items()})
-    differences = compare(stored, target)
-    refused = Differences(
-        missing=differences.missing if strict else [],
-        unexpected=differences.unexpected if strict else [],
-        shapes=differences.shapes,
-        dtypes=differences.dtypes if dtype == "exact" else {},
-    )
-    if refused:
-        raise MismatchError(explain(refused, stored, target), refused)
-    _require_equal_ties(ties, complete)
+        stored, target = describe(complete), describe(live)
+        differences = compare(stored, target)
+        refused = Differences(
+            missing=differences.missing if strict else [],
+            unexpected=differences.unexpected if strict else [],
+            shapes=differences.shapes,
+            dtypes=differences.dtypes if dtype == "exact" else {},
+        )
+        if refused:
+            raise MismatchError(explain(refused, stored, target), refused)
+        _require_equal_ties(ties, complete)
 
-    loaded = [name for name in target if name in complete]
-    target_module.load_state_dict({raw_names[name]: complete[name] for name in loaded}, strict=strict)
+        loaded = [name for name in target if name in complete]
+        storages = _storages(live.values())
+        ready = OrderedDict((name, _ready(name, complete[name], live, storages)) for name in loaded)
+        # Modules read the layout version of their state in it. A file keeps none: it is of the version of its writer, this one.
+        ready._metadata = getattr(state, "_metadata", live._metadata)  # type: ignore[attr-defined]
+        with _undone_on_failure(plain):
+            plain.load_state_dict(ready, strict=strict)
     return LoadReport(loaded, differences.missing, differences.unexpected, differences.dtypes)
 
 
 def describe(state: Mapping[str, Any]) -> Described:
-    """Names with their shapes and dtypes."""
+    """Names with their shapes and dtypes; what a module stores of its own making (``_extra_state``) has none."""
     return {
-        name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) if isinstance(value, Tensor) else ((), "value")
+        name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        if isinstance(value, Tensor) and not _is_extra(name)
+        else ((), "value")
         for name, value in state.items()
     }
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...] | None:
     """Equal for two tensors that are the same memory seen the same way; None where a tensor has no memory."""
-    if tensor.numel() == 0 or tensor.is_meta:
+    tensor = local(tensor)
+    if tensor.is_meta or is_lazy(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
         return None
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
 
+def require_module(model: object) -> None:
+    """Refuse what has no state.
+
+    Raises:
+        ConfigError: saying what to pass instead.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if callable(model):
+        raise ConfigError(
+            f"This is a {type(model).__name__}, not a module. torch.compile applied twice, or to a function, gives a "
+            "function that has no state: pass the module that was compiled."
+        )
+    raise ConfigError(f"This is a {type(model).__name__}, not a torch.nn.Module: pass the model itself.")
+
+
+def _require_writable(live: Mapping[str, Any]) -> None:
+    """Refuse what would swallow a copy, or fail in the middle of one."""
+    for name, value in live.items():
+        if not isinstance(value, Tensor):
+            continue
+        if is_lazy(value):
+            raise ConfigError(f"{name} has no shape yet, because its layer is lazy: run one batch through the model first.")
+        if value.is_meta:
+            raise ConfigError(
+                f"{name} is on the meta device and can hold no values: call model.to_empty(device='cpu') before loading."
+            )
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise ConfigError(
+                f"{name} was made in torch.inference_mode() and cannot be changed outside of it: load within it too, or build "
+                "the model outside."
+            )
+
+
 def _ties(state: Mapping[str, Any]) -> dict[str, list[str]]:
     """For each name of a tied tensor, its other names."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[Any, list[str]] = {}
     for name, value in state.items():
-        if isinstance(value, Tensor) and (identity := tensor_identity(value)) is not None:
-            groups.setdefault(identity, []).append(name)
+        if isinstance(value, Tensor):
+            groups.setdefault(tensor_identity(value) or id(value), []).append(name)
     return {name: [other for other in group if other != name] for group in groups.values() for name in group if len(group) > 1}
 
 
@@ -137,19 +213,57 @@ def _require_equal_ties(ties: Mapping[str, list[str]], state: Mapping[str, Any])
         for other in others:
             if name < other and name in state and other in state:
                 mine, theirs = state[name], state[other]
-                if tensor_identity(mine) != tensor_identity(theirs) and not torch.equal(mine, theirs):
+                same = tensor_identity(mine) is not None and tensor_identity(mine) == tensor_identity(theirs)
+                if not same and not torch.equal(whole(mine), whole(theirs)):
                     raise CheckpointError(
                         f"{name} and {other} are one tensor in this model but differ in what is stored: build the model "
                         "with them untied (for a GPT: tie_embeddings=False)."
                     )
 
 
-def _require_module(model: object) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    if callable(model):
-        raise ConfigError(
-            f"This is a {type(model).__name__}, not a module. torch.compile applied twice, or to a function, gives a "
-            "function that has no state: pass the module that was compiled."
-        )
-    raise ConfigError(f"This is a {type(model).__name__}, not a torch.nn.Module: pass the model itself.")
+def _ready(name: str, value: Any, live: Mapping[str, Any], storages: set[int]) -> Any:
+    """A value as the model's own ``load_state_dict`` can copy it."""
+    target = live[name]
+    if not isinstance(value, Tensor) or not isinstance(target, Tensor) or _is_extra(name):
+        return value
+    value = shared_out_like(value, target)
+    # Two layers swapped, say: the copy into one must not change what is still to be copied from it.
+    overlaps = bool(storages & _storages([value])) and tensor_identity(value) != tensor_identity(target)
+    return value.clone() if overlaps else value
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    """Where the memory behind some tensors is."""
+    pieces = [local(value) for value in values if isinstance(value, Tensor)]
+    return {piece.untyped_storage().data_ptr() for piece in pieces if piece.layout == torch.strided and piece.numel()}
+
+
+@contextmanager
+def _undone_on_failure(plain: nn.Module) -> Iterator[None]:
+    """Put a model back where its own loading code fails half-way; where it has none, nothing is left that could fail."""
+    extra = [module for module in plain.modules() if type(module).set_extra_state is not nn.Module.set_extra_state]
+    if not extra and not any(map(_has_loading_code, plain.modules())):
+        yield
+        return
+    before = [(tensor, tensor.detach().clone()) for tensor in chain(plain.parameters(), plain.buffers())]
+    extra_before = [(module, copy.deepcopy(module.get_extra_state())) for module in extra]
+    try:
+        yield
+    except Exception as error:  # the user's code may raise anything
+        for tensor, value in before:
+            tensor.copy_(value)
+        for module, state in extra_before:
+            module.set_extra_state(state)
+        raise CheckpointError(f"The model's own loading code failed, and nothing was changed: {error}") from error
+
+
+def _has_loading_code(module: nn.Module) -> bool:
+    return bool(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    )
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == "_extra_state"

@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.optim.swa_utils import AveragedModel
 
 import origo
 from origo.errors import ConfigError
-from origo.naming.canonical import canonical_names, recover_names
-from origo.naming.wrappers import register_wrapper
+from origo.naming.recovery import recover_names
+from origo.naming.wrappers import AVERAGE_COUNTER, register_wrapper
+from origo.state.sharded import whole
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -34,10 +37,15 @@ class Hostile(nn.Module):
         self.register_buffer("scratch", torch.zeros(1), persistent=False)
 
 
-def compiled_children(model: nn.Module) -> nn.Module:
-    for name, child in list(model.named_children()):
-        setattr(model, name, torch.compile(child))
+def each_child(wrap: Wrap, model: nn.Module) -> nn.Module:
+    for name, child in list(model._modules.items()):
+        assert child is not None
+        setattr(model, name, wrap(child))
     return model
+
+
+def compiled_children(model: nn.Module) -> nn.Module:
+    return each_child(torch.compile, model)  # type: ignore[arg-type]
 
 
 def compiled_blocks(model: nn.Module) -> nn.Module:
@@ -58,6 +66,18 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 def distributed(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """FSDP2: no prefix, the parameters are DTensors."""
+    fully_shard(origo.unwrap(model.get_submodule("blocks"))[1])  # type: ignore[index]
+    fully_shard(model)
+    return model
+
+
+def flat_sharded(model: nn.Module) -> nn.Module:
+    """FSDP1."""
+    return FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -86,6 +106,17 @@ WRAPS: dict[str, Wrap] = {
     "compiled over checkpointed": lambda model: torch.compile(checkpointed(model)),  # type: ignore[return-value]
     "checkpointed over compiled": lambda model: checkpointed(torch.compile(model)),  # type: ignore[arg-type]
     "checkpointed twice": lambda model: checkpointed(checkpointed(model)),
+    "checkpointed children": lambda model: each_child(checkpointed, model),
+    "checkpointed children, compiled": lambda model: each_child(lambda child: checkpointed(torch.compile(child)), model),  # type: ignore[arg-type]
+    "compiled over checkpointed children": lambda model: torch.compile(each_child(checkpointed, model)),  # type: ignore[return-value]
+    "offloaded": offload_wrapper,
+    "sharded": sharded,
+    "sharded, compiled children": lambda model: sharded(compiled_children(model)),
+    "compiled over sharded": lambda model: torch.compile(sharded(model)),  # type: ignore[return-value]
+    "flat sharded": flat_sharded,
+    "flat sharded over compiled children": lambda model: flat_sharded(compiled_children(model)),
+    "compiled over flat sharded": lambda model: torch.compile(flat_sharded(model)),  # type: ignore[return-value]
+    "averaged": AveragedModel,
 }
 
 
@@ -93,15 +124,20 @@ WRAPS: dict[str, Wrap] = {
 def test_wrapped_and_plain_have_equal_names_both_ways(wrap: Wrap) -> None:
     plain, source = Hostile(), Hostile()
     wrapped = wrap(source)
-    assert list(origo.state_dict(wrapped)) == list(plain.state_dict())
+    own = [AVERAGE_COUNTER] if isinstance(wrapped, AveragedModel) else []
+    assert [name for name in origo.state_dict(wrapped) if name not in own] == list(plain.state_dict())
+    assert set(own) <= set(origo.state_dict(wrapped))
 
-    report = origo.load_state_dict(wrapped, plain.state_dict())
+    report = origo.load_state_dict(wrapped, plain.state_dict(), strict=not own)
     assert report.loaded == list(plain.state_dict())
+    assert report.missing == own
     for name, value in origo.state_dict(wrapped).items():
-        assert torch.equal(value, plain.state_dict()[name]), name
+        assert name in own or torch.equal(whole(value), plain.state_dict()[name]), name
 
     back = Hostile()
-    back.load_state_dict(origo.state_dict(wrapped), strict=True)
+    state = {name: whole(value) for name, value in origo.state_dict(wrapped).items() if name not in own}
+    back.load_state_dict(state, strict=True)
+    assert origo.load_state_dict(back, origo.state_dict(wrapped), strict=not own).unexpected == own
 
 
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
@@ -129,7 +165,7 @@ def test_a_wrapper_that_hides_a_name_of_the_model_is_refused() -> None:
             self.weight = nn.Parameter(torch.ones(1))
 
     register_wrapper(Scaled, "inner")
-    with pytest.raises(ConfigError, match=r"'weight' and 'inner.weight' would both be called 'weight'"):
+    with pytest.raises(ConfigError, match=r"Scaled and the Linear inside it both have 'weight'"):
         origo.state_dict(Scaled(nn.Linear(2, 1)))
 
 
@@ -155,28 +191,7 @@ def test_names_that_a_hook_made_up_are_kept() -> None:
 def test_polluted_names_are_matched_and_ambiguous_ones_left() -> None:
     known = ["a.weight", "a.module.weight", "b.weight"]
     assert recover_names(["_orig_mod.module.b.weight"], known) == {"_orig_mod.module.b.weight": "b.weight"}
-    assert recover_names(["_orig_mod.a.weight"], known) == {}, "a.weight or a.module.weight?"
+    assert recover_names(["_orig_mod.a.weight"], known) == {"_orig_mod.a.weight": "a.weight"}, "wrappers only add"
+    assert recover_names(["a._orig_mod.module.weight", "b.weight"], known) == {}, "a.weight or a.module.weight?"
     assert recover_names(["module.b.weight", "_orig_mod.b.weight"], known) == {}, "which of the two?"
     assert recover_names(["x._orig_modulator.weight"], ["x.weight"]) == {}, "whole segments only"
-
-
-def test_naming_is_linear_in_the_number_of_tensors() -> None:
-    """Each prefix is walked once: the walk's steps are counted, not its seconds."""
-    model = torch.compile(nn.ModuleList(nn.Sequential(*(nn.Linear(1, 1) for _ in range(10))) for _ in range(20)))
-    raw = list(model.state_dict())  # type: ignore[attr-defined]
-    import origo.naming.canonical as canonical
-
-    steps, step = 0, canonical._step
-
-    def counted(place: object, segment: str) -> object:
-        nonlocal steps
-        steps += 1
-        return step(place, segment)  # type: ignore[arg-type]
-
-    canonical._step = counted  # type: ignore[assignment]
-    try:
-        canonical_names(model, raw)  # type: ignore[arg-type]
-    finally:
-        canonical._step = step
-    assert len(raw) == 400
-    assert steps == 1 + 20 + 200, "the compiled root, the lists, the layers"
