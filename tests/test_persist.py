@@ -125,7 +125,7 @@ def test_a_file_with_polluted_names_loads_and_says_what_was_renamed(tmp_path: Pa
 def test_the_readable_file_of_the_wrong_structure_is_explained(tmp_path: Path) -> None:
     origo.save(GPT(TINY), tmp_path / "m.safetensors")
     deeper = GPT(GPTConfig(**{**TINY.to_dict(), "n_layers": 3}))
-    with pytest.raises(MismatchError, match="Stored with 2 blocks, this model has 3"):
+    with pytest.raises(MismatchError, match="Saved with n_layers=2; this model has n_layers=3"):
         origo.load(tmp_path / "m.safetensors", into=deeper)
 
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from origo.errors import CheckpointError, ConfigError
 from origo.models.registry import build_model, describe_model
+from origo.naming.mismatch import MismatchError
 from origo.naming.recovery import recover_names
-from origo.naming.wrappers import unwrap
+from origo.naming.wrappers import AVERAGE_COUNTER, unwrap
 from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict
 from origo.store.layout import CONFIG, MODEL
 from origo.store.reader import Checkpoint
@@ -129,8 +130,30 @@ def _load_into(checkpoint: Checkpoint, model: nn.Module, *, strict: bool, dtype:
         absent = [name for name in known if name not in state]
         renamed = recover_names(unknown, absent)
         state = {renamed.get(name, name): value for name, value in state.items()}
-    report = load_state_dict(model, state, strict=strict, dtype=dtype)
-    return replace(report, renamed=renamed)
+    spare = [name for name in (AVERAGE_COUNTER,) if name in state and name not in known]  # the model itself is all there
+    state = {name: value for name, value in state.items() if name not in spare}
+    try:
+        report = load_state_dict(model, state, strict=strict, dtype=dtype)
+    except MismatchError as error:
+        if (sentence := _other_configuration(checkpoint, model)) is not None:
+            raise error.with_configuration(sentence) from None
+        raise
+    return replace(report, renamed=renamed, unexpected=[*report.unexpected, *spare])
+
+
+def _other_configuration(checkpoint: Checkpoint, model: nn.Module) -> str | None:
+    """How the model that was saved was built otherwise than this one, where both say how."""
+    architecture, config = describe_model(unwrap(model))
+    if checkpoint.config is None or config is None:
+        return None
+    if checkpoint.architecture != architecture:
+        return f"Saved from a {checkpoint.architecture!r}, this model is a {architecture!r}: use origo.load_model(path)."
+    stored = checkpoint.config
+    differing = [key for key in config if key in stored and stored[key] != config[key]]
+    if not differing:
+        return None
+    was, now = (", ".join(f"{key}={values[key]}" for key in differing) for values in (stored, config))
+    return f"Saved with {was}; this model has {now}: build it with the stored values, or use origo.load_model(path)."
 
 
 def _config_json(config: dict[str, Any]) -> str:

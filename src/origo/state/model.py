@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from origo.errors import CheckpointError, ConfigError
-from origo.naming.mismatch import Described, Differences, MismatchError, compare, explain
+from origo.naming.mismatch import Described, Differences, MismatchError, compare, diagnose
 from origo.naming.plain import plain_view
 from origo.state.sharded import local, shared_out_like, whole, whole_parameters
 
@@ -134,7 +134,10 @@ def load_state_dict(
             dtypes=differences.dtypes if dtype == "exact" else {},
         )
         if refused:
-            raise MismatchError(explain(refused, stored, target), refused)
+            raise MismatchError(refused, diagnose(refused, stored, target))
+        if stored and target and len(differences.missing) == len(target):
+            # strict=False and nothing loaded: nobody wants that, and most never notice.
+            raise MismatchError(differences, diagnose(differences, stored, target))
         _require_equal_ties(ties, complete)
 
         loaded = [name for name in target if name in complete]
