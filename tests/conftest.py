@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from origo import GPT, GPTConfig
 from origo.cli.main import main
+
+settings.register_profile("bounded", max_examples=60)
+settings.register_profile("prove", max_examples=3000, print_blob=True)
+settings.load_profile("bounded")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

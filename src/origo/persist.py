@@ -19,7 +19,7 @@ from origo.models.registry import build_model, describe_model
 from origo.naming.mismatch import MismatchError
 from origo.naming.recovery import recover_names
 from origo.naming.wrappers import AVERAGE_COUNTER, unwrap
-from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict
+from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict, whole_state
 from origo.store.layout import CONFIG, MODEL
 from origo.store.reader import Checkpoint
 from origo.store.run import find_checkpoint
@@ -37,7 +37,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     - no ending, or one of a folder: a self-describing folder with ``model.safetensors``, ``config.json`` and a manifest.
 
     Args:
-        model: any module. A tied tensor is stored once, with its further names; tensors may be on any device.
+        model: any module. A tied tensor is stored once, with its further names; tensors may be on any device. Where FSDP2 has
+            sharded it every process has to call this, and the first one writes the whole model.
         path: where to; a file there is replaced.
 
     Raises:
@@ -45,7 +46,9 @@ def save(model: nn.Module, path: str | Path) -> None:
         StorageError: the disk refused; what was there before is untouched.
     """
     path = Path(path)
-    state = state_dict(model)
+    state, mine_to_write = whole_state(state_dict(model))
+    if not mine_to_write:
+        return
     architecture, config = describe_model(unwrap(model))
     if path.suffix == ".safetensors":
         write_safetensors(path, state, architecture, config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from origo.errors import CheckpointError, ConfigError
 from origo.naming.mismatch import Described, Differences, MismatchError, compare, diagnose
 from origo.naming.plain import plain_view
-from origo.state.sharded import local, shared_out_like, whole, whole_parameters
+from origo.state.sharded import is_sharded, local, shared_out_like, whole, whole_parameters
 
 DtypePolicy = Literal["exact", "cast"]
 
@@ -77,12 +77,21 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     with whole_parameters(model) as passing:
         state: dict[str, Any] = plain_view(model).state_dict()
         if passing:
-            for name, value in state.items():
-                state[name] = value.clone() if isinstance(value, Tensor) else value
+            state = _mapped(state, Tensor.clone)
     for name, value in state.items():
         if isinstance(value, Tensor) and is_lazy(value):
             raise ConfigError(f"{name} has no values yet, because its layer is lazy: run one batch through the model first.")
     return state
+
+
+def whole_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The state with sharded tensors put together, and whether this process is the one to write it.
+
+    Where tensors are sharded every process has to call this, and the first one writes.
+    """
+    if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
+        return dict(state), True
+    return _mapped(state, whole), torch.distributed.get_rank() == 0
 
 
 def load_state_dict(
@@ -168,6 +177,18 @@ def tensor_identity(tensor: Tensor) -> tuple[Any, ...] | None:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
 
+def _mapped(state: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Each tensor changed; tied ones stay tied. All are changed, so that processes which change them together do so in step."""
+    changed = {name: change(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+    first: dict[Any, str] = {}
+    names = {name: first.setdefault(_identity_or_self(value), name) for name, value in state.items()}
+    return {name: changed[names[name]] for name in state}
+
+
+def _identity_or_self(value: Any) -> Any:
+    return (tensor_identity(value) if isinstance(value, Tensor) else None) or id(value)
+
+
 def require_module(model: object) -> None:
     """Refuse what has no state.
 
@@ -207,7 +228,7 @@ def _ties(state: Mapping[str, Any]) -> dict[str, list[str]]:
     groups: dict[Any, list[str]] = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
-            groups.setdefault(tensor_identity(value) or id(value), []).append(name)
+            groups.setdefault(_identity_or_self(value), []).append(name)
     return {name: [other for other in group if other != name] for group in groups.values() for name in group if len(group) > 1}
 
 
@@ -216,7 +237,9 @@ def _require_equal_ties(ties: Mapping[str, list[str]], state: Mapping[str, Any])
         for other in others:
             if name < other and name in state and other in state:
                 mine, theirs = state[name], state[other]
-                same = tensor_identity(mine) is not None and tensor_identity(mine) == tensor_identity(theirs)
+                # Pieces are put together in any case: every process has to take part, also one whose piece is empty.
+                sharded = is_sharded(mine) or is_sharded(theirs)
+                same = not sharded and _identity_or_self(mine) == _identity_or_self(theirs)
                 if not same and not torch.equal(whole(mine), whole(theirs)):
                     raise CheckpointError(
                         f"{name} and {other} are one tensor in this model but differ in what is stored: build the model "
