@@ -230,7 +230,7 @@ ties = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=2).map
 def equal(first: Mapping[str, Any], second: Mapping[str, Any], tolerance: float = 0.0) -> bool:
     """Equal names in equal order, equal values."""
     return list(first) == list(second) and all(
-        torch.allclose(value, second[name], rtol=tolerance, atol=tolerance)
+        torch.allclose(value, second[name], rtol=tolerance, atol=tolerance, equal_nan=True)
         if isinstance(value, Tensor)
         else value == second[name]
         for name, value in first.items()

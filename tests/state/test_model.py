@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import origo
 from origo import GPT, GPTConfig, MismatchError
@@ -139,3 +146,146 @@ def test_extra_state_and_buffers_are_kept() -> None:
     origo.load_state_dict(torch.compile(target), origo.state_dict(source))  # type: ignore[arg-type]
     assert target.count == 7
     assert torch.equal(target.norm.running_mean, source.norm.running_mean)  # type: ignore[arg-type]
+
+
+def test_what_has_no_values_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"TorchScript module \(Sequential\).*scripted"):
+        origo.state_dict(torch.jit.script(nn.Sequential(nn.Linear(2, 2))))
+    with pytest.raises(ConfigError, match="contains, a TorchScript"):
+        origo.state_dict(nn.ModuleDict({"a": torch.jit.script(nn.Linear(2, 2))}))
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ConfigError, match=r"0\.weight has no values yet, because its layer is lazy: run one batch"):
+        origo.state_dict(lazy)
+    with pytest.raises(ConfigError, match="lazy: run one batch"):
+        origo.load_state_dict(lazy, {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)})
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"meta device.*to_empty"):
+        origo.load_state_dict(empty, nn.Linear(2, 2).state_dict())
+    with torch.inference_mode():
+        frozen = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="inference_mode"):
+        origo.load_state_dict(frozen, nn.Linear(2, 2).state_dict())
+    with torch.inference_mode():
+        origo.load_state_dict(frozen, nn.Linear(2, 2).state_dict())
+
+
+class Fragile(nn.Module):
+    """Its own loading code fails after the tensors before it were copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.last = nn.Linear(2, 2)
+        self.version = 1
+        self.last.register_load_state_dict_pre_hook(self._refuse)
+
+    @staticmethod
+    def _refuse(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+        raise KeyError("no such thing")
+
+    def get_extra_state(self) -> int:
+        return self.version
+
+    def set_extra_state(self, state: int) -> None:
+        self.version = state
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_load_that_fails_in_the_models_own_code_is_undone(compiled: bool) -> None:
+    model = Fragile()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    if compiled:
+        model.first = torch.compile(model.first)  # type: ignore[assignment]
+    state = Fragile().state_dict() | {"_extra_state": 2}
+    with pytest.raises(CheckpointError, match=r"own loading code failed, and nothing was changed: .*no such thing"):
+        origo.load_state_dict(model, state)
+    assert model.version == 1
+    assert all(torch.equal(before[name.replace("_orig_mod.", "")], value) for name, value in model.named_parameters())
+
+
+def test_layers_are_swapped_by_loading_a_models_own_tensors() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    first, second = (layer.weight.detach().clone() for layer in model)
+    origo.load_state_dict(model, {"0.weight": model[1].weight, "1.weight": model[0].weight})
+    assert torch.equal(model[0].weight, second)
+    assert torch.equal(model[1].weight, first)
+
+
+def test_an_average_has_the_models_names_and_its_counter() -> None:
+    model = small()
+    average = AveragedModel(torch.compile(model))  # type: ignore[arg-type]
+    average.update_parameters(model)
+    average.update_parameters(small(qkv_bias=False))
+    state = origo.state_dict(average)
+    assert set(state) == {*model.state_dict(), "n_averaged"}
+    other = AveragedModel(small())
+    origo.load_state_dict(other, state)
+    assert other.n_averaged == 2
+    assert torch.equal(other.module.tok_emb.weight, average.module.tok_emb.weight)
+    assert isinstance(origo.unwrap(average), GPT)
+
+
+@pytest.mark.parametrize("keep", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "torch.save"])
+def test_a_model_compiled_in_place_is_copied_and_pickled(keep: Any, tmp_path: Path) -> None:
+    model = small()
+    model.compile(backend="eager")
+    tokens = torch.randint(0, 101, (2, 16))
+    expected = model(tokens)
+    if keep == "torch.save":
+        torch.save(model, tmp_path / "whole.pth")
+        again = torch.load(tmp_path / "whole.pth", weights_only=False)
+    else:
+        again = keep(model)
+    assert list(origo.state_dict(again)) == list(origo.state_dict(model))
+    assert again._compiled_call_impl is None, "PyTorch drops it: docs/orig-mod.md says so"
+    assert torch.equal(again(tokens), expected)
+    again.compile(backend="eager")
+    assert torch.equal(again(tokens), expected)
+
+
+def test_a_whole_training_switches_between_compiled_and_eager() -> None:
+    """The same losses as without switching, by the same optimizer, and one file at every point."""
+
+    def run(switching: bool) -> tuple[list[float], GPT]:
+        torch.manual_seed(3)
+        model = small()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        tokens = torch.randint(0, 101, (4, 17))
+        losses = []
+        for step in range(9):
+            if switching and step == 3:
+                model.compile()
+            if switching and step == 6:
+                model._compiled_call_impl = None
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, model
+
+    straight, plain = run(False)
+    switched, model = run(True)
+    assert switched == pytest.approx(straight, rel=1e-4)
+    assert straight[-1] < straight[0] - 1
+    assert list(origo.state_dict(model)) == list(plain.state_dict())
+
+
+def test_a_file_loads_where_the_compiler_was_never_imported(tmp_path: Path, in_fresh_process: Callable[[str], str]) -> None:
+    model = small()
+    compiled = torch.compile(model)
+    tokens = torch.randint(0, 101, (1, 16))
+    with torch.no_grad():
+        expected = compiled(tokens).sum().item()  # type: ignore[operator]
+    origo.save(compiled, tmp_path / "m.safetensors")  # type: ignore[arg-type]
+    printed = in_fresh_process(f"""
+import sys, torch, origo
+model = origo.GPT(origo.GPTConfig(**{model.config.to_dict()!r}))
+print(origo.load("m.safetensors", into=model))
+with torch.no_grad():
+    print(model(torch.tensor({tokens.tolist()})).sum().item())
+print([name for name in sys.modules if name.startswith("torch._dynamo")])
+""").splitlines()
+    assert float(printed[1]) == pytest.approx(expected, rel=1e-4)
+    assert printed[2] == "[]"

@@ -49,7 +49,7 @@ def describe_model(model: nn.Module) -> tuple[str | None, dict[str, Any] | None]
     """The architecture's name and the configuration of a model, both None where its class is not registered."""
     for name, architecture in _ARCHITECTURES.items():
         config = getattr(model, "config", None)
-        if type(model) is architecture.model_cls and isinstance(config, architecture.config_cls):
+        if _author_class(model) is architecture.model_cls and isinstance(config, architecture.config_cls):
             return name, dataclasses.asdict(config)
     return None, None
 
@@ -73,6 +73,14 @@ def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
         return known.model_cls(known.config_cls(**config))
     except TypeError as error:
         raise ConfigError(f"The stored configuration does not fit {known.config_cls.__name__}: {error}.") from error
+
+
+def _author_class(model: nn.Module) -> type[nn.Module]:
+    """The class that the author wrote: ``fully_shard`` gives a module one of its own, derived from FSDPModule and that."""
+    cls = type(model)
+    if len(cls.__bases__) == 2 and cls.__bases__[0].__name__ == "FSDPModule":
+        return cls.__bases__[1]
+    return cls
 
 
 def _qualified_name(cls: type) -> str:
