@@ -2,13 +2,15 @@
 #   make train   set up, then train a GPT on the text that Python carries (a few minutes on two cores)
 #   make test    set up, then every test
 #   make check   lint, format, types, import rules
+#   make prove   the properties in full: thousands of random models under random wrappers (some ten minutes)
+#   make bench   every benchmark, against the real peers in the same run
 #   make venv    the set-up alone: .venv/bin/origo and .venv/bin/python
 
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: train test check format venv clean
+.PHONY: train test check prove bench format venv clean
 .DELETE_ON_ERROR:
 
 train: venv
@@ -22,6 +24,12 @@ check: venv
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+prove: venv
+	$(VENV)/bin/python -m pytest tests/naming/test_any_nesting.py tests/state/test_tree.py --hypothesis-profile=prove --durations=0 $(ARGS)
+
+bench: venv
+	for claim in bench/*.py; do $(VENV)/bin/python $$claim $(ARGS) || exit 1; done
 
 format: venv
 	$(VENV)/bin/ruff check --fix

@@ -62,6 +62,8 @@ class _Peeling:
                 f"The model is, or contains, a TorchScript module ({module.original_name}), whose state is not its own: pass "
                 "the module that was scripted."
             )
+        if not module._modules:
+            return module
         if wrapper_of(module) is not None:
             return self._with_state_of(module, self.view(inner_module(module)))
         children = {name: None if child is None else self.view(child) for name, child in module._modules.items()}
@@ -76,13 +78,7 @@ class _Peeling:
                 f"The wrapper {type(wrapper).__name__} has extra state of its own, which has no place beside the model's: "
                 "keep it as a buffer."
             )
-        wrapped = {id(module) for module in inner_module(wrapper).modules()}
-        children = {
-            name: self.view(child)
-            for name, child in wrapper._modules.items()
-            # A second way to the wrapped model, as Fabric has one, is nothing of its own.
-            if child is not None and _has_state(child) and not any(id(module) in wrapped for module in child.modules())
-        }
+        children = {name: self.view(child) for name, child in _children_of_its_own(wrapper)}
         parameters = {name: parameter for name, parameter in wrapper._parameters.items() if parameter is not None}
         buffers = {name: buffer for name, buffer in wrapper._buffers.items() if name not in wrapper._non_persistent_buffers_set}
         for name in (*parameters, *buffers, *children):
@@ -130,6 +126,18 @@ class _Twin:
             if name in table:
                 return table[name]
         return super().__getattr__(name)  # type: ignore[misc]
+
+
+def _children_of_its_own(wrapper: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What else a wrapper holds; a second way to the wrapped model, as Fabric has one, is nothing of its own."""
+    if len(wrapper._modules) == 1:
+        return []
+    wrapped = set(inner_module(wrapper).modules())
+    return [
+        (name, child)
+        for name, child in wrapper._modules.items()
+        if child is not None and _has_state(child) and wrapped.isdisjoint(child.modules())
+    ]
 
 
 def _has_state(module: nn.Module) -> bool:

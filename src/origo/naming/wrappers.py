@@ -61,6 +61,8 @@ def register_wrapper(cls: type[nn.Module], inner: str) -> None:
 
 def wrapper_of(module: nn.Module) -> str | None:
     """The attribute that holds what this module wraps, or None where it is a real one."""
+    if not module._modules:
+        return None
     for cls in type(module).__mro__:
         if cls is nn.Module:
             return None

