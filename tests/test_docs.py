@@ -19,6 +19,15 @@ def test_the_story_in_the_readme_runs(in_fresh_process: Callable[[str], str]) ->
     assert in_fresh_process(program).strip() == claimed.group(1)
 
 
+def test_the_guide_prints_what_it_says(in_fresh_process: Callable[[str], str]) -> None:
+    """All of its programs are one, and each print is followed by a comment with its output."""
+    text = (ROOT / "docs" / "orig-mod.md").read_text(encoding="utf-8")
+    program = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    claimed = re.findall(r"^print\(.*\)\n# (.*)$", program, re.MULTILINE)
+    assert len(claimed) == program.count("print(") >= 5
+    assert in_fresh_process(program).splitlines() == claimed
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):

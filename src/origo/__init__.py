@@ -12,17 +12,21 @@ from origo.naming.mismatch import MismatchError
 from origo.naming.wrappers import register_wrapper, unwrap
 from origo.persist import load, load_model, open_checkpoint, save
 from origo.state.model import LoadReport, load_state_dict, state_dict
+from origo.state.optimizer import OptimizerReport, load_optimizer_state, optimizer_state
 
 __all__ = [
     "GPT",
     "GPTConfig",
     "LoadReport",
     "MismatchError",
+    "OptimizerReport",
     "OrigoError",
     "load",
     "load_model",
+    "load_optimizer_state",
     "load_state_dict",
     "open_checkpoint",
+    "optimizer_state",
     "register_architecture",
     "register_wrapper",
     "save",

@@ -44,6 +44,12 @@ def save(model: nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: the model has something that the format cannot hold.
         StorageError: the disk refused; what was there before is untouched.
+
+    >>> compiled = torch.compile(nn.Linear(2, 1))
+    >>> save(compiled, "model.safetensors")
+    >>> save(compiled, "model.pth")
+    >>> list(torch.load("model.pth", weights_only=True))
+    ['weight', 'bias']
     """
     path = Path(path)
     state, mine_to_write = whole_state(state_dict(model))
@@ -78,6 +84,11 @@ def load(
     Raises:
         CheckpointError: the file is missing, damaged, or would run code.
         MismatchError: it does not fit the model; nothing has been changed.
+
+    >>> torch.save(torch.compile(nn.Linear(2, 1)).state_dict(), "polluted.pth")
+    >>> report = load("polluted.pth", into=nn.Linear(2, 1))
+    >>> report.renamed
+    {'_orig_mod.weight': 'weight', '_orig_mod.bias': 'bias'}
     """
     return _load_into(find_checkpoint(path).checkpoint, into, strict=strict, dtype=dtype, verify=verify)
 
@@ -95,6 +106,11 @@ def load_model(
 
     Raises:
         CheckpointError: it is missing or damaged, or holds weights without a configuration.
+
+    >>> import origo
+    >>> save(origo.GPT(origo.GPTConfig.preset("nano", vocab_size=100)), "model.safetensors")
+    >>> load_model("model.safetensors").config.vocab_size
+    100
     """
     return load_checkpoint(find_checkpoint(path, step).checkpoint, device=device, compile=compile)
 
@@ -106,6 +122,12 @@ def open_checkpoint(path: str | Path, *, step: int | str = "latest") -> Checkpoi
 
     Raises:
         CheckpointError: it is missing, or its structure is damaged.
+
+    >>> save(nn.Linear(2, 1), "model.safetensors")
+    >>> checkpoint = open_checkpoint("model.safetensors")
+    >>> checkpoint.names, checkpoint.tensor("weight").shape
+    (['weight', 'bias'], torch.Size([1, 2]))
+    >>> checkpoint.verify()
     """
     return find_checkpoint(path, step).checkpoint
 

@@ -35,6 +35,20 @@ def register_architecture(name: str, model_cls: type[nn.Module], config_cls: typ
 
     Raises:
         ConfigError: ``config_cls`` is no dataclass, or the name stands for another class already.
+
+    >>> @dataclass(frozen=True)
+    ... class Sizes:
+    ...     width: int = 2
+    >>> class Line(nn.Module):
+    ...     def __init__(self, config):
+    ...         super().__init__()
+    ...         self.config = config
+    ...         self.line = nn.Linear(config.width, 1)
+    >>> register_architecture("line", Line, Sizes)
+    >>> import origo
+    >>> origo.save(Line(Sizes(width=3)), "line.safetensors")
+    >>> origo.load_model("line.safetensors").config
+    Sizes(width=3)
     """
     if not (isinstance(config_cls, type) and dataclasses.is_dataclass(config_cls)):
         raise ConfigError(f"register_architecture takes a dataclass as config_cls, not {config_cls!r}.")

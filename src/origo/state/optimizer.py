@@ -131,6 +131,13 @@ def load_optimizer_state(
 
     Raises:
         CheckpointError: it does not fit, in one sentence a difference; nothing has been changed.
+
+    >>> model = nn.Linear(2, 1)
+    >>> one = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> two = torch.optim.SGD([{"params": [model.bias]}, {"params": [model.weight]}], lr=9.0)
+    >>> report = load_optimizer_state(model, two, *optimizer_state(model, one))
+    >>> report.restored, [group["lr"] for group in two.param_groups]
+    (['bias', 'weight'], [0.1, 0.1])
     """
     accepted = set(accept)
     if unknown := accepted - set(get_args(Difference)):
