@@ -15,7 +15,7 @@ from hypothesis import settings
 from origo import GPT, GPTConfig
 from origo.cli.main import main
 
-settings.register_profile("bounded", max_examples=60)
+settings.register_profile("bounded", max_examples=150)
 settings.register_profile("prove", max_examples=3000, print_blob=True)
 settings.load_profile("bounded")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import origo
 from origo import GPT, GPTConfig, MismatchError
+from origo.errors import CheckpointError
 from origo.naming.mismatch import compare, diagnose
 from origo.state.optimizer import optimizer_state
+from origo.store.writer import write_safetensors
 
 State = dict[str, Any]
 SIZES = {"vocab_size": 101, "context_length": 16, "emb_dim": 32, "n_heads": 4, "n_layers": 3}
@@ -196,6 +199,12 @@ CASES: dict[str, tuple[Callable[[], State], Callable[[], nn.Module], list[str]]]
         [r'Only dtypes differ: stored as bfloat16.*dtype="cast"'],
     ),
     "optimizer": (optimizer_file, gpt, [r"the state of an optimizer, not of a model"]),
+    "torch's optimizer": (
+        lambda: torch.optim.AdamW(gpt().parameters()).state_dict(),
+        gpt,
+        [r"the state of an optimizer, not of a model"],
+    ),
+    "nested": (lambda: {"epoch": 3, "model_state": state()}, gpt, [r"no tensors at its top level .*state\['model_state'\]"]),
     "average": (
         lambda: dict(origo.state_dict(AveragedModel(gpt()))),
         gpt,
@@ -235,7 +244,7 @@ def test_the_cause_is_told(stored: Callable[[], State], model: Callable[[], nn.M
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
 
-def test_a_file_says_how_its_model_was_built(tmp_path: Any) -> None:
+def test_a_file_says_how_its_model_was_built(tmp_path: Path) -> None:
     origo.save(gpt(n_layers=2, emb_dim=64), tmp_path / "m.safetensors")
     with pytest.raises(
         MismatchError, match=r"Saved with emb_dim=64, n_layers=2; this model has emb_dim=32, n_layers=3"
@@ -258,3 +267,13 @@ def test_a_model_of_a_hundred_thousand_tensors_is_told_of_in_twenty_lines() -> N
     assert len(str(error).splitlines()) <= 20
     assert len(str(error)) < 4000
     assert len(error.differences.missing) == 100_000
+
+
+def test_an_optimizers_file_is_told_from_a_models(tmp_path: Path) -> None:
+    model = gpt()
+    torch.save(torch.optim.AdamW(model.parameters()).state_dict(), tmp_path / "optimizer.pth")
+    with pytest.raises(CheckpointError, match="state of an optimizer"):
+        origo.load(tmp_path / "optimizer.pth", into=model)
+    write_safetensors(tmp_path / "optimizer.safetensors", optimizer_file())
+    with pytest.raises(CheckpointError, match="state of an optimizer"):
+        origo.load(tmp_path / "optimizer.safetensors", into=model)

@@ -160,6 +160,8 @@ def test_what_has_no_values_is_said() -> None:
         origo.load_state_dict(lazy, {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)})
     with torch.device("meta"):
         empty = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match="no values yet"):
+        origo.save(empty, "never.safetensors")
     with pytest.raises(ConfigError, match=r"meta device.*to_empty"):
         origo.load_state_dict(empty, nn.Linear(2, 2).state_dict())
     with torch.inference_mode():
@@ -289,3 +291,24 @@ print([name for name in sys.modules if name.startswith("torch._dynamo")])
 """).splitlines()
     assert float(printed[1]) == pytest.approx(expected, rel=1e-4)
     assert printed[2] == "[]"
+
+
+def test_keeping_and_loading_a_compiled_model_recompiles_nothing() -> None:
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(2)))
+    for index, block in enumerate(model):
+        model[index] = torch.compile(block, backend=counting)  # type: ignore[assignment]
+    x = torch.randn(3, 2)
+    model(x).sum().backward()
+    compiled = graphs
+    for _ in range(3):
+        origo.load_state_dict(model, {name: value + 1 for name, value in origo.state_dict(model).items()})
+        model(x).sum().backward()
+    assert 0 < graphs == compiled

@@ -89,6 +89,7 @@ def diagnose(differences: Differences, stored: Described, model: Described) -> l
     """The likely causes, those that explain most first."""
     case = _Case(differences, stored, model)
     _optimizer_file(case)
+    _nested(case)
     if not case.causes:
         _wrapper_prefixes(case)
         _task_prefix(case)
@@ -141,11 +142,28 @@ class _Case:
 # --- causes that another name explains ---
 
 
+_OPTIMIZER = "This is the state of an optimizer, not of a model: give the model's (of a checkpoint, model.safetensors)."
+
+
 def _optimizer_file(case: _Case) -> None:
     slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "step", "row_var", "col_var", "variance", "sum")
     theirs = [name for name in case.unexpected if name.startswith(tuple(f"state.{slot}." for slot in slots))]
     if theirs and len(theirs) > len(case.stored) / 2:
-        case.found("This is the state of an optimizer, not of a model: give the model's file (model.safetensors).", theirs)
+        case.found(_OPTIMIZER, theirs)
+
+
+def _nested(case: _Case) -> None:
+    if not case.unexpected or any(kind != "value" for _, kind in case.stored.values()):
+        return
+    if set(case.stored) == {"state", "param_groups"}:
+        case.found(_OPTIMIZER, case.unexpected)
+    else:
+        named = sorted(case.unexpected, key=lambda name: "model" not in name and "state" not in name)
+        case.found(
+            f"It has no tensors at its top level but {_listed(list(case.unexpected))}: pass what is in one of them, as "
+            f"state[{named[0]!r}].",
+            case.unexpected,
+        )
 
 
 def _wrapper_prefixes(case: _Case) -> None:

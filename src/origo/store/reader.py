@@ -252,6 +252,8 @@ def _open_pth(path: Path) -> TensorFile:
         raise CheckpointError(f"'{path}' is no weight file, or it is damaged ({reason}).") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"'{path}' holds a {type(state).__name__}, not a state dict of named tensors.")
+    if set(state) == {"state", "param_groups"}:
+        raise CheckpointError(f"'{path}' holds the state of an optimizer, not of a model: give the model's file.")
     if not any(isinstance(value, Tensor) for value in state.values()):
         inner = next((name for name, value in state.items() if isinstance(value, dict)), None)
         hint = f" Load it with torch.load and pass [{inner!r}] to origo.load_state_dict." if inner else ""
