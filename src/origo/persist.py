@@ -7,6 +7,9 @@ The three practices, as functions: keep the original module's state (``save``), 
 from __future__ import annotations
 
 import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from origo.errors import CheckpointError, ConfigError
 from origo.models.registry import build_model, describe_model
 from origo.naming.mismatch import MismatchError
 from origo.naming.recovery import recover_names
-from origo.naming.wrappers import AVERAGE_COUNTER, unwrap
+from origo.naming.wrappers import AVERAGE_COUNTER, require_module, unwrap
 from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict, whole_state
 from origo.store.layout import CONFIG, MODEL
 from origo.store.reader import Checkpoint
@@ -43,6 +46,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         CheckpointError: the model has something that the format cannot hold.
+        ConfigError: ``model`` is no module, or its configuration cannot be kept as JSON.
         StorageError: the disk refused; what was there before is untouched.
 
     >>> compiled = torch.compile(nn.Linear(2, 1))
@@ -51,7 +55,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     >>> list(torch.load("model.pth", weights_only=True))
     ['weight', 'bias']
     """
-    path = Path(path)
+    require_module(model)
+    path = _path(path)
     state, mine_to_write = whole_state(state_dict(model))
     if not mine_to_write:
         return
@@ -90,7 +95,8 @@ def load(
     >>> report.renamed
     {'_orig_mod.weight': 'weight', '_orig_mod.bias': 'bias'}
     """
-    return _load_into(find_checkpoint(path).checkpoint, into, strict=strict, dtype=dtype, verify=verify)
+    require_module(into)
+    return _load_into(find_checkpoint(_path(path)).checkpoint, into, strict=strict, dtype=dtype, verify=verify)
 
 
 def load_model(
@@ -112,7 +118,7 @@ def load_model(
     >>> load_model("model.safetensors").config.vocab_size
     100
     """
-    return load_checkpoint(find_checkpoint(path, step).checkpoint, device=device, compile=compile)
+    return load_checkpoint(find_checkpoint(_path(path), step).checkpoint, device=device, compile=compile)
 
 
 def open_checkpoint(path: str | Path, *, step: int | str = "latest") -> Checkpoint:
@@ -129,7 +135,7 @@ def open_checkpoint(path: str | Path, *, step: int | str = "latest") -> Checkpoi
     (['weight', 'bias'], torch.Size([1, 2]))
     >>> checkpoint.verify()
     """
-    return find_checkpoint(path, step).checkpoint
+    return find_checkpoint(_path(path), step).checkpoint
 
 
 def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", compile: bool = False) -> nn.Module:
@@ -149,14 +155,12 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu
 
 def _load_into(checkpoint: Checkpoint, model: nn.Module, *, strict: bool, dtype: DtypePolicy, verify: bool) -> LoadReport:
     state: dict[str, Any] = checkpoint.model.state(verify=verify)
-    renamed: dict[str, str] = {}
     known = state_dict(model)
-    if unknown := [name for name in state if name not in known]:
-        absent = [name for name in known if name not in state]
-        renamed = recover_names(unknown, absent)
-        state = {renamed.get(name, name): value for name, value in state.items()}
     spare = [name for name in (AVERAGE_COUNTER,) if name in state and name not in known]  # the model itself is all there
-    state = {name: value for name, value in state.items() if name not in spare}
+    for name in spare:
+        del state[name]
+    renamed = recover_names(state, known)
+    state = _renamed(state, renamed)
     try:
         report = load_state_dict(model, state, strict=strict, dtype=dtype)
     except MismatchError as error:
@@ -164,6 +168,16 @@ def _load_into(checkpoint: Checkpoint, model: nn.Module, *, strict: bool, dtype:
             raise error.with_configuration(sentence) from None
         raise
     return replace(report, renamed=renamed, unexpected=[*report.unexpected, *spare])
+
+
+def _renamed(state: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The state under other names, and with it the layout versions of its modules, which PyTorch keeps beside it."""
+    out: OrderedDict[str, Any] = OrderedDict((renamed.get(name, name), value) for name, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        paths = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in renamed.items()}
+        out._metadata = OrderedDict((paths.get(path, path), version) for path, version in versions.items())  # type: ignore[attr-defined]
+    return out
 
 
 def _other_configuration(checkpoint: Checkpoint, model: nn.Module) -> str | None:
@@ -179,6 +193,12 @@ def _other_configuration(checkpoint: Checkpoint, model: nn.Module) -> str | None
         return None
     was, now = (", ".join(f"{key}={values[key]}" for key in differing) for values in (stored, config))
     return f"Saved with {was}; this model has {now}: build it with the stored values, or use origo.load_model(path)."
+
+
+def _path(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"This is a {type(path).__name__}, not a path: the model comes first in save, the path in load.")
+    return Path(path)
 
 
 def _config_json(config: dict[str, Any]) -> str:

@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 import origo
 from origo import GPT, GPTConfig, MismatchError
 from origo.errors import CheckpointError
-from origo.naming.mismatch import compare, diagnose
+from origo.naming.causes import diagnose
+from origo.naming.mismatch import compare
 from origo.state.optimizer import optimizer_state
 from origo.store.writer import write_safetensors
 
@@ -83,6 +84,27 @@ def gpt2_names() -> State:
 
 def transposed(given: State) -> State:
     return {name: value.T if "ff.layers" in name and value.dim() == 2 else value for name, value in given.items()}
+
+
+def book_model(n_layers: int = 3) -> nn.Module:
+    from llms_from_scratch.ch04 import GPTModel
+
+    names = {"drop_rate": 0.0, "qkv_bias": False, "n_layers": n_layers}
+    return GPTModel({**SIZES, **names})  # type: ignore[no-any-return]
+
+
+def lora_model() -> nn.Module:
+    from llms_from_scratch.appendix_e import replace_linear_with_lora
+
+    model = book_model()
+    replace_linear_with_lora(model, rank=2, alpha=2)
+    return model
+
+
+def classifier(classes: int) -> nn.Module:
+    model = gpt()
+    model.out_head = nn.Linear(32, classes)  # type: ignore[assignment]
+    return model
 
 
 class Backbone(nn.Module):
@@ -197,6 +219,41 @@ CASES: dict[str, tuple[Callable[[], State], Callable[[], nn.Module], list[str]]]
         lambda: dict(gpt().to(torch.bfloat16).state_dict()),
         gpt,
         [r'Only dtypes differ: stored as bfloat16.*dtype="cast"'],
+    ),
+    "empty": (dict, gpt, [r"Nothing is stored"]),
+    "numpy": (lambda: {name: value.numpy() for name, value in state().items()}, gpt, [r"are no tensors .*torch\.from_numpy"]),
+    "a shard of the book's": (
+        lambda: dict(list(book_model().state_dict().items())[:15]),
+        book_model,
+        [r"What is stored fits, but is 15 of the \d+ tensors: one shard|Stored with \d blocks"],
+    ),
+    "fewer layers of the book's": (
+        lambda: book_model(2).state_dict(),
+        book_model,
+        [r"Stored with 2 blocks, this model has 3"],
+    ),
+    "the book's LoRA": (lambda: lora_model().state_dict(), book_model, [r"Stored with LoRA"]),
+    "into the book's LoRA": (lambda: book_model().state_dict(), lora_model, [r"This model with LoRA"]),
+    "classes": (
+        lambda: classifier(2).state_dict(),
+        lambda: classifier(64),
+        [r"Stored with 2 outputs .* another number of classes"],
+    ),
+    "a block missing": (
+        lambda: without("trf_blocks.1.", state()),
+        gpt,
+        [r"Of the blocks in trf_blocks, the file lacks 1"],
+    ),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).state_dict(),
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)),
+        [r"Stored with BatchNorm"],
+    ),
+    "a root's bias": (lambda: nn.Linear(4, 4, bias=False).state_dict(), lambda: nn.Linear(4, 4), [r"Stored without biases"]),
+    "sizes": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).state_dict(),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 5)),
+        [r"sizes are 3 in the file and 5 in this model"],
     ),
     "optimizer": (optimizer_file, gpt, [r"the state of an optimizer, not of a model"]),
     "torch's optimizer": (

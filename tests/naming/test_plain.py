@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,3 +197,77 @@ def test_polluted_names_are_matched_and_ambiguous_ones_left() -> None:
     assert recover_names(["a._orig_mod.module.weight", "b.weight"], known) == {}, "a.weight or a.module.weight?"
     assert recover_names(["module.b.weight", "_orig_mod.b.weight"], known) == {}, "which of the two?"
     assert recover_names(["x._orig_modulator.weight"], ["x.weight"]) == {}, "whole segments only"
+
+
+def test_a_name_that_fits_another_parameter_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Wrapped, the inner scale has the outer one's name with a segment more; as it is, it fits the wrong parameter."""
+
+    class Scaled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(1))
+            self.module = inner
+
+    model, other = Scaled(Scaled(nn.Linear(2, 2))), Scaled(Scaled(nn.Linear(2, 2)))
+    for wrapped in (nn.DataParallel(model), AveragedModel(model)):
+        torch.save(wrapped.state_dict(), tmp_path / "wrapped.pth")
+        origo.load(tmp_path / "wrapped.pth", into=other)
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_looking_at_a_model_disturbs_no_class_of_its_authors() -> None:
+    closed: list[int] = []
+    known: list[str] = []
+
+    class Registering(type):
+        def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, object], *, kind: str) -> Registering:
+            known.append(f"{kind} {name}")
+            return super().__new__(cls, name, bases, attributes)
+
+        def __init__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, object], *, kind: str) -> None:
+            super().__init__(name, bases, attributes)
+
+    class Particular(nn.Module, metaclass=Registering, kind="the"):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = torch.compile(nn.Linear(2, 2))
+
+        def __init_subclass__(cls, **kwargs: object) -> None:
+            known.append("a subclass")
+
+        def __del__(self) -> None:
+            closed.append(1)
+
+    model = Particular()
+    assert list(origo.state_dict(model)) == ["part.weight", "part.bias"]
+    gc.collect()
+    assert known == ["the Particular"]
+    assert not closed, "what the class does at its end was not done"
+
+    class Slotted(nn.Module):
+        __slots__ = ("cache",)
+
+    slotted = Slotted()
+    slotted.part = torch.compile(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="Slotted has __slots__"):
+        origo.state_dict(slotted)
+    loop = nn.ModuleDict({"a": nn.ModuleDict()})
+    loop["a"]["b"] = loop  # type: ignore[index]
+    with pytest.raises(ConfigError, match="contains itself"):
+        origo.state_dict(loop)
+
+
+def test_a_loading_hook_sees_the_plain_module() -> None:
+    class Checking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Linear(2, 2)
+            self.register_load_state_dict_pre_hook(self.check)
+
+        @staticmethod
+        def check(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+            assert all(prefix + name in state for name, _ in module.named_parameters())
+
+    model = Checking()
+    model.part = torch.compile(model.part)  # type: ignore[assignment]
+    assert len(origo.load_state_dict(model, Checking().state_dict()).loaded) == 2

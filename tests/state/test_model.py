@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -312,3 +313,180 @@ def test_keeping_and_loading_a_compiled_model_recompiles_nothing() -> None:
         origo.load_state_dict(model, {name: value + 1 for name, value in origo.state_dict(model).items()})
         model(x).sum().backward()
     assert 0 < graphs == compiled
+
+
+class Versioned(nn.Module):
+    """Its second version stores what the first did, times ten."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 10
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_files_layout_version_reaches_the_module(tmp_path: Path) -> None:
+    polluted = torch.compile(nn.Sequential(Versioned())).state_dict()  # type: ignore[attr-defined]
+    polluted._metadata["_orig_mod.0"]["version"] = 1
+    torch.save(polluted, tmp_path / "old.pth")
+    model = nn.Sequential(Versioned())
+    origo.load(tmp_path / "old.pth", into=model)
+    assert model[0].weight.tolist() == [10, 10]
+    origo.save(model, tmp_path / "new.pth")
+    for load in (
+        lambda into: origo.load(tmp_path / "new.pth", into=into),
+        lambda into: into.load_state_dict(torch.load(tmp_path / "new.pth", weights_only=True)),
+    ):
+        again = nn.Sequential(Versioned())
+        load(again)
+        assert again[0].weight.tolist() == [10, 10], "already of this version"
+
+
+def test_a_conjugate_is_no_second_name_of_its_tensor(tmp_path: Path) -> None:
+    class Waves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("f", torch.randn(3, dtype=torch.complex64))
+            self.register_buffer("g", self.f.conj())
+
+    model = Waves()
+    for name in ("m.safetensors", "m.pth"):
+        origo.save(model, tmp_path / name)
+        stored = origo.open_checkpoint(tmp_path / name).model.state()
+        assert torch.equal(stored["g"], model.g.resolve_conj())  # type: ignore[operator,arg-type]
+
+
+def test_tensors_made_of_tensors_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(TwoTensor(torch.randn(2, 2), torch.randn(2, 2))) for _ in range(2))
+
+    model, other = Made(), Made()
+    with pytest.raises(CheckpointError, match=r"a is a TwoTensor, .*dequantize"):
+        origo.save(model, tmp_path / "m.safetensors")
+    origo.load_state_dict(other, model.state_dict())
+    assert torch.equal(other.b.a, model.b.a)  # type: ignore[attr-defined]
+    assert not torch.equal(other.b.a, other.a.a)  # type: ignore[attr-defined]
+
+
+UNFIT: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
+    "a number for a tensor": (lambda: nn.Linear(1, 1), lambda: {"weight": torch.ones(1, 1), "bias": 3.0}, "shape|no tensors"),
+    "meta": (
+        lambda: nn.Linear(1, 1),
+        lambda: {"weight": torch.ones(1, 1), "bias": torch.ones(1, device="meta")},
+        "has no values",
+    ),
+    "floats for integers": (
+        lambda: nn.BatchNorm1d(1),
+        lambda: {**nn.BatchNorm1d(1).state_dict(), "num_batches_tracked": torch.tensor(1.7)},
+        "num_batches_tracked float32 stored, int64 in the model",
+    ),
+    "a path": (lambda: nn.Linear(1, 1), lambda: "model.pth", r"origo\.load takes a path"),
+    "another model": (lambda: nn.Linear(1, 1), lambda: nn.Linear(1, 1), "not a Linear"),
+    "numbered": (lambda: nn.Linear(1, 1), lambda: {0: torch.ones(1)}, "dict of named tensors"),
+}
+
+
+@pytest.mark.parametrize(("model", "state", "message"), UNFIT.values(), ids=UNFIT)
+def test_what_cannot_be_copied_is_refused_before_anything_is(
+    model: Callable[[], nn.Module], state: Callable[[], Any], message: str
+) -> None:
+    target = model()
+    before = values(target)
+    with pytest.raises(origo.OrigoError, match=message):
+        origo.load_state_dict(target, state(), dtype="cast")
+    assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
+
+
+def test_arguments_in_the_wrong_order_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="This is a str"):
+        origo.save("m.pth", small())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="not a path"):
+        origo.load(small(), small())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="This is a str"):
+        origo.load("m.pth", "m.pth")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="applied twice"):
+        origo.unwrap(torch.compile(torch.compile(small())))  # type: ignore[arg-type]
+
+
+def test_an_expanded_buffer_is_refused() -> None:
+    model = nn.Module()
+    model.register_buffer("mask", torch.zeros(1).expand(3))
+    with pytest.raises(ConfigError, match="mask is an expanded view"):
+        origo.load_state_dict(model, {"mask": torch.ones(3)})
+
+
+def test_a_model_with_a_state_dict_of_its_own() -> None:
+    class Trained(nn.Module):
+        """Keeps only what is trained."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+            return {name: value for name, value in super().state_dict(*arguments, **options).items() if "head" in name}
+
+    class Delegating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+            return self.inner.state_dict()
+
+        def load_state_dict(self, state: Any, strict: bool = True) -> Any:  # type: ignore[override]
+            return self.inner.load_state_dict(state, strict)
+
+    for cls in (Trained, Delegating):
+        model, other = cls(), cls()
+        report = origo.load_state_dict(torch.compile(model), origo.state_dict(other))  # type: ignore[arg-type]
+        assert len(report.loaded) == 2
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_names_that_a_models_own_loading_code_knows_are_taken() -> None:
+    def old() -> nn.Module:
+        return torch.nn.utils.weight_norm(nn.Linear(2, 2))
+
+    new = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    state = old().state_dict()
+    assert "weight_g" in state
+    assert "weight_g" not in new.state_dict()
+    origo.load_state_dict(torch.compile(new), state)  # type: ignore[arg-type]
+    assert torch.equal(new.parametrizations.weight.original0, state["weight_g"])  # type: ignore[union-attr]
+
+
+def test_a_diverged_models_tied_tensors_load() -> None:
+    model = small(tie_embeddings=True)
+    with torch.no_grad():
+        model.tok_emb.weight[0] = float("nan")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert origo.load_state_dict(small(tie_embeddings=True), state).loaded
+
+
+def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Odd:
+        dtype: Any = torch.float32
+
+    class Model(nn.Module):
+        def __init__(self, config: Odd) -> None:
+            super().__init__()
+            self.config, self.line = config, nn.Linear(1, 1)
+
+    origo.register_architecture("odd", Model, Odd)
+    for value in (torch.float32, {1: 2}):
+        with pytest.raises(ConfigError, match=r"Odd\.dtype is .*, which JSON cannot hold"):
+            origo.save(Model(Odd(value)), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="model_cls"):
+        origo.register_architecture("number", int, Odd)  # type: ignore[arg-type]

@@ -218,7 +218,7 @@ def test_two_optimizers_side_by_side_are_one_state() -> None:
     one = torch.optim.AdamW(model.parameters())
     with pytest.raises(CheckpointError, match="stored by Muon, this is AdamW"):
         load_optimizer_state(model, one, tensors, description)
-    with pytest.raises(CheckpointError, match=r"0\.weight is in two optimizers"):
+    with pytest.raises(CheckpointError, match=r"0\.weight is optimised twice"):
         optimizer_state(model, [one, *both.values()])
 
 
@@ -310,3 +310,61 @@ def test_what_cannot_be_kept_is_said() -> None:
         optimizer_state(model, optimizer)
     with pytest.raises(ConfigError, match=r"not a torch\.optim\.Optimizer"):
         optimizer_state(model, model)  # type: ignore[arg-type]
+
+
+def test_state_of_another_class_is_accepted_as_hyperparameters_alone() -> None:
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.9)
+    train(model, sgd, 1)
+    adamw = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CheckpointError, match="stored by SGD, this is AdamW"):
+        load_optimizer_state(model, adamw, *optimizer_state(model, sgd))
+    report = load_optimizer_state(model, adamw, *optimizer_state(model, sgd), accept="optimizer")  # type: ignore[arg-type]
+    assert (report.restored, report.fresh) == ([], list(model.state_dict()))
+    assert adamw.param_groups[0]["lr"] == 0.25
+    assert "momentum" not in adamw.param_groups[0]
+    train(model, adamw, 1)
+
+
+def test_two_states_for_what_is_one_parameter_now_are_refused() -> None:
+    class Pair(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+            if tied:
+                self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + 2 * self.b(x)  # type: ignore[no-any-return]
+
+    untied, tied = Pair(False), Pair(True)
+    optimizer = MAKERS["sgd with momentum"](list(untied.parameters()))
+    untied(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.raises(CheckpointError, match=r"a\.weight and b\.weight are one parameter here"):
+        load_optimizer_state(tied, MAKERS["adamw"](list(tied.parameters())), *optimizer_state(untied, optimizer))
+
+
+def test_hyperparameters_that_are_tensors_of_one_number() -> None:
+    def make(rate: float, beta: float) -> torch.optim.Optimizer:
+        betas: Any = (torch.tensor(beta), torch.tensor(0.999))
+        return torch.optim.AdamW(model.parameters(), lr=torch.tensor([rate]), betas=betas, foreach=False)
+
+    model = network()
+    other = make(9.0, 0.5)
+    load_optimizer_state(model, other, *through_json(*optimizer_state(model, make(0.125, 0.25))))
+    group = other.param_groups[0]
+    assert (group["lr"].tolist(), group["betas"][0].item()) == ([0.125], 0.25)
+
+
+def test_mistakes_of_a_person_get_a_sentence() -> None:
+    model = network()
+    optimizer = MAKERS["adamw"](list(model.parameters()))
+    train(model, optimizer, 1)
+    with pytest.raises(ConfigError, match="This is a AdamW, not a torch"):
+        optimizer_state(optimizer, model)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="no optimizer state"):
+        load_optimizer_state(model, optimizer, {}, None)  # type: ignore[arg-type]
+    optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(CheckpointError, match=r"shape \[2\], which is in none of its groups"):
+        optimizer_state(model, optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,8 @@ def register_architecture(name: str, model_cls: type[nn.Module], config_cls: typ
         config_cls: a dataclass whose fields are plain JSON values.
 
     Raises:
-        ConfigError: ``config_cls`` is no dataclass, or the name stands for another class already.
+        ConfigError: ``model_cls`` is no module class, ``config_cls`` is no dataclass, or the name stands for another class
+            already.
 
     >>> @dataclass(frozen=True)
     ... class Sizes:
@@ -50,6 +52,8 @@ def register_architecture(name: str, model_cls: type[nn.Module], config_cls: typ
     >>> origo.load_model("line.safetensors").config
     Sizes(width=3)
     """
+    if not (isinstance(model_cls, type) and issubclass(model_cls, nn.Module)):
+        raise ConfigError(f"register_architecture takes a class derived from torch.nn.Module as model_cls, not {model_cls!r}.")
     if not (isinstance(config_cls, type) and dataclasses.is_dataclass(config_cls)):
         raise ConfigError(f"register_architecture takes a dataclass as config_cls, not {config_cls!r}.")
     taken = _ARCHITECTURES.get(name)
@@ -64,7 +68,7 @@ def describe_model(model: nn.Module) -> tuple[str | None, dict[str, Any] | None]
     for name, architecture in _ARCHITECTURES.items():
         config = getattr(model, "config", None)
         if _author_class(model) is architecture.model_cls and isinstance(config, architecture.config_cls):
-            return name, dataclasses.asdict(config)
+            return name, _as_json(config)
     return None, None
 
 
@@ -87,6 +91,30 @@ def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
         return known.model_cls(known.config_cls(**config))
     except TypeError as error:
         raise ConfigError(f"The stored configuration does not fit {known.config_cls.__name__}: {error}.") from error
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    """The fields of a configuration, each of which has to come back from JSON as it was."""
+    fields = dataclasses.asdict(config)
+    for name, value in fields.items():
+        try:
+            same = _lists(json.loads(json.dumps(value))) == _lists(value)
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise ConfigError(
+                f"{type(config).__name__}.{name} is {value!r}, which JSON cannot hold: make it a number, text, a list, "
+                "or a dict with "
+                "keys of text."
+            )
+    return fields
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    if isinstance(value, list | tuple):
+        return [_lists(part) for part in value]
+    return {key: _lists(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _author_class(model: nn.Module) -> type[nn.Module]:

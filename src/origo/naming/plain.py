@@ -2,7 +2,8 @@
 
 Names and values then come from PyTorch's own ``state_dict()``, ``load_state_dict()`` and ``named_parameters()``, called on that
 plain model: no name is ever repaired, so none can be repaired wrongly, and hooks that look for a tensor under its name find it
-there. What is peeled is decided by the type of the object that stands in the tree, never by how an attribute is spelled.
+there (one that is a bound method of a module still sees that module as it is). What is peeled is decided by the type of the
+object that stands in the tree, never by how an attribute is spelled.
 
 The live model is not changed, not even for a moment, so another thread may go on computing with it. Where a child is wrapped,
 its parent is seen through a *twin*: an object of the same class that shares the parent's attributes, tensors and hooks, and
@@ -11,6 +12,7 @@ differs in its table of children alone.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import chain
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from origo.errors import ConfigError
-from origo.naming.wrappers import inner_module, wrapper_of
+from origo.naming.wrappers import inner_module, require_module, wrapper_of
 
 
 def plain_view(model: nn.Module) -> nn.Module:
@@ -40,7 +42,11 @@ def plain_view(model: nn.Module) -> nn.Module:
     >>> plain_view(model)[0] is model[0]._orig_mod
     True
     """
-    return _Peeling().view(model)
+    require_module(model)
+    try:
+        return _Peeling().view(model)
+    except RecursionError:
+        raise ConfigError("The model is nested too deeply to be walked through, or contains itself.") from None
 
 
 class _Peeling:
@@ -102,11 +108,14 @@ class _Peeling:
     ) -> nn.Module:
         cls = type(module)
         if cls not in self._twins:
-            metaclass: Any = type(cls)
-            self._twins[cls] = metaclass(cls.__name__, (_Twin, cls), {})
+            self._twins[cls] = _twin_class(cls)
         twin: nn.Module = object.__new__(self._twins[cls])
         object.__setattr__(twin, "__dict__", module.__dict__)
-        for name, table in (("_modules", children), ("_parameters", parameters), ("_buffers", buffers)):
+        tables: dict[str, Any] = {"_modules": children, "_parameters": parameters, "_buffers": buffers}
+        # PyTorch binds these to the module that they were registered on.
+        hooks = module.__dict__["_load_state_dict_pre_hooks"]
+        tables["_load_state_dict_pre_hooks"] = OrderedDict((key, _bound_to(hook, twin)) for key, hook in hooks.items())
+        for name, table in tables.items():
             object.__setattr__(twin, name, table)
         return twin
 
@@ -114,10 +123,13 @@ class _Peeling:
 class _Twin:
     """What makes a class one of twins: its tables are its own, found before those in the shared ``__dict__``."""
 
-    __slots__ = ("_buffers", "_modules", "_parameters")
+    __slots__ = ("_buffers", "_load_state_dict_pre_hooks", "_modules", "_parameters")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A class that keeps a register of its subclasses is not to hear of this one."""
+
+    def __del__(self) -> None:
+        """What the author's class does at the end of a module is not to be done at the end of a twin."""
 
     def __getattr__(self, name: str) -> Any:
         # nn.Module looks into the shared __dict__, where the wrapped child is.
@@ -126,6 +138,27 @@ class _Twin:
             if name in table:
                 return table[name]
         return super().__getattr__(name)  # type: ignore[misc]
+
+
+def _twin_class(cls: type[nn.Module]) -> Any:
+    def make(metaclass: type, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
+        return type.__new__(metaclass, name, bases, attributes)  # the author's metaclass does not hear of it either
+
+    meta: Any = type(cls)
+    if meta is not type:
+        meta = type(meta.__name__, (meta,), {"__new__": make, "__init__": lambda *_: None})
+    try:
+        return meta(cls.__name__, (_Twin, cls), {})
+    except TypeError as error:  # its instances have a layout of their own
+        raise ConfigError(
+            f"{cls.__name__} has __slots__, so what is wrapped inside it cannot be seen through: take the __slots__ "
+            "out, or compile "
+            "in place (module.compile())."
+        ) from error
+
+
+def _bound_to(hook: Any, twin: nn.Module) -> Any:
+    return type(hook)(hook.hook, twin) if getattr(hook, "with_module", False) else hook
 
 
 def _children_of_its_own(wrapper: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -16,15 +16,22 @@ def recover_names(foreign: Iterable[str], known: Iterable[str]) -> dict[str, str
     Wrappers only ever add segments, so a name is matched by leaving out some of those that a wrapper could have added. Where
     all names share such segments at their start, these are the wrappers of the root, and go first.
 
+    Args:
+        foreign: all names of the file. A name that the model has too may still be another one's with a wrapper's segment more,
+            so those that fit as they are have to be given as well.
+        known: all names of the model.
+
     Returns:
-        Foreign name -> known name. One that matches none, or that shares its match with another one, is left out.
+        Foreign name -> known name. One that is right as it is, that matches none or more than one, or that shares its match
+        with another one, is left out.
 
     >>> recover_names(["_orig_mod.module.0.weight"], ["0.weight", "0.bias"])
     {'_orig_mod.module.0.weight': '0.weight'}
     """
-    foreign, known = list(foreign), list(known)
-    prefixes = wrapper_prefixes()
-    known_names, root = set(known), ""
+    foreign, known_names, prefixes = list(foreign), set(known), wrapper_prefixes()
+    if known_names.issuperset(foreign):
+        return {}
+    root = ""
     while foreign and (shared := _shared_segment(foreign, root)) in prefixes:
         root = f"{root}{shared}."
         if all(name.removeprefix(root) in known_names for name in foreign):
@@ -32,10 +39,10 @@ def recover_names(foreign: Iterable[str], known: Iterable[str]) -> dict[str, str
 
     matches: dict[str, list[str]] = {}
     for name in foreign:
-        found = known_names.intersection(_without_some(name, prefixes))
+        found = known_names.intersection({name, *_without_some(name, prefixes)})
         if len(found) == 1:
             matches.setdefault(found.pop(), []).append(name)
-    return {names[0]: match for match, names in matches.items() if len(names) == 1}
+    return {names[0]: match for match, names in matches.items() if len(names) == 1 and names[0] != match}
 
 
 def _without_some(name: str, prefixes: frozenset[str]) -> Iterator[str]:

@@ -54,7 +54,7 @@ def register_wrapper(cls: type[nn.Module], inner: str) -> None:
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ConfigError(f"register_wrapper takes a class derived from torch.nn.Module, not {cls!r}.")
-    if not inner.isidentifier():
+    if not (isinstance(inner, str) and inner.isidentifier()):
         raise ConfigError(f"register_wrapper takes the name of one attribute of {cls.__name__}, not {inner!r}.")
     _WRAPPERS[_qualified_name(cls)] = inner
 
@@ -91,13 +91,33 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Only the root is peeled; wrapped submodules stay as they are, because the model calls them.
 
+    Raises:
+        ConfigError: ``model`` is no module.
+
     >>> model = nn.Linear(1, 1)
     >>> unwrap(nn.DataParallel(model)) is model
     True
     """
+    require_module(model)
     while wrapper_of(model) is not None:
         model = inner_module(model)
     return model
+
+
+def require_module(model: object) -> None:
+    """Refuse what has no state.
+
+    Raises:
+        ConfigError: saying what to pass instead.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if callable(model):
+        raise ConfigError(
+            f"This is a {type(model).__name__}, not a module. torch.compile applied twice, or to a function, gives a "
+            "function that has no state: pass the module that was compiled."
+        )
+    raise ConfigError(f"This is a {type(model).__name__}, not a torch.nn.Module: pass the model itself.")
 
 
 def _qualified_name(cls: type) -> str:

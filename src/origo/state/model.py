@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from origo.errors import CheckpointError, ConfigError
-from origo.naming.mismatch import Described, Differences, MismatchError, compare, diagnose
+from origo.naming.causes import diagnose
+from origo.naming.mismatch import Described, Differences, MismatchError, compare
 from origo.naming.plain import plain_view
+from origo.naming.wrappers import require_module
 from origo.state.sharded import is_sharded, local, shared_out_like, whole, whole_parameters
 
 DtypePolicy = Literal["exact", "cast"]
@@ -35,7 +37,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     """In the model, not stored: left as they were (only with ``strict=False``)."""
     unexpected: list[str] = field(default_factory=list)
-    """Stored, not in the model: not used (only with ``strict=False``)."""
+    """Stored, not in the model: not used (only with ``strict=False``; an ``AveragedModel``'s counter in any case)."""
     cast: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Stored dtype and model dtype, where they differed (only with ``dtype="cast"``)."""
     renamed: dict[str, str] = field(default_factory=dict)
@@ -84,13 +86,13 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def whole_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def whole_state(state: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The state with sharded tensors put together, and whether this process is the one to write it.
 
     Where tensors are sharded every process has to call this, and the first one writes.
     """
     if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
-        return dict(state), True
+        return state, True
     return _mapped(state, whole), torch.distributed.get_rank() == 0
 
 
@@ -104,7 +106,8 @@ def load_state_dict(
         state: {canonical name: tensor}; not changed. A tied tensor may be given under any of its names. Whole tensors load into
             sharded ones (FSDP) and the other way round.
         strict: refuse names that are missing or unexpected. Shapes must agree in any case.
-        dtype: ``"exact"`` refuses a tensor of another dtype, ``"cast"`` converts and reports it.
+        dtype: ``"exact"`` refuses a tensor of another dtype, ``"cast"`` converts and reports it, though never floating-point
+            numbers to integers or complex ones to real.
 
     Returns:
         What was loaded, and what was not.
@@ -123,9 +126,13 @@ def load_state_dict(
     if dtype not in ("exact", "cast"):
         raise ConfigError(f'dtype is "exact" or "cast", not {dtype!r}.')
     require_module(model)
+    if not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
+        raise ConfigError(
+            f"load_state_dict takes a dict of named tensors, not a {type(state).__name__}; origo.load takes a path."
+        )
     with whole_parameters(model, writeback=True), torch.no_grad():
         plain = plain_view(model)
-        live = plain.state_dict(keep_vars=True)
+        live = _live_state(plain)
         _require_writable(live)
         ties = _ties(live)
         complete = dict(state)
@@ -136,27 +143,73 @@ def load_state_dict(
 
         stored, target = describe(complete), describe(live)
         differences = compare(stored, target)
+        uncastable = {name: kinds for name, kinds in differences.dtypes.items() if not _castable(*kinds)}
         refused = Differences(
             missing=differences.missing if strict else [],
             unexpected=differences.unexpected if strict else [],
             shapes=differences.shapes,
-            dtypes=differences.dtypes if dtype == "exact" else {},
+            dtypes=differences.dtypes if dtype == "exact" else uncastable,
         )
-        if refused:
+        # Modules read the layout version of their state here. A .safetensors file keeps none, and is taken to be of this one.
+        versions = getattr(state, "_metadata", getattr(live, "_metadata", OrderedDict()))
+        if refused and not _has_names_alone(refused):
             raise MismatchError(refused, diagnose(refused, stored, target))
-        if stored and target and len(differences.missing) == len(target):
-            # strict=False and nothing loaded: nobody wants that, and most never notice.
-            raise MismatchError(differences, diagnose(differences, stored, target))
+        _require_readable(complete)
         _require_equal_ties(ties, complete)
+        storages = _storages(live.values())
+        ready = OrderedDict((name, _ready(value, live.get(name), storages)) for name, value in complete.items())
+        if refused or (stored and target and len(differences.missing) == len(target)):
+            # The names are other ones, or strict=False and none fits, which nobody wants and few notice. A model may have
+            # loading code that knows the names of earlier versions of itself: if it takes them all, they are right.
+            if not _taken_by_the_model(plain, ready, versions):
+                raise MismatchError(refused or differences, diagnose(refused or differences, stored, target))
+            return LoadReport(list(complete))
 
         loaded = [name for name in target if name in complete]
-        storages = _storages(live.values())
-        ready = OrderedDict((name, _ready(name, complete[name], live, storages)) for name in loaded)
-        # Modules read the layout version of their state in it. A file keeps none: it is of the version of its writer, this one.
-        ready._metadata = getattr(state, "_metadata", live._metadata)  # type: ignore[attr-defined]
-        with _undone_on_failure(plain):
-            plain.load_state_dict(ready, strict=strict)
+        _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions)
     return LoadReport(loaded, differences.missing, differences.unexpected, differences.dtypes)
+
+
+def _live_state(plain: nn.Module) -> dict[str, Any]:
+    """The parameters and buffers themselves, under the names of the model's ``state_dict()``."""
+    try:
+        state: dict[str, Any] = plain.state_dict(keep_vars=True)
+    except TypeError:  # a state_dict() of its own without that argument
+        state = plain.state_dict()
+    return state
+
+
+def _copy(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any) -> None:
+    """All of it, by the model's own ``load_state_dict``, or nothing."""
+    ready._metadata = versions  # type: ignore[attr-defined]
+    with _undone_on_failure(plain, ready):
+        # Names were compared already; a model whose state_dict() leaves something out would fail on what it never stored.
+        unused = plain.load_state_dict(ready, strict=False)
+        if unused is not None and unused.unexpected_keys:
+            raise ValueError(f"its load_state_dict does not take what its state_dict gives: {unused.unexpected_keys[:3]}")
+
+
+def _taken_by_the_model(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any) -> bool:
+    """Whether the model's own loading code finds a place for every name, and a value for every place."""
+    if not any(map(_has_loading_code, plain.modules())):
+        return False
+    ready._metadata = versions  # type: ignore[attr-defined]
+    try:
+        with _undone_on_failure(plain, ready):
+            plain.load_state_dict(ready, strict=True)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _has_names_alone(differences: Differences) -> bool:
+    return not (differences.shapes or differences.dtypes)
+
+
+def _castable(stored: str, live: str) -> bool:
+    """Whether a cast keeps what kind of number it is: float to float, integer to float, but not float to integer."""
+    was, now = getattr(torch, stored, None), getattr(torch, live, None)
+    return isinstance(was, torch.dtype) and isinstance(now, torch.dtype) and torch.can_cast(was, now)
 
 
 def describe(state: Mapping[str, Any]) -> Described:
@@ -172,9 +225,17 @@ def describe(state: Mapping[str, Any]) -> Described:
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...] | None:
     """Equal for two tensors that are the same memory seen the same way; None where a tensor has no memory."""
     tensor = local(tensor)
-    if tensor.is_meta or is_lazy(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
+    if not _has_memory(tensor):
         return None
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+    seen_as = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.is_conj(), tensor.is_neg())
+    return (tensor.device, tensor.data_ptr(), *seen_as)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether its values are one piece of memory: not those of a sparse tensor, or of one that is made of others."""
+    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    return tensor.data_ptr() != 0
 
 
 def _mapped(state: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -182,27 +243,14 @@ def _mapped(state: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dic
     changed = {name: change(value) if isinstance(value, Tensor) else value for name, value in state.items()}
     first: dict[Any, str] = {}
     names = {name: first.setdefault(_identity_or_self(value), name) for name, value in state.items()}
-    return {name: changed[names[name]] for name in state}
+    mapped: OrderedDict[str, Any] = OrderedDict((name, changed[names[name]]) for name in state)
+    if hasattr(state, "_metadata"):
+        mapped._metadata = state._metadata  # type: ignore[attr-defined]
+    return mapped
 
 
 def _identity_or_self(value: Any) -> Any:
     return (tensor_identity(value) if isinstance(value, Tensor) else None) or id(value)
-
-
-def require_module(model: object) -> None:
-    """Refuse what has no state.
-
-    Raises:
-        ConfigError: saying what to pass instead.
-    """
-    if isinstance(model, nn.Module):
-        return
-    if callable(model):
-        raise ConfigError(
-            f"This is a {type(model).__name__}, not a module. torch.compile applied twice, or to a function, gives a "
-            "function that has no state: pass the module that was compiled."
-        )
-    raise ConfigError(f"This is a {type(model).__name__}, not a torch.nn.Module: pass the model itself.")
 
 
 def _require_writable(live: Mapping[str, Any]) -> None:
@@ -220,6 +268,13 @@ def _require_writable(live: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{name} was made in torch.inference_mode() and cannot be changed outside of it: load within it too, or build "
                 "the model outside."
+            )
+        piece = local(value)
+        if piece.layout == torch.strided and any(
+            step == 0 and size > 1 for step, size in zip(piece.stride(), piece.shape, strict=True)
+        ):
+            raise ConfigError(
+                f"{name} is an expanded view, several of whose values are one: make it whole with .clone() first."
             )
 
 
@@ -240,17 +295,30 @@ def _require_equal_ties(ties: Mapping[str, list[str]], state: Mapping[str, Any])
                 # Pieces are put together in any case: every process has to take part, also one whose piece is empty.
                 sharded = is_sharded(mine) or is_sharded(theirs)
                 same = not sharded and _identity_or_self(mine) == _identity_or_self(theirs)
-                if not same and not torch.equal(whole(mine), whole(theirs)):
+                if not same and not _equal(whole(mine), whole(theirs)):
                     raise CheckpointError(
                         f"{name} and {other} are one tensor in this model but differ in what is stored: build the model "
                         "with them untied (for a GPT: tie_embeddings=False)."
                     )
 
 
-def _ready(name: str, value: Any, live: Mapping[str, Any], storages: set[int]) -> Any:
+def _equal(mine: Tensor, theirs: Tensor) -> bool:
+    """Equal in every value, NaN included."""
+    return torch.equal(mine, theirs) or bool(((mine == theirs) | ((mine != mine) & (theirs != theirs))).all())
+
+
+def _require_readable(given: Mapping[str, Any]) -> None:
+    """Refuse what has no values to copy."""
+    for name, value in given.items():
+        if isinstance(value, Tensor) and (is_lazy(value) or value.is_meta):
+            raise CheckpointError(
+                f"The tensor given for {name} has no values (it is on the meta device, or lazy); nothing was changed."
+            )
+
+
+def _ready(value: Any, target: Any, storages: set[int]) -> Any:
     """A value as the model's own ``load_state_dict`` can copy it."""
-    target = live[name]
-    if not isinstance(value, Tensor) or not isinstance(target, Tensor) or _is_extra(name):
+    if not isinstance(value, Tensor) or not isinstance(target, Tensor) or value.shape != target.shape:
         return value
     value = shared_out_like(value, target)
     # Two layers swapped, say: the copy into one must not change what is still to be copied from it.
@@ -261,33 +329,59 @@ def _ready(name: str, value: Any, live: Mapping[str, Any], storages: set[int]) -
 def _storages(values: Iterable[Any]) -> set[int]:
     """Where the memory behind some tensors is."""
     pieces = [local(value) for value in values if isinstance(value, Tensor)]
-    return {piece.untyped_storage().data_ptr() for piece in pieces if piece.layout == torch.strided and piece.numel()}
+    return {piece.untyped_storage().data_ptr() for piece in pieces if _has_memory(piece)}
 
 
 @contextmanager
-def _undone_on_failure(plain: nn.Module) -> Iterator[None]:
+def _undone_on_failure(plain: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
     """Put a model back where its own loading code fails half-way; where it has none, nothing is left that could fail."""
-    extra = [module for module in plain.modules() if type(module).set_extra_state is not nn.Module.set_extra_state]
-    if not extra and not any(map(_has_loading_code, plain.modules())):
+    tensors = list(chain(plain.parameters(), plain.buffers()))
+    ordinary = all(
+        _has_memory(local(tensor)) or tensor.numel() == 0
+        for tensor in (*tensors, *given.values())
+        if isinstance(tensor, Tensor)
+    )
+    if ordinary and not any(map(_has_loading_code, plain.modules())):
         yield
         return
-    before = [(tensor, tensor.detach().clone()) for tensor in chain(plain.parameters(), plain.buffers())]
-    extra_before = [(module, copy.deepcopy(module.get_extra_state())) for module in extra]
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    tables: list[tuple[Any, Any]] = [
+        (table, dict(table)) for module in plain.modules() for table in (module._parameters, module._buffers)
+    ]
+    extra = [(module, _copied(module.get_extra_state())) for module in plain.modules() if _has_extra_state(module)]
     try:
         yield
     except Exception as error:  # the user's code may raise anything
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
         for tensor, value in before:
             tensor.copy_(value)
-        for module, state in extra_before:
+        for module, state in extra:
             module.set_extra_state(state)
         raise CheckpointError(f"The model's own loading code failed, and nothing was changed: {error}") from error
 
 
+def _copied(state: Any) -> Any:
+    try:
+        return copy.deepcopy(state)
+    except Exception:  # a lock, a file: it is held as it is
+        return state
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).set_extra_state is not nn.Module.set_extra_state
+
+
 def _has_loading_code(module: nn.Module) -> bool:
+    cls = type(module)
     return bool(
         module._load_state_dict_pre_hooks
         or module._load_state_dict_post_hooks
-        or type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+        or _has_extra_state(module)
+        or cls._load_from_state_dict is not nn.Module._load_from_state_dict
+        or cls.load_state_dict is not nn.Module.load_state_dict
+        or cls.state_dict is not nn.Module.state_dict
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from origo.errors import CheckpointError, ConfigError
 from origo.naming.plain import plain_view
+from origo.naming.wrappers import require_module
 from origo.state.sharded import has_flat_parameters, is_sharded, shared_out_like, whole
 from origo.state.tree import flatten, unflatten
 
@@ -45,7 +46,8 @@ class OptimizerReport:
 
     restored: list[str]
     fresh: list[str] = field(default_factory=list)
-    """Optimised now but not stored: they start as new ones (only with ``accept=["added"]``)."""
+    """Without stored state of this optimizer's class: they start as new ones (only with ``accept=["added"]`` or
+    ``["optimizer"]``)."""
     dropped: list[str] = field(default_factory=list)
     """Stored but not optimised any more: not used (only with ``accept=["removed"]``)."""
     kept: list[str] = field(default_factory=list)
@@ -80,7 +82,20 @@ def optimizer_state(model: nn.Module, optimizers: Optimizers) -> tuple[dict[str,
     groups: list[dict[str, Any]] = []
     for optimizer in _as_list(optimizers):
         kind = type(optimizer).__name__
-        if further := set(optimizer.state_dict()) - {"state", "param_groups"}:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for key in optimizer.state:
+            if id(key) not in held:
+                what = (
+                    f"of shape {list(key.shape)}, which is in none of its groups" if isinstance(key, Tensor) else f"as {key!r}"
+                )
+                raise CheckpointError(
+                    f"{kind} keeps state for a parameter {what}: keep that beside the optimizer, or delete it."
+                )
+        try:
+            further = set(optimizer.state_dict()) - {"state", "param_groups"}
+        except Exception as error:  # its own code
+            raise CheckpointError(f"{kind} does not give its state: {error}") from error
+        if further:
             raise CheckpointError(
                 f"{kind} keeps {', '.join(sorted(map(repr, further)))} in its state besides what belongs to its parameters: "
                 "keep that beside the optimizer."
@@ -89,18 +104,12 @@ def optimizer_state(model: nn.Module, optimizers: Optimizers) -> tuple[dict[str,
             members = [names.of(parameter) for parameter in group["params"]]
             for name, parameter in zip(members, group["params"], strict=True):
                 if name in parameters:
-                    raise CheckpointError(f"{name} is in two optimizers or groups, so its state has no single name.")
+                    raise CheckpointError(f"{name} is optimised twice, so its state has no single name.")
                 found, slots = _flat_slots(optimizer.state.get(parameter, {}), name)
                 assert not found.keys() & tensors.keys(), "a slot's name has a dot in it"
                 tensors.update(found)
                 parameters[name] = {"shape": list(parameter.shape), "state": slots}
             groups.append({"optimizer": kind, "params": members, "hyperparameters": _hyperparameters(group)})
-        for key in optimizer.state:
-            if not isinstance(key, Tensor):
-                raise CheckpointError(
-                    f"{kind} keeps state under {key!r}, which is no parameter: keep that beside the optimizer."
-                )
-            names.of(key)
     return tensors, {"groups": groups, "parameters": parameters}
 
 
@@ -110,11 +119,12 @@ def load_optimizer_state(
     tensors: Mapping[str, Tensor],
     description: Mapping[str, Any],
     *,
-    accept: Iterable[Difference] = (),
+    accept: Difference | Iterable[Difference] = (),
 ) -> OptimizerReport:
     """Restore what :func:`optimizer_state` returned, by name: groups may be split, joined, reordered, the model wrapped anew.
 
-    Hyperparameters are restored too, except ``foreach``, ``fused`` and ``capturable``, which say how a step is computed.
+    Hyperparameters are restored too, except ``foreach``, ``fused``, ``capturable`` and ``differentiable``, which say how a step
+    is computed.
 
     Args:
         model: the module whose parameters the optimizers update, plain or wrapped.
@@ -123,8 +133,8 @@ def load_optimizer_state(
         description: the JSON object.
         accept: the differences to go on with, each of them refused otherwise. ``"added"``: parameters without stored state
             start fresh. ``"removed"``: stored ones that are not optimised any more are dropped. ``"hyperparameters"``: where a
-            group joins parameters with unequal ones, the live group's stay. ``"optimizer"``: state of another class is taken as
-            it is.
+            group joins parameters with unequal ones, the live group's stay. ``"optimizer"``: parameters whose state is another
+            class's start fresh, with the hyperparameters that both classes have.
 
     Returns:
         What was restored, and what was not.
@@ -139,10 +149,10 @@ def load_optimizer_state(
     >>> report.restored, [group["lr"] for group in two.param_groups]
     (['bias', 'weight'], [0.1, 0.1])
     """
-    accepted = set(accept)
+    accepted: set[str] = {accept} if isinstance(accept, str) else set(accept)
     if unknown := accepted - set(get_args(Difference)):
         raise ConfigError(f"accept takes {', '.join(map(repr, get_args(Difference)))}, not {', '.join(map(repr, unknown))}.")
-    if not {"groups", "parameters"} <= set(description):
+    if not (isinstance(description, Mapping) and {"groups", "parameters"} <= set(description)):
         raise CheckpointError("This is no optimizer state as this version of Origo keeps it: start with a fresh optimizer.")
     names = _Names(model)
     # A stored name may be another one of a tied parameter's names here.
@@ -157,6 +167,8 @@ def load_optimizer_state(
     }
 
     problems = _Problems(accepted)
+    for one, other in _joined(description["parameters"], names):
+        problems.add(None, f"{one} and {other} are one parameter here, and were stored with a state each: untie them.")
     added, removed = [name for name in live if name not in stored], [name for name in stored if name not in live]
     if added:
         problems.add("added", f"{len(added)} of the parameters to optimise have no stored state: {_listed(added)}.")
@@ -170,36 +182,27 @@ def load_optimizer_state(
 
     restored_groups: list[dict[str, Any]] = []
     kept: list[str] = []
+    anew: set[str] = set()  # names whose stored state is another class's
     for number, ((optimizer, group), part) in enumerate(zip(groups, members, strict=True)):
-        known = [stored_groups[name] for name in part if name in stored_groups]
-        kinds = {former["optimizer"] for former in known} - {type(optimizer).__name__}
-        if kinds:
-            problems.add(
-                "optimizer", f"Group {number} was stored by {_listed(sorted(kinds))}, this is {type(optimizer).__name__}."
-            )
-        if type(optimizer).__name__ in _ORDER_MATTERS and known and known[0]["params"] != part:
-            problems.add(
-                None, f"The state of {type(optimizer).__name__} is in the order of its parameters, which is another one here."
-            )
-        unequal = {
-            key
-            for former in known
-            for key, value in former["hyperparameters"].items()
-            if value != known[0]["hyperparameters"].get(key)
-        }
+        kind, known = type(optimizer).__name__, [stored_groups[name] for name in part if name in stored_groups]
+        if others := sorted({former["optimizer"] for former in known} - {kind}):
+            problems.add("optimizer", f"Group {number} was stored by {_listed(others)}, this is {kind}.")
+            anew.update(name for name in part if name in stored_groups and stored_groups[name]["optimizer"] != kind)
+        if kind in _ORDER_MATTERS and known and known[0]["params"] != part:
+            problems.add(None, f"The state of {kind} is in the order of its parameters, which is another one here.")
+        hyperparameters, unequal = _common([former["hyperparameters"] for former in known])
         if unequal:
-            shown = sorted({str(former["hyperparameters"].get(sorted(unequal)[0])) for former in known})
+            shown = sorted({str(former["hyperparameters"].get(unequal[0])) for former in known})
             problems.add(
                 "hyperparameters",
-                f"Group {number} joins parameters that were stored with unequal {_listed(sorted(unequal))} ({_listed(shown)}).",
+                f"Group {number} joins parameters that were stored with unequal {_listed(unequal)} ({_listed(shown)}).",
             )
-            kept += [f"group {number}: {key}" for key in sorted(unequal)]
-        former = known[0]["hyperparameters"] if known else {}
+            kept += [f"group {number}: {key}" for key in unequal]
         restored_groups.append(
             {
                 key: _like(unflatten(value, tensors), group.get(key))
-                for key, value in former.items()
-                if key not in unequal | _IMPLEMENTATION
+                for key, value in hyperparameters.items()
+                if key not in _IMPLEMENTATION and (key in group or not others)
             }
         )
     problems.raise_if_any()
@@ -207,7 +210,9 @@ def load_optimizer_state(
     slots: dict[str, dict[str, Any]] = {}
     for (_, group), part in zip(groups, members, strict=True):
         for name in part:
-            if name in stored:
+            if name in anew:
+                slots[name] = {}
+            elif name in stored:
                 convert = _Placing(live[name], on_device=bool(group.get("fused") or group.get("capturable")))
                 slots[name] = unflatten(stored[name]["state"], tensors, convert)
     # Nothing below can fail.
@@ -218,13 +223,22 @@ def load_optimizer_state(
                 optimizer.state[live[name]] = slots[name]
             elif name in slots:
                 optimizer.state.pop(live[name], None)
-    return OptimizerReport([name for name in live if name in stored], added, removed, kept)
+    restored = [name for name in live if name in stored and name not in anew]
+    return OptimizerReport(restored, [name for name in live if name in anew or name not in stored], removed, kept)
+
+
+def _common(groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """What the former groups of some parameters agree on, and the names of what they do not."""
+    keys = dict.fromkeys(key for group in groups for key in group)
+    equal = [key for key in keys if all(key in group and group[key] == groups[0][key] for group in groups)]
+    return {key: groups[0][key] for key in equal}, sorted(set(keys) - set(equal))
 
 
 class _Names:
     """The canonical names of a model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
+        require_module(model)
         if has_flat_parameters(model):
             raise CheckpointError(
                 "The state of an optimizer over FSDP1's flat parameters cannot be kept by name: use fully_shard (FSDP2)."
@@ -254,7 +268,7 @@ class _Names:
 class _Problems:
     """The differences that nobody accepted, to be told all at once."""
 
-    def __init__(self, accepted: set[Difference]) -> None:
+    def __init__(self, accepted: set[str]) -> None:
         self._accepted, self._lines = accepted, list[str]()
 
     def add(self, difference: Difference | None, sentence: str) -> None:
@@ -296,6 +310,15 @@ class _Placing:
         return whole(value).to(self._parameter.device, copy=True)
 
 
+def _joined(stored: Iterable[str], names: _Names) -> Iterable[tuple[str, str]]:
+    """Stored names that were two parameters' and are one's here."""
+    seen: dict[str, str] = {}
+    for name in stored:
+        first = seen.setdefault(names.first_of(name), name)
+        if first != name:
+            yield first, name
+
+
 def _as_list(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
     """The optimizers themselves, without what Fabric or Accelerate put around them."""
     if isinstance(optimizers, Mapping):
@@ -323,9 +346,8 @@ def _flat_slots(slots: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor],
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in group.items() if key not in _STRUCTURE}
-    numbers = {key: value.item() if isinstance(value, Tensor) and value.dim() == 0 else value for key, value in kept.items()}
-    tensors, structure = flatten(numbers, "group")
+    kept = {key: _number(value) for key, value in group.items() if key not in _STRUCTURE}
+    tensors, structure = flatten(kept, "group")
     if tensors:
         raise CheckpointError(
             f"The hyperparameter {next(iter(tensors))} is a tensor of more than one number, which cannot be kept."
@@ -333,9 +355,20 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return dict(structure)
 
 
+def _number(value: Any) -> Any:
+    """A tensor of one number as that number."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return tuple(map(_number, value)) if type(value) is tuple else value
+
+
 def _like(value: Any, live: Any) -> Any:
     """A stored hyperparameter in the type that the live optimizer has it in."""
-    return torch.full_like(live, value) if isinstance(live, Tensor) else value
+    if isinstance(live, Tensor):
+        return torch.full_like(live, value)
+    if isinstance(live, tuple) and isinstance(value, tuple) and len(live) == len(value):
+        return tuple(map(_like, value, live))
+    return value
 
 
 def _listed(names: Sequence[str]) -> str:

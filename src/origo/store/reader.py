@@ -10,6 +10,7 @@ import functools
 import json
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,8 @@ class TensorFile:
     _read: Callable[[str], Any] = field(repr=False)
     _check: Callable[[], None] = field(repr=False, default=lambda: None)
     """Checks the file as a whole, where its format has a checksum for that; cheap after the first call."""
+    versions: Mapping[str, Any] | None = None
+    """The layout versions of the modules by their path, where the file keeps them (``.pth``)."""
 
     @property
     def names(self) -> list[str]:
@@ -74,8 +77,11 @@ class TensorFile:
 
     def state(self, *, verify: bool = True) -> dict[str, Any]:
         """All tensors by name; tied ones are one object."""
-        state = {name: self.tensor(name, verify=verify) for name in self.shapes}
-        return {**state, **{alias: state[name] for alias, name in self.aliases.items()}}
+        state: OrderedDict[str, Any] = OrderedDict((name, self.tensor(name, verify=verify)) for name in self.shapes)
+        state.update({alias: state[name] for alias, name in self.aliases.items()})
+        if self.versions is not None:
+            state._metadata = self.versions  # type: ignore[attr-defined]
+        return state
 
 
 @dataclass(frozen=True)
@@ -272,4 +278,4 @@ def _open_pth(path: Path) -> TensorFile:
     described = describe(state)
     shapes = {name: shape for name, (shape, _) in described.items()}
     dtypes = {name: dtype for name, (_, dtype) in described.items()}
-    return TensorFile(path, shapes, dtypes, {}, {}, state.__getitem__, check)
+    return TensorFile(path, shapes, dtypes, {}, {}, state.__getitem__, check, getattr(state, "_metadata", None))

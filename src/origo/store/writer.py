@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from origo.errors import CheckpointError, StorageError
 from origo.state.model import tensor_identity
@@ -77,6 +79,11 @@ def gather(state: Mapping[str, Any]) -> Stored:
             )
         if value.layout != torch.strided:
             raise CheckpointError(f"{name} is {value.layout}, which cannot be stored: store its to_dense().")
+        if is_traceable_wrapper_subclass(value):
+            raise CheckpointError(
+                f"{name} is a {type(value).__name__}, a tensor made of others, which cannot be stored: store a plain one "
+                "(dequantize() gives it)."
+            )
         identity = tensor_identity(value)
         if identity is not None and identity in seen:
             aliases[name] = seen[identity]
@@ -121,7 +128,12 @@ def write_safetensors(
 def write_pth(path: Path, state: Mapping[str, Any]) -> None:
     """Write a plain state dict for ``torch.load(path, weights_only=True)``, durably. Tied tensors stay tied."""
     stored = gather({name: value for name, value in state.items() if isinstance(value, Tensor)})
-    plain = {name: stored.tensors[stored.aliases.get(name, name)] if isinstance(v, Tensor) else v for name, v in state.items()}
+    plain = OrderedDict(
+        (name, stored.tensors[stored.aliases.get(name, name)] if isinstance(value, Tensor) else value)
+        for name, value in state.items()
+    )
+    if hasattr(state, "_metadata"):  # the layout versions of the modules, which their load_state_dict asks for
+        plain._metadata = state._metadata  # type: ignore[attr-defined]
     with new_file(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(plain, file)
