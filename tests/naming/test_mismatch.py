@@ -311,6 +311,15 @@ def test_a_file_says_how_its_model_was_built(tmp_path: Path) -> None:
     assert len(caught.value.differences.missing) == 11
 
 
+def test_a_polluted_file_of_another_model_is_told_of_under_its_own_names(tmp_path: Path) -> None:
+    torch.save(torch.compile(book_model(2)).state_dict(), tmp_path / "model.pth")  # type: ignore[attr-defined]
+    with pytest.raises(MismatchError, match="`scale` and `shift`") as caught:
+        origo.load(tmp_path / "model.pth", into=gpt())
+    assert re.search("Stored with 2 blocks", str(caught.value))
+    assert re.search("queries, keys and values apart", str(caught.value))
+    assert "_orig_mod" not in str(caught.value)
+
+
 def test_a_load_that_would_leave_everything_as_it_was_is_refused_even_when_not_strict() -> None:
     with pytest.raises(MismatchError, match=r"_orig_mod"):
         origo.load_state_dict(gpt(), renamed("_orig_mod.{}".format), strict=False)

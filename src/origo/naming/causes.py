@@ -104,10 +104,6 @@ def _wrapper_prefixes(case: _Case) -> None:
     if not renames:
         return
     prefixes = wrapper_prefixes()
-    example, match = next(iter(renames.items()))
-    root = example.removesuffix(match)
-    if set(root.split(".")) <= {*prefixes, ""}:  # of the root, so of names too that the model does not have
-        renames |= {name: name.removeprefix(root) for name in case.unexpected if name.startswith(root) and name not in renames}
     segments = Counter(segment for name in renames for segment in name.split(".")[:-1] if segment in prefixes)
     kept = Counter(segment for name in renames.values() for segment in name.split(".")[:-1] if segment in prefixes)
     added = [segment for segment in segments if segments[segment] > kept[segment]]

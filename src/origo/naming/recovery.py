@@ -23,26 +23,32 @@ def recover_names(foreign: Iterable[str], known: Iterable[str]) -> dict[str, str
 
     Returns:
         Foreign name -> known name. One that is right as it is, that matches none or more than one, or that shares its match
-        with another one, is left out.
+        with another one, is left out; where all that match say what is around the root, the others are given without it too.
 
     >>> recover_names(["_orig_mod.module.0.weight"], ["0.weight", "0.bias"])
     {'_orig_mod.module.0.weight': '0.weight'}
+    >>> recover_names(["_orig_mod.0.weight", "_orig_mod.0.scale"], ["0.weight", "0.bias"])
+    {'_orig_mod.0.weight': '0.weight', '_orig_mod.0.scale': '0.scale'}
     """
     foreign, known_names, prefixes = list(foreign), set(known), wrapper_prefixes()
     if known_names.issuperset(foreign):
         return {}
-    root = ""
-    while foreign and (shared := _shared_segment(foreign, root)) in prefixes:
-        root = f"{root}{shared}."
-        if all(name.removeprefix(root) in known_names for name in foreign):
-            return {name: name.removeprefix(root) for name in foreign}
+    roots = [""]  # ever longer: the wrappers that may be around the root
+    while foreign and (shared := _shared_segment(foreign, roots[-1])) in prefixes:
+        roots.append(f"{roots[-1]}{shared}.")
+        if all(name.removeprefix(roots[-1]) in known_names for name in foreign):
+            return {name: name.removeprefix(roots[-1]) for name in foreign}
 
     matches: dict[str, list[str]] = {}
     for name in foreign:
         found = known_names.intersection({name, *_without_some(name, prefixes)})
         if len(found) == 1:
             matches.setdefault(found.pop(), []).append(name)
-    return {names[0]: match for match, names in matches.items() if len(names) == 1 and names[0] != match}
+    matched = {names[0]: match for match, names in matches.items() if len(names) == 1}
+    for root in roots[1:]:
+        if matched and all(name.removeprefix(root) == match for name, match in matched.items()):
+            return {name: name.removeprefix(root) for name in foreign}
+    return {name: match for name, match in matched.items() if name != match}
 
 
 def _without_some(name: str, prefixes: frozenset[str]) -> Iterator[str]:
