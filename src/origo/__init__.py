@@ -4,6 +4,7 @@ The library, in one screen. Every function takes a model as it is, plain, compil
 model's own. The command line is ``origo --help``.
 """
 
+from origo.checkpointer import Checkpointer, Restored
 from origo.errors import OrigoError
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
@@ -15,12 +16,14 @@ from origo.state.model import LoadReport, load_state_dict, state_dict
 from origo.state.optimizer import OptimizerReport, load_optimizer_state, optimizer_state
 
 __all__ = [
+    "Checkpointer",
     "GPT",
     "GPTConfig",
     "LoadReport",
     "MismatchError",
     "OptimizerReport",
     "OrigoError",
+    "Restored",
     "load",
     "load_model",
     "load_optimizer_state",

@@ -25,6 +25,7 @@ from origo.naming.wrappers import AVERAGE_COUNTER, require_module, unwrap
 from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict, whole_state
 from origo.store.layout import CONFIG, MODEL
 from origo.store.reader import Checkpoint
+from origo.store.remote import as_path
 from origo.store.run import find_checkpoint
 from origo.store.writer import write_folder, write_pth, write_safetensors
 
@@ -84,7 +85,8 @@ def load(
         into: the model; its tensors keep their identity, so an optimizer over them stays valid.
         strict: refuse names that are missing or unexpected.
         dtype: ``"exact"`` refuses tensors of another dtype, ``"cast"`` converts and reports them.
-        verify: check each tensor against its stored hash (BLAKE3, about 4 GB a second and core) before it is used.
+        verify: check each tensor against its stored hash (BLAKE3, about 4 GB a second and core) before it is used. Sizes and
+            structure are checked in any case.
 
     Raises:
         CheckpointError: the file is missing, damaged, or would run code.
@@ -96,7 +98,7 @@ def load(
     {'_orig_mod.weight': 'weight', '_orig_mod.bias': 'bias'}
     """
     require_module(into)
-    return _load_into(find_checkpoint(_path(path)).checkpoint, into, strict=strict, dtype=dtype, verify=verify)
+    return _load_into(find_checkpoint(_path(path), verify=verify).checkpoint, into, strict=strict, dtype=dtype, verify=verify)
 
 
 def load_model(
@@ -195,10 +197,10 @@ def _other_configuration(checkpoint: Checkpoint, model: nn.Module) -> str | None
     return f"Saved with {was}; this model has {now}: build it with the stored values, or use origo.load_model(path)."
 
 
-def _path(path: object) -> Path:
-    if not isinstance(path, str | os.PathLike):
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) and not hasattr(path, "joinpath"):
         raise ConfigError(f"This is a {type(path).__name__}, not a path: the model comes first in save, the path in load.")
-    return Path(path)
+    return as_path(path)
 
 
 def _config_json(config: dict[str, Any]) -> str:

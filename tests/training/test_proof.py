@@ -13,7 +13,7 @@ from origo.data.tokenizer import Tokenizer
 from origo.data.tokens import open_tokens
 from origo.errors import CheckpointError
 from origo.store.layout import CONFIG, MODEL, TOKENIZER
-from origo.store.run import write_step
+from origo.store.writer import write_folder
 from origo.training.proof import Proof, prove
 from origo.training.sample import write_sample
 from tests.conftest import TINY_RUN, Run
@@ -50,7 +50,8 @@ def test_a_checkpoint_of_other_weights_is_found_out(run: Path) -> None:
     texts = {file: opened.text(file) or "" for file in (CONFIG, TOKENIZER)}
     state = opened.model.state()
     state["tok_emb.weight"] = state["tok_emb.weight"] + 0.05 * torch.randn(state["tok_emb.weight"].shape)
-    forged = write_step(run / "forged", 10, {MODEL: state}, texts, architecture="gpt", metrics=opened.manifest.metrics)
+    forged = run / "forged"
+    write_folder(forged, {MODEL: state}, texts, architecture="gpt", step=10, metrics=opened.manifest.metrics)
     assert not proof_of(run, forged).holds
 
 

@@ -39,8 +39,8 @@ def load_rng_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> 
     random.setstate((version, tuple(words), gauss))
     algorithm, position, has_gauss, cached = values["numpy"]
     np.random.set_state((algorithm, tensors["rng.numpy"].numpy(), position, has_gauss, cached))
-    torch.set_rng_state(tensors["rng.torch"])
+    torch.set_rng_state(tensors["rng.torch"].clone())  # torch reads it as numbers of eight bytes: a mapped one may lie anywhere
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
             if (state := tensors.get(f"rng.cuda.{device}")) is not None:
-                torch.cuda.set_rng_state(state, device)
+                torch.cuda.set_rng_state(state.clone(), device)

@@ -1,9 +1,15 @@
-"""The on-disk format: which files a model folder or checkpoint holds, and what its manifest says. See docs/format.md."""
+"""The on-disk format: which files a model folder or checkpoint holds, and what its manifest says. See docs/format.md.
+
+A manifest carries the hash of its own text, not of the values in it: programs in other languages print numbers and accents in
+other ways. The text ends with the hash, and the hash is that of the text with zeros in its place.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,48 +31,100 @@ TRAINER = "trainer.json"
 # A single .safetensors file says the same in its header, in one string under this key.
 HEADER_KEY = "origo"
 
+# What is read whole before anything in it can be checked. A million tensors need about 200 MB.
+MOST_JSON_BYTES = 256 << 20
+MOST_JSON_OBJECTS = 2_000_000
 
-@dataclass(frozen=True)
+NO_HASH = "0" * 64
+_SELF_HASH = re.compile(r'"blake3": ?"([0-9a-f]{64})"\s*\}\s*\Z')
+
+
+@dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file beside the manifest."""
+    """One file beside the manifest.
+
+    ``blake3`` is the hash of its first ``hashed`` bytes: of the whole file, or of a tensor file its header, because each of
+    its tensors has a hash of its own. So every byte is hashed once.
+    """
 
     bytes: int
     blake3: str
+    hashed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: where it is, what it is, and what its bytes must hash to."""
+    """One tensor: what it is, and what its bytes must hash to."""
 
-    file: str
     dtype: str
     shape: list[int]
     blake3: str
     aliases: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class HeaderTensor:
-    """One tensor of a single file; the format's own header says where it is."""
+def identity_of(tensors: Mapping[str, TensorEntry]) -> str:
+    """What makes two sets of tensors equal: names, dtypes, shapes and bytes, whatever file they are in and in which order.
 
-    dtype: str
-    shape: list[int]
-    blake3: str
+    BLAKE3, in hexadecimal, of one line for each name, further names of tied tensors included, in the order of their UTF-8
+    bytes: ``<bytes of the name> <name> <dtype> <shape, as 2,3> <blake3>\\n``.
+    """
+    lines = []
+    for name, entry in tensors.items():
+        facts = f"{entry.dtype} {','.join(map(str, entry.shape))} {entry.blake3}\n".encode()
+        for each in (name, *entry.aliases):
+            encoded = each.encode()
+            lines.append((encoded, b"%d %b %b" % (len(encoded), encoded, facts)))
+    return blake3(b"".join(line for _, line in sorted(lines))).hexdigest()
 
 
-def hash_of(values: Mapping[str, Any]) -> str:
-    """BLAKE3 of JSON values, in hexadecimal: of their text with sorted keys and without white space."""
-    return blake3(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def sealed(text: str) -> str:
+    """A JSON text that ends in ``"blake3": "000…"}``, with its hash in place of the zeros."""
+    before, zeros, after = text.rpartition(NO_HASH)
+    assert zeros
+    assert _SELF_HASH.search(text)
+    return before + blake3(text.encode()).hexdigest() + after
 
 
-def _require_whole(values: dict[str, Any], what: str) -> None:
-    """Check the version of some JSON values and take their hash out of them, checked."""
-    if values["version"] > VERSION:
-        raise CheckpointError(
-            f"{what} has format version {values['version']}, this Origo reads up to {VERSION}: pip install --upgrade origo."
-        )
-    if values.pop("blake3") != hash_of(values):
+def require_seal(text: str, what: str) -> None:
+    """Check a text that :func:`sealed` made.
+
+    Raises:
+        CheckpointError: it is not as it was written.
+    """
+    found = _SELF_HASH.search(text)
+    if found is None:
+        raise CheckpointError(f"{what} is damaged: its end is missing.")
+    start, end = found.span(1)
+    if blake3((text[:start] + NO_HASH + text[end:]).encode()).hexdigest() != found.group(1):
         raise CheckpointError(f"{what} is damaged: its content is not what was written.")
+
+
+def parse_json(text: str | bytes, what: str) -> Any:
+    """JSON from a file that anybody may have made: bounded in size, without doubled names.
+
+    Raises:
+        CheckpointError: it is no JSON, too large, or names something twice.
+    """
+    if len(text) > MOST_JSON_BYTES:
+        raise CheckpointError(f"{what} has {len(text):,} bytes; up to {MOST_JSON_BYTES:,} are read.")
+    objects = 0
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal objects
+        objects += 1
+        values = dict(pairs)
+        if objects > MOST_JSON_OBJECTS:
+            raise CheckpointError(f"{what} holds more than {MOST_JSON_OBJECTS:,} entries: it is no file of Origo's.")
+        if len(values) != len(pairs):
+            raise CheckpointError(f"{what} is damaged: it names something twice.")
+        return values
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{what} is damaged: it is no JSON ({type(error).__name__}).") from error
 
 
 @dataclass(frozen=True)
@@ -81,64 +139,145 @@ class Manifest:
     step: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
-    """When, where and with which versions it was written."""
+    """When, where and with which versions it was written, and which checkpoint came before."""
+    identity: str = ""
+    """Of the model's tensors; see :func:`identity_of`."""
 
     def to_json(self) -> str:
-        """The text of a ``manifest.json``."""
-        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps({**values, "blake3": hash_of(values)}, indent=1) + "\n"
+        """The text of a ``manifest.json``, one tensor a line."""
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "identity": self.identity,
+            "architecture": self.architecture,
+            "metrics": {name: value if math.isfinite(value) else str(value) for name, value in self.metrics.items()},
+            "provenance": self.provenance,
+        }
+        tensors = {
+            file: _block((name, _values(entry)) for name, entry in entries.items()) for file, entries in self.tensors.items()
+        }
+        files = _block((name, asdict(entry)) for name, entry in self.files.items())
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
+        lines += [f'"files": {files}', f'"tensors": {_block_of_texts(tensors)}', f'"blake3": "{NO_HASH}"']
+        return sealed("{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:
-        """Read what :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote. Fields that it does not know are passed over.
 
         Raises:
             CheckpointError: it is no manifest, or one of a later version.
         """
+        what = f"The manifest '{source}'"
+        values = parse_json(text, what)
         try:
-            values = json.loads(text)
             if values["format"] != FORMAT:
                 raise CheckpointError(f"'{source}' is not the manifest of an Origo checkpoint.")
-            _require_whole(values, f"The manifest '{source}'")
+            _require_version(values["version"], what)
+            require_seal(text, what)
             return cls(
-                files={name: FileEntry(**entry) for name, entry in values["files"].items()},
+                files={name: _file_entry(entry) for name, entry in values["files"].items()},
                 tensors={
-                    file: {name: TensorEntry(**entry) for name, entry in tensors.items()}
+                    file: {name: _tensor_entry(entry) for name, entry in tensors.items()}
                     for file, tensors in values["tensors"].items()
                 },
-                architecture=values["architecture"],
-                step=values["step"],
-                metrics=values["metrics"],
-                provenance=values["provenance"],
+                architecture=_optional(values["architecture"], str),
+                step=_optional(values["step"], int),
+                metrics={str(name): float(value) for name, value in values["metrics"].items()},
+                provenance=dict(values["provenance"]),
+                identity=str(values["identity"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"The manifest '{source}' is damaged ({type(error).__name__}: {error}).") from error
+            raise CheckpointError(f"{what} is damaged ({type(error).__name__}: {error}).") from error
 
 
 @dataclass(frozen=True)
 class Header:
     """What Origo writes into the header of a single .safetensors file, so that it is checked and describes itself."""
 
-    tensors: dict[str, HeaderTensor]
+    tensors: dict[str, TensorEntry]
     architecture: str | None = None
     config: Mapping[str, Any] | None = None
+    identity: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The string under ``HEADER_KEY``."""
-        values = {"version": VERSION, **asdict(self)}
-        return json.dumps({**values, "blake3": hash_of(values)})
+        """The string under ``HEADER_KEY``. Its length does not depend on the hashes in it."""
+        values = {
+            "version": VERSION,
+            "identity": self.identity,
+            "architecture": self.architecture,
+            "config": self.config,
+            "provenance": self.provenance,
+            "tensors": {name: _values(entry) for name, entry in self.tensors.items()},
+            "blake3": NO_HASH,
+        }
+        return sealed(json.dumps(values))
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Header:
         """Read what :meth:`to_json` wrote."""
+        what = f"What Origo wrote into the header of '{source}'"
+        values = parse_json(text, what)
         try:
-            values = json.loads(text)
-            _require_whole(values, f"What Origo wrote into the header of '{source}'")
-            tensors = {name: HeaderTensor(**entry) for name, entry in values["tensors"].items()}
-            return cls(tensors, values["architecture"], values["config"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            _require_version(values["version"], what)
+            require_seal(text, what)
+            tensors = {name: _tensor_entry(entry) for name, entry in values["tensors"].items()}
+            architecture, config = _optional(values["architecture"], str), _optional(values["config"], dict)
+            return cls(tensors, architecture, config, str(values["identity"]), dict(values["provenance"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"The header that Origo wrote into '{source}' is damaged ({error}).") from error
+            raise CheckpointError(f"{what} is damaged ({error}).") from error
+
+
+def _require_version(version: Any, what: str) -> None:
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{what} is damaged: its version is {version!r}.")
+    if version > VERSION:
+        raise CheckpointError(
+            f"{what} has format version {version}, this Origo reads up to {VERSION}: pip install --upgrade origo."
+        )
+
+
+def _file_entry(values: Mapping[str, Any]) -> FileEntry:
+    entry = FileEntry(values["bytes"], values["blake3"], values["hashed"])
+    if not (_is_count(entry.bytes) and _is_count(entry.hashed) and entry.hashed <= entry.bytes and type(entry.blake3) is str):
+        raise ValueError(f"a file entry says {dict(values)}")
+    return entry
+
+
+def _tensor_entry(values: Mapping[str, Any]) -> TensorEntry:
+    entry = TensorEntry(values["dtype"], values["shape"], values["blake3"], values.get("aliases", []))
+    texts = type(entry.dtype) is str and type(entry.blake3) is str and all(type(alias) is str for alias in entry.aliases)
+    if not (texts and type(entry.shape) is list and type(entry.aliases) is list and all(map(_is_count, entry.shape))):
+        raise ValueError(f"a tensor entry says {dict(values)}")
+    return entry
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _optional(value: Any, kind: type) -> Any:
+    if value is not None and type(value) is not kind:
+        raise ValueError(f"a {kind.__name__} was expected, not {value!r}")
+    return value
+
+
+def _values(entry: TensorEntry) -> dict[str, Any]:
+    values: dict[str, Any] = {"dtype": entry.dtype, "shape": entry.shape, "blake3": entry.blake3}
+    return {**values, "aliases": entry.aliases} if entry.aliases else values
+
+
+def _block(items: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    return _block_of_texts({name: json.dumps(values) for name, values in items})
+
+
+def _block_of_texts(items: Mapping[str, str]) -> str:
+    if not items:
+        return "{}"
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {text}" for name, text in items.items()) + "\n}"

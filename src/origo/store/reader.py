@@ -7,46 +7,85 @@ that ``torch.save`` wrote.
 from __future__ import annotations
 
 import functools
-import json
+import mmap
+import os
 import pickle
 import zipfile
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from blake3 import blake3
 from torch import Tensor
 
 from origo.errors import CheckpointError
 from origo.state.model import describe
-from origo.store.layout import CONFIG, HEADER_KEY, MANIFEST, MODEL, Header, HeaderTensor, Manifest, TensorEntry
-from origo.store.writer import DTYPE_NAMES, file_entry, tensor_hash
+from origo.store import remote
+from origo.store.layout import (
+    CONFIG,
+    HEADER_KEY,
+    MANIFEST,
+    MODEL,
+    MOST_JSON_BYTES,
+    FileEntry,
+    Header,
+    Manifest,
+    TensorEntry,
+    identity_of,
+    parse_json,
+)
+from origo.store.tensorfile import (
+    Placed,
+    dtype_called,
+    format_dtype,
+    from_bytes,
+    header_length,
+    parse_header,
+    torch_name,
+)
+from origo.store.writer import WORKERS
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class TensorFile:
-    """The tensors of one file.
+class Damage:
+    """Something that is not as it was written."""
 
-    ``tensor(name)`` reads one, under its own name or an alias, and checks it against its hash unless told otherwise.
-    """
+    file: str
+    tensor: str | None
+    reason: str
+    """A sentence, with the path."""
 
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    """Of every stored tensor."""
-    dtypes: Mapping[str, str]
-    """Of every stored tensor, under torch's names."""
-    aliases: Mapping[str, str]
-    """Further names of tied tensors -> the name they are stored under."""
-    hashes: Mapping[str, str]
-    """BLAKE3 of each tensor's bytes; a name without one cannot be checked."""
-    _read: Callable[[str], Any] = field(repr=False)
-    _check: Callable[[], None] = field(repr=False, default=lambda: None)
-    """Checks the file as a whole, where its format has a checksum for that; cheap after the first call."""
-    versions: Mapping[str, Any] | None = None
-    """The layout versions of the modules by their path, where the file keeps them (``.pth``)."""
+
+class TensorFile(ABC):
+    """The tensors of one file: what they are is known, their values are read when they are asked for."""
+
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, str],
+        aliases: Mapping[str, str],
+        hashes: Mapping[str, str],
+    ) -> None:
+        self.path = path
+        self.shapes = shapes
+        """Of every stored tensor."""
+        self.dtypes = dtypes
+        """Of every stored tensor, under torch's names."""
+        self.aliases = aliases
+        """Further names of tied tensors -> the name they are stored under."""
+        self.hashes = hashes
+        """BLAKE3 of each tensor's bytes; a name without one cannot be checked."""
+        self.versions: Mapping[str, Any] | None = None
+        """The layout versions of the modules by their path, where the file keeps them (``.pth``)."""
+        self._right: set[str] = set()  # names that were checked: what is mapped does not change any more
 
     @property
     def names(self) -> list[str]:
@@ -59,48 +98,250 @@ class TensorFile:
         Raises:
             CheckpointError: there is no such tensor, or its bytes are not those that were written.
         """
-        stored_name = self.aliases.get(name, name)
-        if stored_name not in self.shapes:
-            raise CheckpointError(f"'{self.path}' holds no tensor {name!r}.")
+        stored = self._stored_name(name)
         if verify:
-            self._check()
-        try:
-            value = self._read(stored_name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"The tensor {name!r} cannot be read from '{self.path}': {error}.") from error
-        if verify and (expected := self.hashes.get(stored_name)) is not None and tensor_hash(value) != expected:
-            raise CheckpointError(
-                f"'{self.path}' is damaged: the bytes of {stored_name!r} are not those that were written. Use another "
-                "checkpoint, or fetch the file again."
-            )
-        return value
+            self._require_right([stored])
+        return self._read(stored)
+
+    def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
+        """A slice of a tensor, as ``tensor(name)[index]``; of the rest nothing is kept in memory.
+
+        Args:
+            name: a name or alias.
+            index: whatever a tensor can be indexed with.
+            verify: check the tensor that it is a part of, all of it, the first time.
+        """
+        part: Tensor = self.tensor(name, verify=verify)[index].clone()
+        return part
 
     def state(self, *, verify: bool = True) -> dict[str, Any]:
         """All tensors by name; tied ones are one object."""
-        state: OrderedDict[str, Any] = OrderedDict((name, self.tensor(name, verify=verify)) for name in self.shapes)
+        if verify:
+            self._require_right(self.shapes)
+        state: OrderedDict[str, Any] = OrderedDict((name, self._read(name)) for name in self.shapes)
         state.update({alias: state[name] for alias, name in self.aliases.items()})
         if self.versions is not None:
             state._metadata = self.versions  # type: ignore[attr-defined]
         return state
 
+    def damages(self) -> Iterator[Damage]:
+        """Check every tensor that has a hash."""
+        unchecked = [name for name in self.shapes if name not in self._right]
+        return self._check(unchecked)
 
-@dataclass(frozen=True)
+    def _require_right(self, names: Iterable[str]) -> None:
+        for damage in self._check([name for name in names if name not in self._right]):
+            raise CheckpointError(damage.reason)
+
+    def _stored_name(self, name: str) -> str:
+        stored = self.aliases.get(name, name)
+        if stored not in self.shapes:
+            raise CheckpointError(f"'{self.path}' holds no tensor {name!r}.")
+        return stored
+
+    @abstractmethod
+    def _read(self, name: str) -> Any: ...
+
+    @abstractmethod
+    def _check(self, names: list[str]) -> Iterator[Damage]: ...
+
+
+class _Safetensors(TensorFile):
+    """A .safetensors file: mapped, or fetched in ranges from remote storage."""
+
+    def __init__(self, path: Path) -> None:
+        self._remote = remote.is_remote(path)
+        self._mapped: Tensor | None = None
+        try:
+            if self._remote:
+                self._size, self._descriptor = remote.size(path), -1
+            else:
+                self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                self._size = os.fstat(self._descriptor).st_size
+            self.data_start = header_length(self._raw(path, 0, 8), self._size, path)
+            self.start = self._raw(path, 0, self.data_start)
+        except OSError as error:
+            raise CheckpointError(f"'{path}' cannot be read: {error.strerror or error}.") from error
+        self.placed, self.metadata = parse_header(self.start[8:], self._size - self.data_start, path)
+        # Stock safetensors records a tied tensor's further names as metadata entries: further name -> stored name.
+        aliases = {alias: name for alias, name in self.metadata.items() if name in self.placed and alias not in self.placed}
+        super().__init__(
+            path,
+            {name: placed.shape for name, placed in self.placed.items()},
+            {name: torch_name(placed.dtype) for name, placed in self.placed.items()},
+            aliases,
+            {},
+        )
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            os.close(self._descriptor)
+
+    def adopt(self, entries: Mapping[str, TensorEntry]) -> None:
+        """Take dtypes, shapes, aliases, hashes and order from what Origo wrote of the tensors, held against the file's header.
+
+        Raises:
+            CheckpointError: they do not agree.
+        """
+        for name, entry in entries.items():
+            placed, dtype = self.placed.get(name), dtype_called(entry.dtype)
+            if dtype is None:
+                raise CheckpointError(
+                    f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch {torch.__version__} does not have: "
+                    "pip install --upgrade torch."
+                )
+            kept, further = format_dtype(dtype)
+            if placed is None or (placed.dtype, placed.shape) != (kept, (*entry.shape, *further)):
+                raise CheckpointError(f"'{self.path}' is damaged: it holds other tensors than were written.")
+        if len(entries) != len(self.placed):
+            raise CheckpointError(f"'{self.path}' is damaged: it holds other tensors than were written.")
+        self.shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in entries.items()}
+        self.aliases = {alias: name for name, entry in entries.items() for alias in entry.aliases}
+        self.hashes = {name: entry.blake3 for name, entry in entries.items()}
+
+    def _read(self, name: str) -> Tensor:
+        dtype = dtype_called(self.dtypes[name])
+        if dtype is None:
+            raise CheckpointError(f"{name} in '{self.path}' has the dtype {self.dtypes[name]}, which torch does not have.")
+        placed = self.placed[name]
+        start, end = self.data_start + placed.start, self.data_start + placed.end
+        if self._remote:
+            data = self._fetched(name) if start < end else b""
+            return from_bytes(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0), dtype, self.shapes[name]
+            )
+        return from_bytes(self._map()[start:end], dtype, self.shapes[name])
+
+    def _check(self, names: list[str]) -> Iterator[Damage]:
+        checkable = sorted((name for name in names if name in self.hashes), key=lambda name: -self._nbytes(name))
+        total = sum(map(self._nbytes, checkable))
+        threads = WORKERS if total > 4 * _CHUNK else 1
+        shares: list[list[str]] = [checkable[number::threads] for number in range(threads)]
+        with ThreadPoolExecutor(threads, thread_name_prefix="origo-read") as pool:
+            wrong = {name for share in pool.map(self._wrong, shares) for name in share}
+        self._right |= set(checkable) - wrong
+        for name in self.shapes:
+            if name in wrong:
+                yield Damage(
+                    self.path.name,
+                    name,
+                    f"'{self.path}' is damaged: the bytes of {name!r} are not those that were written. Use another checkpoint, "
+                    "or fetch the file again.",
+                )
+
+    def _wrong(self, names: list[str]) -> list[str]:
+        """Those whose bytes have another hash; read in pieces, so that nothing is kept."""
+        buffer = memoryview(bytearray(_CHUNK))
+        wrong = []
+        for name in names:
+            placed = self.placed[name]
+            if self._remote:
+                found = blake3(self._fetched(name)).hexdigest()
+            elif placed.end - placed.start <= _CHUNK:
+                found = blake3(
+                    os.pread(self._descriptor, placed.end - placed.start, self.data_start + placed.start)
+                ).hexdigest()
+            else:
+                hasher, position, end = blake3(), self.data_start + placed.start, self.data_start + placed.end
+                while position < end:
+                    piece = buffer[: min(_CHUNK, end - position)]
+                    done = os.preadv(self._descriptor, [piece], position)
+                    if not done:
+                        break
+                    hasher.update(piece[:done])
+                    position += done
+                found = hasher.hexdigest()
+            if found != self.hashes[name]:
+                wrong.append(name)
+        return wrong
+
+    def _nbytes(self, name: str) -> int:
+        return self.placed[name].end - self.placed[name].start
+
+    def _fetched(self, name: str) -> bytes:
+        """The bytes of a tensor on remote storage; kept until they are used, so that what was checked is what is used."""
+        placed: Placed = self.placed[name]
+        kept: dict[str, bytes] = self.__dict__.setdefault("_kept", {})
+        if name in kept:
+            return kept.pop(name)
+        data = self._raw(self.path, self.data_start + placed.start, self.data_start + placed.end)
+        kept[name] = data
+        return data
+
+    def _raw(self, path: Path, start: int, end: int) -> bytes:
+        if self._remote:
+            return remote.read_range(path, start, end)
+        return os.pread(self._descriptor, end - start, start)
+
+    def _map(self) -> Tensor:
+        """The whole file as memory of this process's own: read when it is touched, and never changed by a write to it."""
+        if self._mapped is None:
+            self._mapped = torch.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        return self._mapped
+
+
+class _Pth(TensorFile):
+    """A state dict that ``torch.save`` wrote, opened by torch's machinery that runs nothing."""
+
+    def __init__(self, path: Path, state: Mapping[str, Any], is_zip: bool) -> None:
+        described = describe(state)
+        shapes = {name: shape for name, (shape, _) in described.items()}
+        super().__init__(path, shapes, {name: dtype for name, (_, dtype) in described.items()}, {}, {})
+        self.versions = getattr(state, "_metadata", None)
+        self._state, self._is_zip = state, is_zip
+
+    def _read(self, name: str) -> Any:
+        return self._state[name]
+
+    def _check(self, names: list[str]) -> Iterator[Damage]:
+        reason = self._damage
+        if reason is not None:
+            yield Damage(self.path.name, None, reason)
+
+    @functools.cached_property
+    def _damage(self) -> str | None:
+        """What the zip's checksums say, which torch writes and does not read."""
+        try:
+            damaged = zipfile.ZipFile(self.path).testzip() if self._is_zip else None
+        except Exception as error:  # zipfile does not keep to BadZipFile
+            return f"'{self.path}' is damaged ({error})."
+        if damaged is None:
+            return None
+        return f"'{self.path}' is damaged: the bytes of its part {damaged!r} are not those that were written."
+
+
 class Checkpoint:
     """Something with a model's weights in it, opened but not read; see :func:`read_checkpoint`."""
 
-    path: Path
-    model: TensorFile
-    config: Mapping[str, Any] | None = None
-    """The model's configuration, where it is stored."""
-    architecture: str | None = None
-    """The name of the model class, where it is stored."""
-    manifest: Manifest | None = None
-    """Of a folder."""
+    def __init__(self, path: Path, manifest: Manifest | None = None, model: TensorFile | None = None) -> None:
+        self.path = path
+        self.manifest = manifest
+        """Of a folder."""
+        self._opened: dict[str, TensorFile] = {MODEL: model} if model is not None else {}
+        self._texts: dict[str, str] = {}
+        self.config: Mapping[str, Any] | None = None
+        """The model's configuration, where it is stored."""
+        self.architecture: str | None = manifest.architecture if manifest else None
+        """The name of the model class, where it is stored."""
+        self.provenance: Mapping[str, Any] = manifest.provenance if manifest else {}
+        """When, where and with which versions it was written, where that is stored."""
+        self._identity = manifest.identity if manifest else ""
+
+    @property
+    def model(self) -> TensorFile:
+        """The model's tensors."""
+        return self.tensors(MODEL)
 
     @property
     def names(self) -> list[str]:
         """Canonical names of the model's tensors, aliases included."""
         return self.model.names
+
+    @property
+    def identity(self) -> str | None:
+        """Equal for equal weights: a hash over the model's names, dtypes, shapes and bytes. None where no hashes are stored."""
+        return self._identity or None
 
     def tensor(self, name: str, *, verify: bool = True) -> Tensor:
         """One of the model's tensors, read now, on the CPU, checked against its hash."""
@@ -108,41 +349,74 @@ class Checkpoint:
         assert isinstance(value, Tensor)
         return value
 
+    def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
+        """A slice of one of the model's tensors, as ``tensor(name)[index]``, without keeping the rest of it in memory."""
+        return self.model.part(name, index, verify=verify)
+
     def text(self, file: str) -> str | None:
         """The content of one of the folder's other files (``"tokenizer.json"``), checked; None where there is none."""
         if self.manifest is None or file not in self.manifest.files:
             return None
-        self._check_file(file)
-        return (self.path / file).read_text(encoding="utf-8")
+        if file not in self._texts:
+            content = self._checked(file)
+            try:
+                self._texts[file] = content.decode()
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"'{self.path / file}' is no text.") from error
+        return self._texts[file]
 
     def tensors(self, file: str) -> TensorFile:
         """The tensors of another file of the folder (``"optimizer.safetensors"``)."""
-        if self.manifest is None or file not in self.manifest.tensors:
-            raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
-        return _open_listed(self.path, file, self.manifest)
+        if file not in self._opened:
+            if self.manifest is None or file not in self.manifest.tensors:
+                raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
+            opened = _Safetensors(self.path / file)
+            entry = self.manifest.files[file]
+            if opened.data_start != entry.hashed or blake3(opened.start).hexdigest() != entry.blake3:
+                raise CheckpointError(f"'{self.path / file}' is damaged: its header is not what was written.")
+            opened.adopt(self.manifest.tensors[file])
+            self._opened[file] = opened
+        return self._opened[file]
 
-    def verify(self) -> None:
+    def verify(self, files: Iterable[str] | None = None) -> None:
         """Read every byte and check it.
+
+        Args:
+            files: of a folder, these alone.
 
         Raises:
             CheckpointError: the first file or tensor that is not as it was written.
         """
-        if self.manifest is not None:
-            for file in self.manifest.files:  # a file's hash covers its tensors
-                self._check_file(file)
-        else:
-            self.model.state(verify=True)
+        for damage in self.damages(files):
+            raise CheckpointError(damage.reason)
 
-    def _check_file(self, file: str) -> None:
+    def damages(self, files: Iterable[str] | None = None) -> Iterator[Damage]:
+        """Everything that is not as it was written, found by reading every byte."""
+        if self.manifest is None:
+            yield from self.model.damages()
+            return
+        for file in self.manifest.files if files is None else files:
+            try:
+                if file in self.manifest.tensors:
+                    yield from self.tensors(file).damages()
+                else:
+                    self.text(file)
+            except CheckpointError as error:
+                yield Damage(file, None, str(error))
+        if identity_of(self.manifest.tensors.get(MODEL, {})) != self._identity and MODEL in self.manifest.tensors:
+            yield Damage(MANIFEST, None, f"'{self.path / MANIFEST}' is damaged: its identity is not that of its tensors.")
+
+    def _checked(self, file: str) -> bytes:
         assert self.manifest is not None
         entry, path = self.manifest.files[file], self.path / file
-        _check_size(path, entry.bytes)
+        _check_size(path, entry)
         try:
-            found = file_entry(path)
+            content = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
-        if found != entry:
+        if blake3(content).hexdigest() != entry.blake3:
             raise CheckpointError(f"'{path}' is damaged: its content is not what was written.")
+        return content
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -151,20 +425,28 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: it is none of these, or its structure is damaged. Tensor bytes are checked when they are read.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = remote.as_path(path)
+    if (path / MANIFEST).is_file() or path.is_dir():
         return _open_folder(path)
     if not path.exists():
         raise CheckpointError(f"There is nothing at '{path}': check the path.")
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if remote.is_remote(path):
+        start = remote.read_range(path, 0, 9)
+    else:
+        if not path.is_file():
+            raise CheckpointError(f"'{path}' is neither a file nor a folder.")
+        try:
+            with path.open("rb") as file:
+                start = file.read(9)
+        except OSError as error:
+            raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
     if len(start) == 9 and start[8:] == b"{":
-        tensors, header = _open_safetensors(path)
-        return Checkpoint(path, tensors, header.config if header else None, header.architecture if header else None)
-    return Checkpoint(path, _open_pth(path))
+        return _open_single(path)
+    if remote.is_remote(path):
+        raise CheckpointError(
+            f"'{path}' is no .safetensors file; files of other kinds are read from this machine: copy it here."
+        )
+    return Checkpoint(path, model=_open_pth(path))
 
 
 def _open_folder(path: Path) -> Checkpoint:
@@ -174,80 +456,64 @@ def _open_folder(path: Path) -> Checkpoint:
             f"The folder '{path}' holds no {MANIFEST}: it is no checkpoint, or its writing was never completed."
         )
     try:
-        manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"), str(manifest_path))
+        if manifest_path.stat().st_size > MOST_JSON_BYTES:
+            raise CheckpointError(
+                f"The manifest '{manifest_path}' has more than {MOST_JSON_BYTES:,} bytes, which are not read."
+            )
+        manifest = Manifest.from_json(manifest_path.read_bytes().decode(), str(manifest_path))
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"The manifest '{manifest_path}' cannot be read: {error}.") from error
     for file, entry in manifest.files.items():
-        if Path(file).name != file:
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise CheckpointError(f"The manifest '{manifest_path}' names a file outside its folder: {file!r}.")
-        _check_size(path / file, entry.bytes)
+        _check_size(path / file, entry)
+    if not set(manifest.tensors) <= set(manifest.files):
+        raise CheckpointError(f"The manifest '{manifest_path}' is damaged: it describes files that it does not list.")
     if MODEL not in manifest.tensors:
         raise CheckpointError(f"'{path}' holds no {MODEL}.")
-    opened = Checkpoint(path, _open_listed(path, MODEL, manifest), None, manifest.architecture, manifest)
-    config_text = opened.text(CONFIG)
-    return Checkpoint(
-        path, opened.model, json.loads(config_text) if config_text is not None else None, manifest.architecture, manifest
-    )
+    checkpoint = Checkpoint(path, manifest)
+    config = checkpoint.text(CONFIG)
+    if config is not None:
+        checkpoint.config = parse_json(config, f"'{path / CONFIG}'")
+    return checkpoint
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_size(path: Path, entry: FileEntry) -> None:
     try:
-        size = path.stat().st_size
+        if remote.is_remote(path):
+            size = remote.size(path)
+        else:
+            if path.is_symlink() or not path.is_file():
+                raise CheckpointError(f"'{path}' is listed in the manifest but is no file of its folder's own.")
+            size = path.stat().st_size
     except OSError as error:
-        raise CheckpointError(f"'{path}' is listed in the manifest but cannot be read: {error.strerror}.") from error
-    if size != expected:
-        raise CheckpointError(f"'{path}' is damaged: it has {size:,} bytes, {expected:,} were written.")
+        raise CheckpointError(f"'{path}' is listed in the manifest but cannot be read: {error.strerror or error}.") from error
+    if size != entry.bytes:
+        raise CheckpointError(f"'{path}' is damaged: it has {size:,} bytes, {entry.bytes:,} were written.")
 
 
-def _open_listed(folder: Path, file: str, manifest: Manifest) -> TensorFile:
-    """A tensor file of a folder, held against the manifest."""
-    found, _ = _open_safetensors(folder / file)
-    entries = manifest.tensors[file]
-    _require_listed(found, entries)
-    return TensorFile(
-        found.path,
-        {name: found.shapes[name] for name in entries},  # in the order of the model, where the file sorts them
-        found.dtypes,
-        {alias: name for name, entry in entries.items() for alias in entry.aliases},
-        {name: entry.blake3 for name, entry in entries.items()},
-        found._read,
-    )
-
-
-def _require_listed(file: TensorFile, entries: Mapping[str, TensorEntry] | Mapping[str, HeaderTensor]) -> None:
-    """Hold a file's own header against what was recorded when it was written."""
-    found = {name: (file.dtypes[name], list(shape)) for name, shape in file.shapes.items()}
-    if found != {name: (entry.dtype, entry.shape) for name, entry in entries.items()}:
-        raise CheckpointError(f"'{file.path}' is damaged: it holds other tensors than were written.")
-
-
-def _open_safetensors(path: Path) -> tuple[TensorFile, Header | None]:
-    try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"'{path}' is damaged, or no .safetensors file: {error}.") from error
-    metadata: dict[str, str] = file.metadata() or {}
-    header = Header.from_json(metadata[HEADER_KEY], str(path)) if HEADER_KEY in metadata else None
-    names = list(header.tensors) if header else sorted(file.keys())  # the model's order, where the file sorts them
-    if set(names) != set(file.keys()):
-        raise CheckpointError(f"'{path}' is damaged: it holds other tensors than were written.")
-    slices = {name: file.get_slice(name) for name in names}
-    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    dtypes = {name: DTYPE_NAMES.get(part.get_dtype(), part.get_dtype()) for name, part in slices.items()}
-    # Stock safetensors records a tied tensor's further names as metadata entries: further name -> stored name.
-    aliases = {alias: name for alias, name in metadata.items() if name in shapes and alias not in shapes}
-    hashes = {name: entry.blake3 for name, entry in header.tensors.items()} if header else {}
-    opened = TensorFile(path, shapes, dtypes, aliases, hashes, file.get_tensor)
-    if header:
-        _require_listed(opened, header.tensors)
-    return opened, header
+def _open_single(path: Path) -> Checkpoint:
+    opened = _Safetensors(path)
+    checkpoint = Checkpoint(path, model=opened)
+    if HEADER_KEY in opened.metadata:
+        header = Header.from_json(opened.metadata[HEADER_KEY], str(path))
+        opened.adopt(header.tensors)
+        if identity_of(header.tensors) != header.identity:
+            raise CheckpointError(f"'{path}' is damaged: its identity is not that of its tensors.")
+        checkpoint.config, checkpoint.architecture = header.config, header.architecture
+        checkpoint.provenance, checkpoint._identity = header.provenance, header.identity
+    return checkpoint
 
 
 def _open_pth(path: Path) -> TensorFile:
     is_zip = False
     try:
         is_zip = zipfile.is_zipfile(path)  # since torch 1.6; files from before cannot be mapped
+        if is_zip:
+            _require_plain_zip(path)
         state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged file can make torch raise nearly anything
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # the pickle asks for a class or function
             raise CheckpointError(
@@ -264,18 +530,12 @@ def _open_pth(path: Path) -> TensorFile:
         inner = next((name for name, value in state.items() if isinstance(value, dict)), None)
         hint = f" Load it with torch.load and pass [{inner!r}] to origo.load_state_dict." if inner else ""
         raise CheckpointError(f"'{path}' has no tensors at its top level; it has {', '.join(list(state)[:6])}.{hint}")
+    return _Pth(path, state, is_zip)
 
-    @functools.cache
-    def check() -> None:
-        """Compare the zip's checksums, which torch writes and does not read."""
-        try:
-            damaged = zipfile.ZipFile(path).testzip() if is_zip else None
-        except Exception as error:  # zipfile does not keep to BadZipFile
-            raise CheckpointError(f"'{path}' is damaged ({error}).") from error
-        if damaged is not None:
-            raise CheckpointError(f"'{path}' is damaged: the bytes of its part {damaged!r} are not those that were written.")
 
-    described = describe(state)
-    shapes = {name: shape for name, (shape, _) in described.items()}
-    dtypes = {name: dtype for name, (_, dtype) in described.items()}
-    return TensorFile(path, shapes, dtypes, {}, {}, state.__getitem__, check, getattr(state, "_metadata", None))
+def _require_plain_zip(path: Path) -> None:
+    """Refuse a zip that unpacks to more than it is: ``torch.save`` does not compress, and writes each part once."""
+    parts = zipfile.ZipFile(path).infolist()
+    unpacked = sum(part.file_size for part in parts)
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or unpacked > path.stat().st_size:
+        raise CheckpointError(f"'{path}' is a compressed zip ({unpacked:,} bytes unpacked), which torch.save does not write.")

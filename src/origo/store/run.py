@@ -1,24 +1,29 @@
 """A run's checkpoints: ``<directory>/step-000001000/``, the newest good one, and which to keep.
 
-Nothing is deleted on reading, and a step is deleted only after its successor is in place.
+Nothing is deleted on reading, and a step is deleted only after its successor is durable and was read back.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from origo.errors import CheckpointError, StorageError, storage_error
-from origo.store.filesystem import remove_folder
+from origo.errors import CheckpointError, ConfigError, StorageError, storage_error
+from origo.store import remote
+from origo.store.filesystem import remove_folder, replace_file, replaced
+from origo.store.layout import CONFIG, MANIFEST, MODEL, Manifest
 from origo.store.reader import Checkpoint, read_checkpoint
-from origo.store.writer import require_replaceable, write_folder
+from origo.store.writer import Progress, require_replaceable, write_folder
 
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
+_PIN_SUFFIX = ".pin"
 CHECKPOINTS = "checkpoints"
+TO_BUILD = (MODEL, CONFIG)
+"""The files that matter to somebody who wants the model alone."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,65 @@ class Found:
     """Newer ones that are damaged, with the reason."""
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which steps are kept; any one of these suffices. A pinned step is kept in any case.
+
+    Args:
+        last: the newest ones; at least 1.
+        every: those whose number is a multiple of this.
+        best: the one with the lowest value of a metric (``"val_loss"``), or the highest (``"accuracy:max"``).
+    """
+
+    last: int = 3
+    every: int | None = None
+    best: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("keep_last", self.last), ("keep_every", self.every)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} is {value!r}: it has to be a whole number from 1 on.")
+        if self.best is not None and (type(self.best) is not str or self._mode not in ("min", "max") or not self._metric):
+            raise ConfigError(f'keep_best is {self.best!r}: give the name of a metric, as "val_loss" or "accuracy:max".')
+
+    @property
+    def _metric(self) -> str:
+        return (self.best or "").rpartition(":")[0] or (self.best or "")
+
+    @property
+    def _mode(self) -> str:
+        return (self.best or "").rpartition(":")[2] if ":" in (self.best or "") else "min"
+
+    def best_of(self, metrics: Mapping[int, Mapping[str, float]]) -> int | None:
+        """The best step of some, by their metrics; of equal ones the later."""
+        values = {step: values[self._metric] for step, values in metrics.items() if self._metric in values}
+        values = {step: value for step, value in values.items() if value == value}  # a NaN is not the best
+        sign = 1 if self._mode == "min" else -1
+        return min(values, key=lambda step: (sign * values[step], -step), default=None)
+
+    def reasons(self, directory: Path) -> dict[int, str | None]:
+        """For each step there why it is kept, None where it is not."""
+        present = steps(directory)
+        best = None
+        if self.best is not None:
+            best = self.best_of({step: metrics_of(step_folder(directory, step)) for step in present})
+        pinned = {step: name for name, step in pins(directory).items()}
+        newest = present[-self.last :]
+
+        def reason(step: int) -> str | None:
+            if step in pinned:
+                return f"pinned as {pinned[step]!r}"
+            if step in newest:
+                return "one of the newest"
+            if step == best:
+                return f"the best by {self.best}"
+            if self.every is not None and step % self.every == 0:
+                return f"a multiple of {self.every}"
+            return None
+
+        return {step: reason(step) for step in present}
+
+
 def step_folder(directory: Path, step: int) -> Path:
     """Where the checkpoint of a step is."""
     return directory / f"step-{step:09d}"
@@ -37,27 +101,84 @@ def step_folder(directory: Path, step: int) -> Path:
 
 def steps(directory: Path) -> list[int]:
     """The steps that have a folder, in ascending order."""
-    if not directory.is_dir():
+    try:
+        entries = list(directory.iterdir())
+    except OSError:
         return []
-    matches = (_STEP_FOLDER.fullmatch(entry.name) for entry in directory.iterdir() if entry.is_dir())
-    return sorted(int(match.group(1)) for match in matches if match)
+    numbers = {int(match.group(1)): entry for entry in entries if (match := _STEP_FOLDER.fullmatch(entry.name))}
+    if remote.is_remote(directory):  # there a folder counts from when its manifest is there
+        return sorted(step for step, entry in numbers.items() if (entry / MANIFEST).exists())
+    return sorted(step for step, entry in numbers.items() if entry.is_dir())
 
 
-def newest_good(directory: Path) -> Found | None:
-    """The newest checkpoint of which every byte is right; None where there is none at all.
+def metrics_of(path: Path) -> Mapping[str, float]:
+    """What was measured at a step; nothing where its manifest cannot be read."""
+    try:
+        return Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"), str(path)).metrics
+    except (OSError, ValueError):
+        return {}
+
+
+def pins(directory: Path) -> dict[str, int]:
+    """The steps that are kept under a name."""
+    try:
+        names = [entry.name for entry in directory.iterdir() if entry.name.endswith(_PIN_SUFFIX)]
+        texts = {name.removesuffix(_PIN_SUFFIX): (directory / name).read_text(encoding="utf-8").strip() for name in names}
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return {name: int(text) for name, text in texts.items() if text.isdecimal()}
+
+
+def pin(directory: Path, step: int, name: str) -> None:
+    """Keep a step under a name, whatever retention says, until :func:`unpin`.
+
+    Raises:
+        ConfigError: the name cannot be one, or there is no such step.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in ("latest", "best") or name.isdecimal():
+        raise ConfigError(
+            f"A pin cannot be called {name!r}: use letters, digits, '-', '_' and '.'; not a number, not 'latest'."
+        )
+    if step not in steps(directory):
+        raise ConfigError(f"'{directory}' has no step {step} to pin; it has {_listed(steps(directory))}.")
+    replace_file(directory / (name + _PIN_SUFFIX), f"{step}\n")
+
+
+def unpin(directory: Path, name: str) -> None:
+    """Let retention decide about a pinned step again."""
+    if name not in pins(directory):
+        raise ConfigError(
+            f"Nothing is pinned as {name!r} in '{directory}'; pinned are: {', '.join(pins(directory)) or 'none'}."
+        )
+    (directory / (name + _PIN_SUFFIX)).unlink()
+
+
+def newest_good(directory: Path, *, verify: bool = True, files: Iterable[str] | None = None) -> Found | None:
+    """The newest checkpoint that verifies; None where there is none at all.
+
+    Args:
+        directory: the folder with the steps.
+        verify: read every byte; otherwise only what it holds and how large its files are is checked.
+        files: which of a checkpoint's files matter; all by default.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
     """
-    skipped: list[tuple[Path, str]] = []
-    for step in reversed(steps(directory)):
-        path = step_folder(directory, step)
-        try:
-            checkpoint = read_checkpoint(path)
-            checkpoint.verify()
-            return Found(checkpoint, skipped)
-        except CheckpointError as error:
-            skipped.append((path, str(error)))
+    while True:
+        present = steps(directory)
+        skipped: list[tuple[Path, str]] = []
+        for step in reversed(present):
+            path = step_folder(directory, step)
+            try:
+                checkpoint = read_checkpoint(path)
+                if verify:
+                    listed = checkpoint.manifest.files if checkpoint.manifest else {}
+                    checkpoint.verify(None if files is None else [file for file in files if file in listed])
+                return Found(checkpoint, skipped)
+            except CheckpointError as error:
+                skipped.append((path, str(error)))
+        if steps(directory) == present:  # else a writer went on, and deleted what was being read
+            break
     if skipped:
         raise CheckpointError(
             f"All {len(skipped)} checkpoints in '{directory}' are damaged. The newest: {skipped[0][1]} "
@@ -66,30 +187,42 @@ def newest_good(directory: Path) -> Found | None:
     return None
 
 
-def find_checkpoint(path: str | Path, step: int | str = "latest") -> Found:
+def find_checkpoint(
+    path: str | Path, step: int | str = "latest", *, verify: bool = True, files: Iterable[str] | None = TO_BUILD
+) -> Found:
     """The checkpoint that a path means: a run, its checkpoints folder, one checkpoint, a model folder or a file.
 
     Args:
         path: any of these.
-        step: for a run, ``"latest"`` (the newest good one) or a number.
+        step: for a run, ``"latest"`` (the newest good one), a number, or the name of a pinned one.
+        verify, files: as in :func:`newest_good`, for ``"latest"``.
 
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(path)
+    path = remote.as_path(path)
+    if not path.exists() and not remote.is_remote(path) and replaced(path).is_dir():
+        path = replaced(path)
     directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     available = steps(directory)
     if not available:
         if step != "latest":
             raise CheckpointError(f"'{path}' is no run, so there is no step {step} to choose in it.")
         return Found(read_checkpoint(path))
-    if step != "latest":
-        if step not in available:
-            raise CheckpointError(f"'{path}' has no step {step}; it has {', '.join(map(str, available[-8:]))}.")
-        return Found(read_checkpoint(step_folder(directory, int(step))))
-    found = newest_good(directory)
-    assert found is not None
-    return found
+    if step == "latest":
+        found = newest_good(directory, verify=verify, files=files)
+        assert found is not None
+        return found
+    number = pins(directory).get(step) if isinstance(step, str) and not step.isdecimal() else int(step)
+    if number not in available:
+        pinned = f"; pinned are {', '.join(pins(directory))}" if pins(directory) else ""
+        raise CheckpointError(f"'{path}' has no step {step}; it has {_listed(available)}{pinned}.")
+    return Found(read_checkpoint(step_folder(directory, number)))
+
+
+def _listed(available: list[int]) -> str:
+    earlier = "…, " if len(available) > 8 else ""
+    return earlier + ", ".join(map(str, available[-8:])) if available else "none"
 
 
 def _make_room(path: Path) -> None:
@@ -116,20 +249,56 @@ def write_step(
     *,
     architecture: str | None = None,
     metrics: Mapping[str, float] | None = None,
-    keep_last: int = 3,
-) -> Path:
-    """Keep one step, then delete all but the newest ``keep_last``. A deletion that fails is left for the next time.
+    parent: Mapping[str, Any] | None = None,
+    retention: Retention,
+    progress: Progress | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Manifest:
+    """Keep one step, then delete those that ``retention`` does not keep. A deletion that fails is left for the next time.
 
     Steps after this one are of a past that the run has left (they were damaged, so it went on from an earlier one): they are
     renamed, so that they neither count as the newest nor are lost.
+
+    Raises:
+        StorageError: the step could not be written, or does not read back as it was written; the earlier ones are untouched.
     """
-    assert keep_last >= 1
     path = step_folder(directory, step)
     _make_room(path)
-    write_folder(path, tensors, texts, architecture=architecture, step=step, metrics=metrics)
-    present = steps(directory)
-    for newer in present[present.index(step) + 1 :]:
+    manifest = write_folder(
+        path, tensors, texts, architecture=architecture, step=step, metrics=metrics, parent=parent, progress=progress
+    )
+    for newer in (other for other in steps(directory) if other > step):
         _set_aside(step_folder(directory, newer))
-    for old in steps(directory)[:-keep_last]:
-        remove_folder(step_folder(directory, old))
-    return path
+    prune(directory, retention, written=step, note=note)
+    return manifest
+
+
+def prune(
+    directory: Path, retention: Retention, *, written: int | None = None, note: Callable[[str], None] = lambda text: None
+) -> list[int]:
+    """Delete the steps that are not to be kept, once one that stays was read back from its files.
+
+    Args:
+        directory: the folder with the steps.
+        retention: which to keep.
+        written: the step that has to be good before any other is deleted; the newest by default.
+        note: told of each deletion that failed.
+
+    Returns:
+        The steps that are gone.
+
+    Raises:
+        StorageError: the step that stays is not as it was written. Nothing was deleted.
+    """
+    superfluous = [step for step, reason in retention.reasons(directory).items() if reason is None and step != written]
+    if not superfluous:
+        return []
+    successor = written if written is not None else steps(directory)[-1]
+    try:
+        read_checkpoint(step_folder(directory, successor)).verify()
+    except CheckpointError as error:
+        raise StorageError(f"Step {successor} was written and does not read back: {error} Earlier steps were kept.") from error
+    gone = [step for step in superfluous if remove_folder(step_folder(directory, step))]
+    for step in set(superfluous) - set(gone):
+        note(f"'{step_folder(directory, step)}' is not needed any more and could not be deleted; it is tried again next time.")
+    return gone

@@ -1,16 +1,25 @@
-"""Named tensors and texts -> durable files, with the hash of everything recorded beside it."""
+"""Named tensors and texts -> durable files, with the hash of everything recorded beside it.
+
+Each tensor is hashed and written piece by piece, so that no copy of it is made, by a few threads: while one waits for the disk
+another hashes. The state is not copied either, so it must not change until the call returns (``background.py`` copies first).
+"""
 
 from __future__ import annotations
 
-import json
+import ctypes
+import os
 import platform
+import subprocess
 import time
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import IO, Any, cast
 
 import torch
 from blake3 import blake3
@@ -19,46 +28,57 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from origo.errors import CheckpointError, StorageError
 from origo.state.model import tensor_identity
-from origo.store.filesystem import new_file, new_folder
-from origo.store.layout import HEADER_KEY, MANIFEST, FileEntry, Header, HeaderTensor, Manifest, TensorEntry
+from origo.store.filesystem import NewFile, new_file, new_folder
+from origo.store.layout import (
+    CONFIG,
+    HEADER_KEY,
+    MANIFEST,
+    MODEL,
+    NO_HASH,
+    FileEntry,
+    Header,
+    Manifest,
+    TensorEntry,
+    identity_of,
+)
+from origo.store.tensorfile import as_bytes, dtype_name, header_of
 
-# The dtypes of the safetensors format under its names for them.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPE_NAMES = {name: str(dtype).removeprefix("torch.") for dtype, name in _DTYPES.items()}
-"""From the format's names to torch's."""
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were written since the last call, from any thread."""
+
+WORKERS = min(4, os.cpu_count() or 1)
+_CHUNK = 1 << 20
+_SMALL = 32 << 10
+_WRITE_BACK = 16 << 20
+_MARGIN = 1 << 20  # what a manifest and a file system need besides
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Tensors ready to be written: each once, in plain memory, with the further names of tied ones."""
+    """Tensors ready to be written: each once, with the further names of tied ones."""
 
     tensors: dict[str, Tensor]
     aliases: dict[str, str] = field(default_factory=dict)
     """Further name -> the name it is stored under."""
 
+    @property
+    def nbytes(self) -> int:
+        """What they need in a file."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def entries(self, hashes: Mapping[str, str]) -> dict[str, TensorEntry]:
+        """What a manifest or header says of them."""
+        aliases: dict[str, list[str]] = {}
+        for alias, name in self.aliases.items():
+            aliases.setdefault(name, []).append(alias)
+        return {
+            name: TensorEntry(dtype_name(tensor.dtype), list(tensor.shape), hashes[name], aliases.get(name, []))
+            for name, tensor in self.tensors.items()
+        }
+
 
 def gather(state: Mapping[str, Any]) -> Stored:
-    """Bring a state dict into the form it is stored in.
-
-    A tied tensor is kept under the first of its names. A view is copied, so that what is written is the view and not all
-    of the memory behind it.
+    """See which tensors a state dict has to store; a tied one is kept under the first of its names. Nothing is copied.
 
     Raises:
         CheckpointError: a value is no tensor, or a tensor has no values to store.
@@ -79,6 +99,8 @@ def gather(state: Mapping[str, Any]) -> Stored:
             )
         if value.layout != torch.strided:
             raise CheckpointError(f"{name} is {value.layout}, which cannot be stored: store its to_dense().")
+        if value.is_quantized:
+            raise CheckpointError(f"{name} is quantized ({value.dtype}), which cannot be stored: store its int_repr().")
         if is_traceable_wrapper_subclass(value):
             raise CheckpointError(
                 f"{name} is a {type(value).__name__}, a tensor made of others, which cannot be stored: store a plain one "
@@ -90,55 +112,82 @@ def gather(state: Mapping[str, Any]) -> Stored:
             continue
         if identity is not None:
             seen[identity] = name
-        stored = value.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-        owns_all = stored.untyped_storage().nbytes() == stored.nbytes
-        tensors[name] = stored if owns_all else stored.clone()
+        tensors[name] = value.detach()
     return Stored(tensors, aliases)
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, in its own byte order, as safetensors stores it."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """The dtype under torch's name for it, as ``float32``."""
-    return str(tensor.dtype).removeprefix("torch.")
+def in_memory(tensor: Tensor) -> Tensor:
+    """The values in one piece of this machine's memory; itself if it is that already."""
+    return tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """BLAKE3 of a contiguous CPU tensor's bytes, in hexadecimal."""
-    return blake3(tensor_bytes(tensor)).hexdigest()
+    """BLAKE3 of a tensor's bytes, in hexadecimal."""
+    return blake3(as_bytes(in_memory(tensor)).numpy().data).hexdigest()
 
 
 def write_safetensors(
-    path: Path, state: Mapping[str, Any], architecture: str | None = None, config: Mapping[str, Any] | None = None
+    path: Path,
+    state: Mapping[str, Any],
+    architecture: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write one self-describing .safetensors file, durably."""
     stored = gather(state)
-    tensors = {
-        name: HeaderTensor(dtype_name(tensor), list(tensor.shape), tensor_hash(tensor))
-        for name, tensor in stored.tensors.items()
-    }
-    header = Header(tensors, architecture, config)
-    with new_file(path) as temporary:
-        _write_tensor_file(temporary, stored, {HEADER_KEY: header.to_json()})
+    about = provenance()
+
+    def header(hashes: Mapping[str, str]) -> tuple[bytes, list[str]]:
+        entries = stored.entries(hashes)
+        ours = Header(entries, architecture, config, identity_of(entries), about)
+        return header_of(_described(stored), {**stored.aliases, HEADER_KEY: ours.to_json()})
+
+    start, order = header(dict.fromkeys(stored.tensors, NO_HASH))
+    with new_file(path, len(start) + stored.nbytes + _MARGIN) as file:
+        if not file.positioned:  # its beginning has to be right when it is sent
+            start, order = header({name: tensor_hash(tensor) for name, tensor in stored.tensors.items()})
+        job = _Job(file, stored, start, order)
+        _write_all([job], progress)
+        if file.positioned:
+            file.write_at(header(job.hashes)[0], 0)
 
 
 def write_pth(path: Path, state: Mapping[str, Any]) -> None:
     """Write a plain state dict for ``torch.load(path, weights_only=True)``, durably. Tied tensors stay tied."""
     stored = gather({name: value for name, value in state.items() if isinstance(value, Tensor)})
-    plain = OrderedDict(
-        (name, stored.tensors[stored.aliases.get(name, name)] if isinstance(value, Tensor) else value)
-        for name, value in state.items()
+    plain = {name: _alone(tensor) for name, tensor in stored.tensors.items()}
+    ordered = OrderedDict(
+        (name, plain[stored.aliases.get(name, name)] if isinstance(value, Tensor) else value) for name, value in state.items()
     )
     if hasattr(state, "_metadata"):  # the layout versions of the modules, which their load_state_dict asks for
-        plain._metadata = state._metadata  # type: ignore[attr-defined]
-    with new_file(path) as temporary, temporary.open("wb") as file:
+        ordered._metadata = state._metadata  # type: ignore[attr-defined]
+    with new_file(path, stored.nbytes + _MARGIN) as file:
+        failed: list[OSError] = []
+
+        class Sink:
+            """torch closes its zip after a failed write, fails again over that, and hides the first error."""
+
+            flush = file.flush
+
+            def write(self, data: bytes | memoryview) -> int:
+                try:
+                    return file.write(data)
+                except OSError as error:
+                    failed.append(error)
+                    raise
+
         try:
-            torch.save(plain, file)
-        except RuntimeError as error:  # torch closes its zip after a failed write, and fails again over that
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            torch.save(ordered, cast(IO[bytes], Sink()))
+        except KeyError as error:  # int4 and the like
+            raise CheckpointError(f"torch.save cannot write this model ({error.args[0]}): save to .safetensors.") from error
+        except RuntimeError as error:
+            raise failed[0] if failed else error from None
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Without the rest of the memory that it is a view of, which ``torch.save`` would write too."""
+    plain = in_memory(tensor)
+    return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
 
 
 def write_folder(
@@ -149,7 +198,9 @@ def write_folder(
     architecture: str | None = None,
     step: int | None = None,
     metrics: Mapping[str, float] | None = None,
-) -> None:
+    parent: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
     """Write a checkpoint or model folder, durably, its manifest last.
 
     Args:
@@ -157,28 +208,43 @@ def write_folder(
         tensors: by file name, the named tensors of each .safetensors file.
         texts: by file name, the content of each other file.
         architecture, step, metrics: for the manifest.
+        parent: the step and the identity of the checkpoint that this one goes on from.
+        progress: see :data:`Progress`.
     """
     require_replaceable(path)
     gathered = {file: gather(state) for file, state in tensors.items()}
-    with new_folder(path, last=MANIFEST) as temporary:
-        entries: dict[str, dict[str, TensorEntry]] = {}
-        for file, stored in gathered.items():
-            _write_tensor_file(temporary / file, stored, {})
-            entries[file] = {
-                name: TensorEntry(
-                    file,
-                    dtype_name(tensor),
-                    list(tensor.shape),
-                    tensor_hash(tensor),
-                    [alias for alias, kept in stored.aliases.items() if kept == name],
-                )
-                for name, tensor in stored.tensors.items()
-            }
-        for file, text in texts.items():
-            (temporary / file).write_text(text, encoding="utf-8")
-        files = {file: file_entry(temporary / file) for file in (*tensors, *texts)}
-        manifest = Manifest(files, entries, architecture, step, dict(metrics or {}), _provenance())
-        (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    contents = {file: text.encode() for file, text in texts.items()}
+    needed = sum(stored.nbytes for stored in gathered.values()) + sum(map(len, contents.values())) + _MARGIN
+    with new_folder(path, MANIFEST, needed) as folder:
+        jobs = {
+            name: _Job(folder.create(name), stored, *header_of(_described(stored), stored.aliases))
+            for name, stored in gathered.items()
+        }
+        _write_all(list(jobs.values()), progress, finish=True)
+        files = {
+            name: FileEntry(len(job.start) + job.stored.nbytes, blake3(job.start).hexdigest(), len(job.start))
+            for name, job in jobs.items()
+        }
+        for name, data in contents.items():
+            folder.create(name).write(data)
+            files[name] = FileEntry(len(data), blake3(data).hexdigest(), len(data))
+        entries = {name: job.stored.entries(job.hashes) for name, job in jobs.items()}
+        about = (
+            provenance()
+            | ({"config": files[CONFIG].blake3} if CONFIG in files else {})
+            | ({"parent": parent} if parent else {})
+        )
+        manifest = Manifest(
+            files,
+            entries,
+            architecture,
+            step,
+            dict(metrics or {}),
+            about,
+            identity_of(entries[MODEL]) if MODEL in entries else "",
+        )
+        folder.create(MANIFEST).write(manifest.to_json().encode())
+    return manifest
 
 
 def require_replaceable(path: Path) -> None:
@@ -203,38 +269,130 @@ def require_replaceable(path: Path) -> None:
         )
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Size and hash of a file as it is."""
-    hasher = blake3(max_threads=blake3.AUTO)
-    hasher.update_mmap(path)
-    return FileEntry(path.stat().st_size, hasher.hexdigest())
+def _described(stored: Stored) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.tensors.items()}
 
 
-def _write_tensor_file(path: Path, stored: Stored, metadata: Mapping[str, str]) -> None:
-    """Write the safetensors format: the header's length (u64, little-endian), the header (JSON), the tensors' bytes.
+class _Job:
+    """A tensor file being written: its start (the header), and units of work, which several threads take from."""
 
-    Written here rather than by the safetensors library, whose metadata comes out in another order each time: equal models
-    shall be equal files. Tensors are ordered by falling item size, as the library does, so that each is aligned.
+    def __init__(self, file: NewFile, stored: Stored, start: bytes, order: list[str]) -> None:
+        self.file, self.stored, self.start = file, stored, start
+        self.hashes: dict[str, str] = {}
+        self.units: deque[tuple[int, list[str]]] = deque()
+        position, small, small_bytes = len(start), list[str](), 0
+        for name in order:  # many small ones are one unit
+            nbytes = stored.tensors[name].nbytes
+            if nbytes >= _SMALL or small_bytes + nbytes > _CHUNK:
+                self._add(position - small_bytes, small)
+                small, small_bytes = [], 0
+            if nbytes >= _SMALL:
+                self._add(position, [name])
+            else:
+                small.append(name)
+                small_bytes += nbytes
+            position += nbytes
+        self._add(position - small_bytes, small)
+        self._lock, self._finished = Lock(), False
+
+    def finish(self) -> None:
+        """Flush the file; the thread that comes first does it."""
+        with self._lock:
+            mine, self._finished = not self._finished, True
+        if mine:
+            self.file.finish()
+
+    def _add(self, position: int, names: list[str]) -> None:
+        if names:
+            self.units.append((position, names))
+
+
+def _write_all(jobs: list[_Job], progress: Progress | None, *, finish: bool = False) -> None:
+    """Hash and write tensor files. A thread takes units of a file of its own first, then helps with the others'.
+
+    Args:
+        jobs: the files; their hashes are filled in.
+        progress: told of what was written.
+        finish: flush each file as soon as it is complete, while others are still written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **stored.aliases, **metadata}}
-    ordered = sorted(stored.tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    end = 0
-    for name, tensor in ordered:
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{name} has the dtype {tensor.dtype}, which the safetensors format does not have: cast it.")
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for _, tensor in ordered:
-            file.write(tensor_bytes(tensor))
+    for job in jobs:
+        job.file.write(job.start)
+    told = progress or (lambda written: None)
+    if not all(job.file.positioned for job in jobs):
+        for job in jobs:
+            for _, names in job.units:
+                for name in names:
+                    _put(job, [name], None, told)
+            if finish:
+                job.file.finish()
+        return
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        first = number % len(jobs) if jobs else 0
+        order = jobs[first:] + jobs[:first]
+        while not failures:
+            for job in order:
+                try:
+                    position, names = job.units.popleft()
+                    break
+                except IndexError:
+                    continue
+            else:
+                return
+            try:
+                _put(job, names, position, told)
+                if finish and len(job.hashes) == len(job.stored.tensors):
+                    job.finish()
+            except BaseException as error:
+                failures.append(error)
+
+    total = sum(job.stored.nbytes for job in jobs)
+    workers = WORKERS if total > 4 * _CHUNK else 1
+    with ThreadPoolExecutor(workers - 1 or 1, thread_name_prefix="origo-write") as pool:
+        helpers = [pool.submit(work, number) for number in range(1, workers)]
+        work(0)
+        for helper in helpers:
+            helper.result()
+    if failures:
+        raise failures[0]
 
 
-def _provenance() -> dict[str, Any]:
-    return {
+def _put(job: _Job, names: list[str], position: int | None, told: Progress) -> None:
+    """Write one tensor, or small ones that follow each other, at a position or at the end of the file."""
+    if len(names) > 1 or (position is not None and job.stored.tensors[names[0]].nbytes < _SMALL):
+        parts = []
+        for name in names:
+            tensor = in_memory(job.stored.tensors[name])
+            parts.append(ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b"")
+            job.hashes[name] = blake3(parts[-1]).hexdigest()
+        data = b"".join(parts)
+        assert position is not None
+        job.file.write_at(data, position)
+        told(len(data))
+        return
+    view = as_bytes(in_memory(job.stored.tensors[names[0]])).numpy().data
+    hasher = blake3()
+    sent = 0
+    start_write_back = getattr(job.file, "start_write_back", None)
+    for begin in range(0, len(view), _CHUNK):
+        chunk = view[begin : begin + _CHUNK]
+        hasher.update(chunk)  # while it is in the processor's cache
+        if position is None:
+            job.file.write(chunk)
+        else:
+            job.file.write_at(chunk, position + begin)
+            end = begin + len(chunk)
+            if start_write_back and (end - sent >= _WRITE_BACK or (end == len(view) and end - sent >= _CHUNK)):
+                start_write_back(position + sent, end - sent)
+                sent = end
+        told(len(chunk))
+    job.hashes[names[0]] = hasher.hexdigest()
+
+
+def provenance() -> dict[str, Any]:
+    """When, where, and with which versions something is written."""
+    about = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "platform": platform.platform(),
@@ -242,3 +400,21 @@ def _provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "origo": version("origo"),
     }
+    commit = _git_commit()
+    return {**about, "git": commit} if commit else about
+
+
+@cache
+def _git_commit() -> str | None:
+    """The commit that the working folder is at, with ``-dirty`` where tracked files differ from it."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None if said.returncode == 0 else None

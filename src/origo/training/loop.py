@@ -8,7 +8,6 @@ step, and the state of every random number generator.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -17,19 +16,18 @@ from typing import Any
 
 import torch
 
+from origo.checkpointer import Checkpointer
 from origo.data.batches import TrainingBatches
 from origo.data.tokenizer import Tokenizer
 from origo.data.tokens import TokenData
 from origo.errors import CheckpointError, RunError
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
-from origo.models.registry import describe_model
-from origo.state.model import load_state_dict, state_dict
-from origo.state.optimizer import load_optimizer_state, optimizer_state
-from origo.state.rng import load_rng_state, rng_state, seed_all
-from origo.store.layout import CONFIG, MODEL, OPTIMIZER, TOKENIZER, TRAINER, TRAINER_TENSORS
+from origo.snapshot import stored_values
+from origo.state.rng import seed_all
+from origo.store.layout import TOKENIZER
 from origo.store.reader import Checkpoint
-from origo.store.run import newest_good, write_step
+from origo.store.run import newest_good, step_folder
 from origo.training.compilation import Compilation, compile_in_place
 from origo.training.display import Display, Standing
 from origo.training.evaluation import held_out_loss
@@ -121,6 +119,13 @@ class Trainer:
         self.measured_step = self.kept_step = -1  # the last steps whose held-out loss was measured, and that were kept
         self.checkpoint: Path | None = None  # the newest one
         self.meter = Meter(steps.batch_size * self.config.context_length)
+        run = options.run
+        self.checkpointer = Checkpointer(
+            folder.checkpoints,
+            keep_last=run.keep_last,
+            keep_every=run.keep_every or None,
+            keep_best="val_loss" if run.keep_best else None,
+        )
 
     @property
     def parameters(self) -> int:
@@ -129,24 +134,25 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        progress = json.loads(checkpoint.text(TRAINER) or "null")
-        if progress is None:
-            raise CheckpointError(f"'{checkpoint.path}' holds a model only, not the state of a run.")
+        progress = stored_values(checkpoint)["progress"]
         if progress["tokens"] != self.tokens.path.name:
             raise RunError(
                 f"The text of the run '{self.folder.path}' has changed since it was started, so it cannot go on as it was: "
                 "bring the text back, or start a new run under another --name."
             )
-        self.checkpoint, self.kept_step = checkpoint.path, progress["step"]
-        load_state_dict(self.model, checkpoint.model.state())
-        load_optimizer_state(self.model, self.optimizer, checkpoint.tensors(OPTIMIZER).state(), progress["optimizer"])
-        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.checkpointer.restore_from(checkpoint, {"model": self.model, "optimizer": self.optimizer})
+        self.checkpoint, self.kept_step = checkpoint.path, _step_of(checkpoint)
+        self.step, self.seconds = self.kept_step, progress["seconds"]
         self.first_held_out, self.held_out = progress["first_held_out"], progress["held_out"]
         self.losses = [torch.tensor(loss, device=self.compute.device) for loss in progress["losses"]]
-        load_rng_state(checkpoint.tensors(TRAINER_TENSORS).state(), progress["rng"])
 
     def run(self) -> Outcome:
         """Train to the end, or to an interruption."""
+        self.checkpointer.acquire()
+        with self.checkpointer:
+            return self._run()
+
+    def _run(self) -> Outcome:
         run, steps = self.options.run, self.options.optimization.steps
         self.display.note(
             f"Model: {self.options.model.preset}, {self.parameters / 1e6:.1f}M parameters, context "
@@ -183,6 +189,7 @@ class Trainer:
                     self._keep(started_at)
         if self.step < steps:
             self._keep(started_at)
+            self.checkpointer.wait()
             self._describe(INTERRUPTED)
             return self._outcome(INTERRUPTED, compilation, None)
         proof = self._prove()
@@ -277,32 +284,25 @@ class Trainer:
             return
         _require_finite(self.losses, self.step, self.folder)
         self.seconds = time.perf_counter() - started_at
-        optimizer_tensors, optimizer_values = optimizer_state(self.model, self.optimizer)
-        rng_tensors, rng_values = rng_state()
         progress = {
-            "step": self.step,
             "seconds": self.seconds,
             "tokens": self.tokens.path.name,
             "first_held_out": self.first_held_out,
             "held_out": self.held_out,
             "losses": [loss.item() for loss in self.losses],
-            "optimizer": optimizer_values,
-            "rng": rng_values,
         }
-        architecture, _ = describe_model(self.model)
-        self.checkpoint = write_step(
-            self.folder.checkpoints,
+        self.checkpointer.save(
             self.step,
-            {MODEL: state_dict(self.model), OPTIMIZER: optimizer_tensors, TRAINER_TENSORS: rng_tensors},
-            {CONFIG: self.config.to_json(), TOKENIZER: self.tokenizer.to_json(), TRAINER: json.dumps(progress) + "\n"},
-            architecture=architecture,
-            metrics={"val_loss": self.held_out} if self.measured_step == self.step else {},
-            keep_last=self.options.run.keep_last,
+            {"model": self.model, "optimizer": self.optimizer, "progress": progress},
+            {"val_loss": self.held_out} if self.measured_step == self.step else {},
+            files={TOKENIZER: self.tokenizer.to_json()},
         )
+        self.checkpoint = step_folder(self.folder.checkpoints, self.step)
         self.kept_step = self.step
 
     def _prove(self) -> Proof:
         assert self.checkpoint is not None
+        self.checkpointer.wait()
         if self.measured_step != self.step:  # by another process, which may have measured otherwise
             self._measure()
         with self.display.activity("Proof") as activity:
@@ -373,7 +373,7 @@ def _step_of(checkpoint: Checkpoint) -> int:
 
 def _finished(folder: RunFolder, checkpoint: Checkpoint) -> Outcome:
     """The outcome of a run that has nothing left to do."""
-    progress = json.loads(checkpoint.text(TRAINER) or "{}")
+    progress = stored_values(checkpoint)["progress"]
     parameters = sum(math.prod(shape) for shape in checkpoint.model.shapes.values())
     return Outcome(
         FINISHED,

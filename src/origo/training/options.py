@@ -133,6 +133,10 @@ class RunOptions:
     """Steps from one checkpoint to the next; the last step is always kept."""
     keep_last: int = 3
     """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Further checkpoints that stay: those whose step is a multiple of this; 0 for none."""
+    keep_best: bool = False
+    """Whether the checkpoint with the lowest held-out loss stays too."""
     log_every: int = 10
     """Steps from one line of metrics.jsonl to the next."""
     compile: bool = True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from origo.store.filesystem import new_file
+from origo.store.filesystem import replace_file
 
 
 def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -41,5 +42,6 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         above.xaxis.set_major_formatter(
             lambda value, _: f"{value / 1e6:g}M" if value >= 1e5 else f"{value / 1e3:g}k" if value else "0"
         )
-    with new_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    replace_file(path, picture.getvalue())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from origo.errors import RunError, storage_error
-from origo.store.filesystem import new_file
+from origo.store.filesystem import replace_file
 from origo.store.run import CHECKPOINTS
 from origo.training.options import TrainOptions, flag
 
@@ -96,13 +96,11 @@ class RunFolder:
     def describe(self, options: TrainOptions, status: str, **facts: Any) -> None:
         """Write run.json anew."""
         text = json.dumps({"status": status, **facts, "options": options.to_dict()}, indent=2) + "\n"
-        with new_file(self.path / "run.json") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        replace_file(self.path / "run.json", text)
 
     def keep_tokenizer(self, text: str) -> None:
         """Write the tokenizer beside the run's description, as every checkpoint has it too."""
-        with new_file(self.path / "tokenizer.json") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        replace_file(self.path / "tokenizer.json", text)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
@@ -127,13 +125,11 @@ class RunFolder:
     def drop_metrics_after(self, step: int) -> None:
         """Take out the rows of steps that will be trained again."""
         kept: Iterable[dict[str, Any]] = [row for row in self.read_metrics() if row["step"] <= step]
-        with new_file(self.metrics) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def add_sample(self, step: int, text: str) -> None:
         """Keep a sample of what the model writes."""
-        with new_file(self.path / "samples" / f"step-{step:09d}.txt") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        replace_file(self.path / "samples" / f"step-{step:09d}.txt", text)
 
 
 def require_same_run(stored: Mapping[str, Mapping[str, Any]], options: TrainOptions, path: Path) -> list[str]:

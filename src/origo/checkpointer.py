@@ -1,0 +1,298 @@
+"""``origo.Checkpointer``: a training loop's checkpoints, kept durably and behind its back, and found again."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from origo.errors import CheckpointError, ConfigError, storage_error
+from origo.snapshot import put_back, take
+from origo.store import remote
+from origo.store.background import BackgroundTask, Staging
+from origo.store.filesystem import make_folder, sweep
+from origo.store.lease import Lease
+from origo.store.reader import Checkpoint, read_checkpoint
+from origo.store.run import Retention, newest_good, pin, pins, step_folder, steps, unpin, write_step
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What :meth:`Checkpointer.restore` did."""
+
+    step: int | None
+    """The step that the objects are at; None where there is no checkpoint yet."""
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    """Newer checkpoints that are damaged, with the reason."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """The plain values that the checkpoint has, by name."""
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        said = f"restored step {self.step} from '{self.path}'" if self.step is not None else "there is no checkpoint yet"
+        return said + "".join(f"; passed over '{path}': {reason}" for path, reason in self.skipped)
+
+
+@dataclass
+class Progress:
+    """A save that is under way, or was the last one."""
+
+    step: int
+    bytes_total: int
+    bytes_written: int = 0
+    seconds: float = 0.0
+    """Since it began; of a save that is done, how long it took."""
+    done: bool = False
+    _began: float = field(default_factory=time.monotonic, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, written: int) -> None:
+        """More was written."""
+        with self._lock:
+            self.bytes_written += written
+            self.seconds = time.monotonic() - self._began
+
+
+class Checkpointer:
+    """Keeps a training's checkpoints in a folder, one for each step that is saved.
+
+    A checkpoint is there as a whole or not at all, and the earlier ones stay until it was read back. One process at a time may
+    write to a folder; reading needs nothing.
+
+    Args:
+        directory: where the steps are, as ``step-000001000/``; also ``s3://bucket/run``.
+        keep_last, keep_every, keep_best: which steps stay; any one suffices. The newest ones; those whose number is a multiple;
+            the best by a metric (``"val_loss"``: the lowest; ``"accuracy:max"``: the highest).
+        background: ``save`` returns when the state is copied (which takes as much memory as the state), and the rest goes on
+            in a thread. Otherwise it returns when the checkpoint is on the disk, and needs no memory.
+        on_busy: what ``save`` does while the one before is still being written: ``"wait"`` or ``"skip"``.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> with Checkpointer("run") as checkpointer:
+    ...     restored = checkpointer.restore({"model": model, "optimizer": optimizer})
+    ...     _ = checkpointer.save(10, {"model": model, "optimizer": optimizer}, metrics={"val_loss": 3.2})
+    >>> print(restored)
+    there is no checkpoint yet
+    >>> Checkpointer("run").restore({"model": model}).step
+    10
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        keep_best: str | None = None,
+        background: bool = True,
+        on_busy: Literal["wait", "skip"] = "wait",
+    ) -> None:
+        if not isinstance(directory, str | os.PathLike) and not hasattr(directory, "joinpath"):
+            raise ConfigError(f"Checkpointer takes a folder, not a {type(directory).__name__}.")
+        if on_busy not in ("wait", "skip"):
+            raise ConfigError(f'on_busy is "wait" or "skip", not {on_busy!r}.')
+        self.directory = remote.as_path(directory)
+        self.retention = Retention(keep_last, keep_every, keep_best)
+        self.progress: Progress | None = None
+        """Of the save that is under way, or of the last one."""
+        self.notes: list[str] = []
+        """What went otherwise than asked, and did not stop anything: saves that were skipped, deletions that failed."""
+        self._background, self._on_busy = background, on_busy
+        self._staging = Staging()
+        self._task = BackgroundTask(f"the last checkpoint of '{self.directory}'")
+        self._lease: Lease | None = None
+        self._parent: dict[str, Any] | None = None
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        files: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Keep the state of a step, as it is now.
+
+        Args:
+            step: its number, of optimizer steps done. Later steps that are there (of a past that was left) are set aside.
+            state: by name: the models, wrapped in anything or not; their optimizers; whatever has a ``state_dict()``; plain
+                values. The random number generators are kept in any case.
+            metrics: what was measured at this step.
+            files: further texts to keep with it, by file name.
+
+        Returns:
+            Whether it is kept; False only for ``on_busy="skip"``.
+
+        Raises:
+            StorageError: the disk refused, or another process writes here; earlier steps are untouched. With ``background``
+                it is raised by the next call of ``save``, ``wait`` or ``close``.
+            CheckpointError, ConfigError: something in it cannot be kept; says what.
+        """
+        if type(step) is not int or step < 0:
+            raise ConfigError(f"step is {step!r}: it has to be a whole number from 0 on.")
+        numbers = _numbers(metrics or {})
+        texts = _texts(files or {})
+        self._task.raise_error()
+        if self._task.busy and self._on_busy == "skip":
+            self.notes.append(f"Step {step} was not kept: the one before is still being written.")
+            return False
+        self._task.wait()
+        snapshot = take(state, texts)
+        if not snapshot.mine_to_write or not _first_process():
+            return True
+        self.acquire()
+        tensors = self._staging.copy(snapshot.tensors) if self._background else snapshot.tensors
+        total = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        progress = self.progress = Progress(step, total)
+
+        def write() -> None:
+            manifest = write_step(
+                self.directory,
+                step,
+                tensors,
+                snapshot.texts,
+                architecture=snapshot.architecture,
+                metrics=numbers,
+                parent=self._parent,
+                retention=self.retention,
+                progress=progress.add,
+                note=self.notes.append,
+            )
+            self._parent = {"step": step, "identity": manifest.identity}
+            progress.add(0)
+            progress.done = True
+
+        if self._background:
+            self._task.start(write)
+        else:
+            write()
+        return True
+
+    def restore(
+        self, state: Mapping[str, Any], step: int | str = "latest", *, verify: bool = True, rng: bool = True
+    ) -> Restored:
+        """Give objects the state that they had.
+
+        Args:
+            state: as it was given to ``save``; what is left out stays as it is. Models may be wrapped otherwise than they were.
+            step: ``"latest"`` (the newest that verifies), a number, or the name of a pinned one.
+            verify: check every byte before anything is changed.
+            rng: put the random number generators back too.
+
+        Raises:
+            CheckpointError: all that is there is damaged, or there is no such step.
+            MismatchError: it does not fit; says why.
+        """
+        self._task.wait()
+        skipped: list[tuple[Path, str]] = []
+        if step == "latest":
+            found = newest_good(self.directory, verify=verify)
+            if found is None:
+                return Restored(None)
+            checkpoint, skipped = found.checkpoint, found.skipped
+        else:
+            checkpoint = self.open(step)
+            if verify:
+                checkpoint.verify()
+        return replace(self.restore_from(checkpoint, state, rng=rng), skipped=skipped)
+
+    def restore_from(self, checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> Restored:
+        """:meth:`restore` from a checkpoint that is open already; what is saved next goes on from it."""
+        values = put_back(checkpoint, state, rng=rng)
+        step = checkpoint.manifest.step if checkpoint.manifest else None
+        self._parent = {"step": step, "identity": checkpoint.identity}
+        return Restored(step, values=values, path=checkpoint.path)
+
+    def open(self, step: int | str) -> Checkpoint:
+        """One of the steps, by number or as it was pinned, without reading it."""
+        present = steps(self.directory)
+        number = pins(self.directory).get(step) if isinstance(step, str) else step
+        if number not in present:
+            raise CheckpointError(f"'{self.directory}' has no step {step!r}; it has {', '.join(map(str, present)) or 'none'}.")
+        return read_checkpoint(step_folder(self.directory, number))
+
+    def pin(self, step: int, name: str) -> None:
+        """Keep a step under a name, whatever else is deleted; it is then found by that name too."""
+        self.wait()
+        pin(self.directory, step, name)
+
+    def unpin(self, name: str) -> None:
+        """Let retention decide about it again."""
+        unpin(self.directory, name)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are there, in ascending order."""
+        return steps(self.directory)
+
+    def acquire(self) -> None:
+        """Take the right to write here; the first ``save`` does it otherwise.
+
+        Raises:
+            StorageError: another process has it; says who, and how to take over.
+        """
+        if self._lease is None and not remote.is_remote(self.directory):
+            try:
+                make_folder(self.directory)
+            except OSError as error:
+                raise storage_error("make the folder", self.directory, error) from error
+            self._lease = Lease(self.directory)
+            sweep(self.directory)
+
+    def wait(self) -> None:
+        """Return when what was saved is on the disk.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        self._task.wait()
+
+    def close(self) -> None:
+        """Wait, and let others write here."""
+        try:
+            self.wait()
+        finally:
+            if self._lease is not None:
+                self._lease.release()
+                self._lease = None
+            self._staging = Staging()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        try:
+            self.close()
+        except Exception as unsaved:
+            if error is None:
+                raise
+            error.add_note(f"And the last checkpoint was not kept: {unsaved}")
+
+
+def _first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    try:
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"metrics are numbers by name, as {{'val_loss': 3.2}}: {error}.") from error
+
+
+def _texts(files: Mapping[str, Any]) -> dict[str, str]:
+    for name, text in files.items():
+        if not isinstance(name, str) or not isinstance(text, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ConfigError(f"{name!r} cannot be kept: files are texts by a file name without folders.")
+        if name.endswith(".safetensors") or name in ("manifest.json", "trainer.json", "config.json"):
+            raise ConfigError(f"{name!r} is a file that the checkpoint has of its own: take another name.")
+    return dict(files)

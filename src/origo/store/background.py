@@ -1,0 +1,147 @@
+"""Saving behind the training loop's back: one copy into memory of our own, then everything else in a thread.
+
+The copy is what the loop waits for, so it goes into buffers that stay: fresh memory costs ten times as much as the copying.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from origo.store.tensorfile import as_bytes
+from origo.store.writer import WORKERS, gather, in_memory
+
+_PIECE = 8 << 20
+
+
+class Staging:
+    """Buffers for a state, reused from save to save: pinned ones for what comes from a GPU, so that it is copied directly."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory they take."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def copy(self, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        """The same tensors, by file and name, as they are now. The next call overwrites them."""
+        buffers: dict[tuple[str, str], Tensor] = {}
+        staged: dict[str, dict[str, Tensor]] = {}
+        moves: list[tuple[int, int, int]] = []
+        devices: set[torch.device] = set()
+        alive = []  # temporary copies that are still read
+        for file, state in tensors.items():
+            stored = gather(state)
+            staged[file] = {}
+            for name, tensor in stored.tensors.items():
+                buffer = self._buffer(file, name, tensor)
+                buffers[file, name] = staged[file][name] = buffer
+                if tensor.device.type == "cuda":
+                    buffer.copy_(tensor, non_blocking=True)
+                    devices.add(tensor.device)
+                elif tensor.nbytes:
+                    source = in_memory(tensor)
+                    alive.append(source)
+                    start, target = as_bytes(source).data_ptr(), as_bytes(buffer).data_ptr()
+                    moves += [
+                        (target + begin, start + begin, min(_PIECE, source.nbytes - begin))
+                        for begin in range(0, source.nbytes, _PIECE)
+                    ]
+            staged[file].update({alias: staged[file][name] for alias, name in stored.aliases.items()})
+        self._buffers = buffers
+        _move(moves)
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return staged
+
+    def _buffer(self, file: str, name: str, tensor: Tensor) -> Tensor:
+        kept = self._buffers.get((file, name))
+        if kept is not None and (kept.dtype, kept.shape) == (tensor.dtype, tensor.shape):
+            return kept
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+
+
+def _move(moves: list[tuple[int, int, int]]) -> None:
+    """Copy memory, with several threads. torch shares out each tensor, and waits for its slowest thread each time."""
+
+    def work(number: int) -> None:
+        for target, source, length in moves[number::WORKERS]:
+            ctypes.memmove(target, source, length)
+
+    if len(moves) < 2:
+        work(0)
+        return
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="origo-stage") as pool:
+        list(pool.map(work, range(WORKERS)))
+
+
+class BackgroundTask:
+    """At most one piece of work at a time in a thread; its error is kept until somebody is told of it."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        _tasks.add(self)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is still at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin; the one before has to be done, and its error told."""
+        assert not self.busy
+        assert self._error is None
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        # Not a daemon: Python waits for it before it exits.
+        self._thread = threading.Thread(target=run, name="origo-save")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when it is done.
+
+        Raises:
+            Exception: what went wrong in it; raised once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raise what went wrong in work that is done, if anything did."""
+        if not self.busy and self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def tell_at_exit(self) -> None:
+        """Say what nobody was told of."""
+        if self._error is not None:
+            print(f"origo: {self._what} was not kept: {self._error}", file=sys.stderr)
+
+
+_tasks: weakref.WeakSet[BackgroundTask] = weakref.WeakSet()
+
+
+@atexit.register
+def _tell() -> None:
+    for task in list(_tasks):
+        task.tell_at_exit()

@@ -1,0 +1,134 @@
+"""Who writes here: a lock that the system takes back when its process ends, however it ends.
+
+A lock says that somebody lives; the text beside it says who. The system keeps locks right where process numbers cannot: in
+containers, whose numbers mean nothing outside, and when a number is given to another process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from origo.errors import StorageError, storage_error
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+LEASE = "writer.lease"
+
+
+def this_host() -> str:
+    """This machine's name, fit for a file's name."""
+    return re.sub(r"[^A-Za-z0-9_.]", "_", platform.node() or "localhost")
+
+
+def lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
+    """Lock a file or folder until the descriptor that is returned is closed or the process ends; None if another has it.
+
+    Locks nothing, and returns a descriptor, where the system has no such locks.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks: its host is the only one that can be asked
+        pass
+    return descriptor
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A writer of a run."""
+
+    host: str
+    pid: int
+    since: str
+    """When it began, UTC."""
+    command: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since} ({self.command})"
+
+
+class Lease:
+    """The right to write to a folder, held by one process at a time.
+
+    Raises:
+        StorageError: another one has it; says who, and how to take over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / LEASE
+        try:
+            while True:
+                descriptor = lock(path, os.O_RDWR | os.O_CREAT)
+                if descriptor is None and fcntl is not None:
+                    raise StorageError(_held(folder, holder(folder), "Stop it, or write to another folder."))
+                # Whoever had it may have deleted the file between our opening and our locking it.
+                if descriptor is None or (path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino):
+                    break
+                os.close(descriptor)
+        except OSError as error:
+            raise storage_error("write", path, error) from error
+        previous = holder(folder)
+        if previous is not None and previous.host != platform.node():
+            if descriptor is not None:
+                os.close(descriptor)
+            # Locks may not reach across machines; a process of another one cannot be asked whether it lives.
+            raise StorageError(_held(folder, previous, f"If it is gone, delete '{path}' and start again."))
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        mine = Holder(platform.node(), os.getpid(), since, " ".join(sys.argv)[:200])
+        data = (json.dumps(asdict(mine)) + "\n").encode()
+        if descriptor is None:
+            path.write_bytes(data)
+        else:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, data, 0)
+            # A child made by fork shares the lock and would keep it after this process is gone.
+            os.register_at_fork(after_in_child=lambda: _close(descriptor))
+        self._release = weakref.finalize(self, _release, path, descriptor, os.getpid())
+
+    def release(self) -> None:
+        """Give it back."""
+        self._release()
+
+
+def holder(folder: Path) -> Holder | None:
+    """Who wrote here last without giving it back, if anybody."""
+    try:
+        values = json.loads((folder / LEASE).read_text(encoding="utf-8"))
+        return Holder(str(values["host"]), int(values["pid"]), str(values["since"]), str(values["command"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _held(folder: Path, who: Holder | None, remedy: str) -> str:
+    return f"'{folder}' is being written by {who or 'another process'}; two writers would spoil each other's work. {remedy}"
+
+
+def _release(path: Path, descriptor: int | None, owner: int) -> None:
+    if os.getpid() != owner:
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()  # it is a note; the lock is what counts
+    if descriptor is not None:
+        _close(descriptor)
+
+
+def _close(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
