@@ -1,0 +1,406 @@
+"""A training loop's checkpoints: as the state was at the call, exact on the way back, and never fewer than promised."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import origo
+from origo.errors import CheckpointError, ConfigError, StorageError
+from origo.naming.mismatch import MismatchError
+from origo.store import run as store_run
+from origo.store.filesystem import Disk
+from origo.store.reader import read_checkpoint
+from origo.store.run import step_folder
+
+
+class Loop:
+    """A small training with everything in it that a real one has."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> None:
+        self.model = wrap(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)))
+        self.ema = torch.optim.swa_utils.AveragedModel(nn.Linear(4, 8))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 100)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+        self.history: dict[str, Any] = {"losses": [], "best": float("inf"), "seen": torch.zeros(3)}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        names = ("model", "ema", "optimizer", "scheduler", "scaler", "history")
+        return {name: getattr(self, name) for name in names}
+
+    def step(self) -> None:
+        inputs = torch.randn(5, 4) + random.random() + float(np.random.rand())
+        loss = self.model(inputs).square().mean()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.history["losses"].append(loss.item())
+        self.history["best"] = min(self.history["best"], loss.item())
+        self.history["seen"][0] += 1
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in origo.state_dict(model).items()}
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert set(one) == set(other)
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    wrapped: Any = torch.compile(model, backend="eager")
+    return wrapped  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(lambda m: m, lambda m: m), (compiled, lambda m: m), (lambda m: m, compiled)])
+def test_a_training_goes_on_as_if_nothing_had_been(tmp_path: Path, background: bool, before: Any, after: Any) -> None:
+    loop = Loop(before)
+    with origo.Checkpointer(tmp_path, background=background) as checkpointer:
+        for step in range(1, 7):
+            loop.step()
+            if step == 3:
+                checkpointer.save(3, loop.state, {"loss": loop.history["losses"][-1]})
+    torch.manual_seed(99)
+    again = Loop(after)
+    losses = again.history["losses"]
+    restored = origo.Checkpointer(tmp_path).restore(again.state)
+    assert (restored.step, restored.skipped) == (3, [])
+    assert again.history["losses"] is not losses, "a dict is filled in place, what is in it is new"
+    for _ in range(3):
+        again.step()
+    assert again.history["losses"] == loop.history["losses"]
+    assert torch.equal(again.history.pop("seen"), loop.history.pop("seen"))
+    assert again.history == loop.history
+    assert_same(weights(again.model), weights(loop.model))
+    assert again.scheduler.state_dict() == loop.scheduler.state_dict()
+    assert again.scaler.state_dict() == loop.scaler.state_dict()
+
+
+def test_what_is_kept_is_the_state_at_the_call(tmp_path: Path) -> None:
+    model = nn.Linear(300, 300)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    values = {"n": [1, 2], "t": torch.ones(3)}
+    expected = weights(model)
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model, "optimizer": optimizer, "values": values})
+        with torch.no_grad():  # at once, before anything can have been written
+            for parameter in model.parameters():
+                parameter.fill_(7)
+        values["n"].append(3)
+        values["t"].zero_()
+        optimizer.param_groups[0]["lr"] = 5.0
+    found = read_checkpoint(step_folder(tmp_path, 1))
+    assert_same(found.model.state(), expected)
+    fresh = torch.optim.SGD(model.parameters(), lr=0.3)
+    restored = origo.Checkpointer(tmp_path).restore({"model": model, "optimizer": fresh})
+    assert restored.values["values"]["n"] == [1, 2]
+    assert torch.equal(restored.values["values"]["t"], torch.ones(3))
+    assert fresh.param_groups[0]["lr"] == 0.1
+
+
+def test_the_files_are_anybodys(tmp_path: Path) -> None:
+    """Stock safetensors, plain JSON, and the functions for a model alone."""
+    from safetensors.torch import load_file
+
+    model = origo.GPT(origo.GPTConfig.preset("nano", vocab_size=50))
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(5, {"net": torch.compile(model)}, {"val_loss": 2.5}, files={"notes.txt": "hello"})
+    folder = step_folder(tmp_path, 5)
+    assert_same(load_file(folder / "model.safetensors"), weights(model))
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 50
+    assert json.loads((folder / "manifest.json").read_text())["metrics"] == {"val_loss": 2.5}
+    assert read_checkpoint(folder).text("notes.txt") == "hello"
+    assert_same(weights(origo.load_model(tmp_path)), weights(model))
+    other = origo.GPT(model.config)
+    origo.load(folder, into=other)
+    assert_same(weights(other), weights(model))
+
+
+def test_a_checkpoint_says_what_it_is_and_where_it_comes_from(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        checkpointer.save(2, {"model": model})
+        with torch.no_grad():
+            model.bias.add_(1)
+        checkpointer.save(3, {"model": model})
+    first, second, third = (read_checkpoint(step_folder(tmp_path, step)) for step in (1, 2, 3))
+    assert first.identity == second.identity != third.identity
+    assert third.provenance["parent"] == {"step": 2, "identity": second.identity}
+    assert "parent" not in first.provenance
+    assert third.provenance["torch"] == torch.__version__
+    origo.save(model, tmp_path / "x.safetensors")
+    assert read_checkpoint(tmp_path / "x.safetensors").identity == third.identity
+    with origo.Checkpointer(tmp_path) as again:
+        again.restore({"model": model}, step=2)
+        again.save(4, {"model": model})
+    assert read_checkpoint(step_folder(tmp_path, 4)).provenance["parent"]["step"] == 2
+
+
+def test_nothing_yet_is_none_and_a_damaged_step_is_passed_over(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    assert origo.Checkpointer(tmp_path / "new").restore({"model": model}).step is None
+    assert not (tmp_path / "new").exists(), "reading leaves nothing behind"
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"model": model})
+    file = step_folder(tmp_path, 2) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    restored = origo.Checkpointer(tmp_path).restore({"model": model})
+    assert restored.step == 1
+    assert [path for path, _ in restored.skipped] == [step_folder(tmp_path, 2)]
+    assert "is damaged" in restored.skipped[0][1]
+    with pytest.raises(CheckpointError, match="is damaged"):
+        origo.Checkpointer(tmp_path).restore({"model": model}, step=2)
+    with pytest.raises(CheckpointError, match="no step 7; it has 1, 2"):
+        origo.Checkpointer(tmp_path).restore({"model": model}, step=7)
+
+
+# --- retention -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    losses = [9.0, 3.0, 5.0, float("nan"), 4.0, 6.0, 7.0, 8.0, 8.5, 8.6]
+    with origo.Checkpointer(tmp_path, keep_last=2, keep_every=5, keep_best="loss") as checkpointer:
+        for step, loss in enumerate(losses, start=1):
+            checkpointer.save(step, {"model": model}, {"loss": loss})
+            if step == 3:
+                checkpointer.pin(3, "before-the-spike")
+    assert checkpointer.steps == [2, 3, 5, 9, 10]
+    assert origo.Checkpointer(tmp_path).restore({"model": model}, step="before-the-spike").step == 3
+    checkpointer.unpin("before-the-spike")
+    with origo.Checkpointer(tmp_path, keep_last=1, keep_best="loss:max") as checkpointer:
+        checkpointer.save(11, {"model": model}, {"loss": 1.0})
+    assert checkpointer.steps == [10, 11]
+
+
+def test_nothing_is_deleted_before_the_successor_was_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 2)
+    with origo.Checkpointer(tmp_path, keep_last=1, background=False) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        real = store_run.write_folder
+
+        def lying(path: Path, *given: Any, **named: Any) -> Any:
+            """A disk that took everything and kept something else."""
+            manifest = real(path, *given, **named)
+            file = path / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+            return manifest
+
+        monkeypatch.setattr(store_run, "write_folder", lying)
+        with pytest.raises(StorageError, match="does not read back"):
+            checkpointer.save(2, {"model": model})
+    assert origo.Checkpointer(tmp_path).restore({"model": model}).step == 1
+
+
+def test_a_deletion_that_fails_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(disk: Disk, path: Path) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    model = nn.Linear(3, 2)
+    with origo.Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        checkpointer.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(Disk, "remove_file", refusing)
+            checkpointer.save(2, {"model": model})
+            checkpointer.wait()
+        assert any("could not be deleted" in note for note in checkpointer.notes)
+        assert origo.Checkpointer(tmp_path).restore({"model": model}).step == 2
+        checkpointer.save(3, {"model": model})
+    assert os.listdir(tmp_path) == ["step-000000003"]
+
+
+# --- in the background -----------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """A disk that waits to be let go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> None:
+        self.go = threading.Event()
+        self.started = threading.Event()
+        real = Disk.flush
+
+        def flush(disk: Disk, descriptor: int) -> None:
+            self.started.set()
+            assert self.go.wait(30)
+            if error is not None:
+                raise error
+            real(disk, descriptor)
+
+        monkeypatch.setattr(Disk, "flush", flush)
+
+
+def test_a_second_save_waits_or_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 2)
+    checkpointer = origo.Checkpointer(tmp_path, on_busy="skip")
+    held = Held(monkeypatch)
+    assert checkpointer.save(1, {"model": model})
+    assert held.started.wait(30)
+    assert not checkpointer.save(2, {"model": model})
+    assert checkpointer.notes == ["Step 2 was not kept: the one before is still being written."]
+    assert checkpointer.progress is not None
+    assert (checkpointer.progress.step, checkpointer.progress.done) == (1, False)
+    held.go.set()
+    checkpointer.wait()
+    assert checkpointer.progress.done
+    assert checkpointer.progress.bytes_written == checkpointer.progress.bytes_total > 32
+    checkpointer._on_busy = "wait"
+    assert checkpointer.save(3, {"model": model})
+    assert checkpointer.save(4, {"model": model})
+    checkpointer.close()
+    assert checkpointer.steps == [1, 3, 4]
+
+
+@pytest.mark.parametrize("where", ["save", "wait", "close", "with"])
+def test_an_error_is_told_once_and_the_next_save_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    model = nn.Linear(3, 2)
+    checkpointer = origo.Checkpointer(tmp_path)
+    checkpointer.save(1, {"model": model})
+    checkpointer.wait()
+    with monkeypatch.context() as patch:
+        held = Held(patch, OSError(errno.EIO, "Input/output error"))
+        held.go.set()
+        checkpointer.save(2, {"model": model})
+        while checkpointer._task.busy:
+            pass
+    with pytest.raises(StorageError, match="Input/output error"):
+        if where == "save":
+            checkpointer.save(3, {"model": model})
+        elif where == "with":
+            with checkpointer:
+                pass
+        else:
+            getattr(checkpointer, where)()
+    assert origo.Checkpointer(tmp_path).restore({"model": model}).step == 1
+    checkpointer.save(4, {"model": model})
+    checkpointer.close()
+    assert checkpointer.steps == [1, 4]
+
+
+def test_an_error_that_nobody_asked_for_is_told_at_the_exit(tmp_path: Path) -> None:
+    program = """
+import errno, torch, origo
+from origo.store.filesystem import Disk
+def flush(disk, descriptor): raise OSError(errno.ENOSPC, "full")
+Disk.flush = flush
+origo.Checkpointer("run").save(1, {"model": torch.nn.Linear(2, 1)})
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "origo: the last checkpoint of 'run' was not kept: Could not write" in done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_program_that_ends_at_once_has_kept_its_checkpoint(tmp_path: Path) -> None:
+    program = "import torch, origo; origo.Checkpointer('run').save(1, {'model': torch.nn.Linear(500, 500)})"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    assert origo.Checkpointer(tmp_path / "run").restore({"model": nn.Linear(500, 500)}).step == 1
+
+
+def test_buffers_are_used_again(tmp_path: Path) -> None:
+    model = nn.Linear(100, 100)
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        checkpointer.wait()
+        first = {key: buffer.data_ptr() for key, buffer in checkpointer._staging._buffers.items()}
+        size = checkpointer._staging.nbytes
+        checkpointer.save(2, {"model": model})
+        checkpointer.wait()
+        assert {key: buffer.data_ptr() for key, buffer in checkpointer._staging._buffers.items()} == first
+        assert checkpointer._staging.nbytes == size
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_kept_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpointer = origo.Checkpointer(tmp_path / "run")
+    for state, says in (
+        ({}, "no model in what is to be kept"),
+        ({"optimizer": optimizer}, "no model in what is to be kept"),
+        ({"model": other, "optimizer": optimizer}, "'optimizer' belong to none of the models given"),
+        ({"model": model, "a/b": 1}, "'a/b' cannot name a part"),
+        ({"model": model, "rng": 1}, "'rng' cannot name a part"),
+        ({"model": model, "f": print}, "f is a builtin_function_or_method, which cannot be kept"),
+        ([model], "save takes a dict"),
+    ):
+        with pytest.raises((ConfigError, CheckpointError), match=says):
+            checkpointer.save(1, state)  # type: ignore[arg-type]
+    for given, says in (
+        ({"metrics": {"loss": "low"}}, "metrics are numbers by name"),
+        ({"files": {"../x": "y"}}, "cannot be kept"),
+        ({"files": {"manifest.json": "y"}}, "has of its own"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            checkpointer.save(1, {"model": model}, **given)  # type: ignore[arg-type]
+    for step in (-1, 1.5, "3", True):
+        with pytest.raises(ConfigError, match="whole number"):
+            checkpointer.save(step, {"model": model})  # type: ignore[arg-type]
+    for options in ({"keep_last": 0}, {"keep_every": -2}, {"keep_best": "loss:lowest"}, {"on_busy": "die"}):
+        with pytest.raises(ConfigError):
+            origo.Checkpointer(tmp_path / "run", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model, "optimizer": optimizer, "count": 3})
+        with pytest.raises(CheckpointError, match=r"nothing called 'optimiser' \(did you mean 'optimizer'\?\); it holds model"):
+            checkpointer.restore({"model": model, "optimiser": optimizer})
+        with pytest.raises(CheckpointError, match=r"'optimizer' in .* is of the kind 'optimizer', not 'values'"):
+            checkpointer.restore({"model": model, "optimizer": {}})
+        with pytest.raises(MismatchError):
+            checkpointer.restore({"model": nn.Linear(4, 2)})
+        assert checkpointer.restore({"model": model}).values == {"count": 3}
+    origo.save(model, tmp_path / "alone")
+    with pytest.raises(CheckpointError, match="holds a model only"):
+        checkpointer.restore_from(read_checkpoint(tmp_path / "alone"), {"model": model})
+
+
+def test_one_optimizer_may_train_two_models(tmp_path: Path) -> None:
+    def make() -> dict[str, Any]:
+        encoder, decoder = nn.Linear(3, 3), nn.Linear(3, 3)
+        optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()])
+        return {"encoder": encoder, "decoder": decoder, "optimizer": optimizer}
+
+    def step(parts: dict[str, Any]) -> None:
+        parts["decoder"](parts["encoder"](torch.ones(2, 3))).sum().backward()
+        parts["optimizer"].step()
+        parts["optimizer"].zero_grad()
+
+    one, other = make(), make()
+    step(one)
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, one)
+        checkpointer.restore(other)
+    for parts in (one, other):
+        step(parts)
+    for name in ("encoder", "decoder"):
+        assert_same(weights(one[name]), weights(other[name]))
