@@ -197,3 +197,42 @@ def test_an_open_checkpoint_reads_one_tensor(tmp_path: Path) -> None:
     assert opened.config == TINY.to_dict()
     assert torch.equal(opened.tensor("pos_emb.weight"), model.pos_emb.weight)
     opened.verify()
+
+
+def test_a_model_on_the_meta_device_is_given_memory_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self, persistent: bool = True) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.other.weight = self.one.weight
+            self.register_buffer("scale", torch.ones(2), persistent=persistent)
+
+    model = Tied()
+    with torch.no_grad():
+        model.one.weight.fill_(3)
+    origo.save(model, tmp_path / "x.safetensors")
+    with torch.device("meta"):
+        empty, other = Tied(), Tied(persistent=False)
+    report = origo.load(tmp_path / "x.safetensors", into=torch.compile(empty))  # type: ignore[arg-type]
+    assert len(report.loaded) == 5
+    assert empty.one.weight is empty.other.weight
+    assert torch.equal(empty.one.weight, model.one.weight)
+    assert torch.equal(empty.scale, model.scale)
+    with pytest.raises(ConfigError, match="scale is on the meta device and is a buffer that is not stored"):
+        origo.load(tmp_path / "x.safetensors", into=other, strict=False)
+    more = nn.ModuleDict({"one": Tied().one, "new": nn.Linear(2, 2, device="meta")})
+    with pytest.raises(ConfigError, match=r"new\.weight is on the meta device and .* does not have it"):
+        origo.load(tmp_path / "x.safetensors", into=more, strict=False)
+    with torch.device("meta"):
+        wrong = nn.Linear(3, 4)
+    with pytest.raises(origo.MismatchError):
+        origo.load(tmp_path / "x.safetensors", into=wrong)
+    assert wrong.weight.is_meta, "a load that fails has changed nothing"
+
+
+def test_building_a_gpt_draws_no_values(tmp_path: Path) -> None:
+    origo.save(origo.GPT(origo.GPTConfig.preset("nano", vocab_size=100)), tmp_path / "x.safetensors")
+    before = torch.get_rng_state()
+    model = origo.load_model(tmp_path / "x.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))

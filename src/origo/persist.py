@@ -22,7 +22,7 @@ from origo.models.registry import build_model, describe_model
 from origo.naming.mismatch import MismatchError
 from origo.naming.recovery import recover_names
 from origo.naming.wrappers import AVERAGE_COUNTER, require_module, unwrap
-from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict, whole_state
+from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict, whole_state, with_memory
 from origo.store.layout import CONFIG, MODEL
 from origo.store.reader import Checkpoint
 from origo.store.remote import as_path
@@ -82,7 +82,8 @@ def load(
         path: what ``save`` wrote, a run or checkpoint of ``origo train``, any .safetensors file, or a state dict from
             ``torch.save``. Names that wrappers polluted (``_orig_mod.…``, ``module.…``) are matched to the model's own and
             listed in the report's ``renamed``.
-        into: the model; its tensors keep their identity, so an optimizer over them stays valid.
+        into: the model; its tensors keep their identity, so an optimizer over them stays valid. Those on the meta device are
+            given memory on the CPU, so that a large model is never there twice; build its optimizer afterwards.
         strict: refuse names that are missing or unexpected.
         dtype: ``"exact"`` refuses tensors of another dtype, ``"cast"`` converts and reports them.
         verify: check each tensor against its stored hash (BLAKE3, about 4 GB a second and core) before it is used. Sizes and
@@ -148,14 +149,22 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu
             "origo.load(path, into=model), or register its class (origo.register_architecture) before saving it."
         )
     model = build_model(checkpoint.architecture, checkpoint.config)
-    _load_into(checkpoint, model, strict=True, dtype="cast", verify=True)
+    _load_into(checkpoint, model, strict=True, dtype="cast", verify=True, device=device)
     model.to(device).eval()
     if compile:
         model.compile()
     return model
 
 
-def _load_into(checkpoint: Checkpoint, model: nn.Module, *, strict: bool, dtype: DtypePolicy, verify: bool) -> LoadReport:
+def _load_into(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    *,
+    strict: bool,
+    dtype: DtypePolicy,
+    verify: bool,
+    device: str | torch.device = "cpu",
+) -> LoadReport:
     state: dict[str, Any] = checkpoint.model.state(verify=verify)
     known = state_dict(model)
     spare = [name for name in (AVERAGE_COUNTER,) if name in state and name not in known]  # the model itself is all there
@@ -164,7 +173,15 @@ def _load_into(checkpoint: Checkpoint, model: nn.Module, *, strict: bool, dtype:
     renamed = recover_names(state, known)
     state = _renamed(state, renamed)
     try:
-        report = load_state_dict(model, state, strict=strict, dtype=dtype)
+        with with_memory(model, device) as empty:
+            report = load_state_dict(model, state, strict=strict, dtype=dtype)
+            if empty and report.missing:
+                live = state_dict(model)
+                if left := [name for name in report.missing if live[name].data_ptr() in empty]:
+                    raise ConfigError(
+                        f"{left[0]} is on the meta device and '{checkpoint.path}' does not have it, so it would have no values: "
+                        "build the model on a real device."
+                    )
     except MismatchError as error:
         if (sentence := _other_configuration(checkpoint, model)) is not None:
             raise error.with_configuration(sentence) from None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from origo.errors import CheckpointError, ConfigError
@@ -73,7 +74,7 @@ def describe_model(model: nn.Module) -> tuple[str | None, dict[str, Any] | None]
 
 
 def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
-    """A new model from its stored description.
+    """A new model from its stored description, to be loaded into: it may be on the meta device.
 
     Raises:
         CheckpointError: the architecture is not registered in this program.
@@ -86,7 +87,8 @@ def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
         )
     known = _ARCHITECTURES[architecture]
     if known.config_cls is GPTConfig:
-        return known.model_cls(GPTConfig.from_dict(config))
+        with torch.device("meta"):  # no values are drawn that would be overwritten; all that a GPT has is stored
+            return known.model_cls(GPTConfig.from_dict(config))
     try:
         return known.model_cls(known.config_cls(**config))
     except TypeError as error:

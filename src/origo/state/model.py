@@ -170,6 +170,45 @@ def load_state_dict(
     return LoadReport(loaded, differences.missing, differences.unexpected, differences.dtypes)
 
 
+@contextmanager
+def with_memory(model: nn.Module, device: str | torch.device = "cpu") -> Iterator[set[int]]:
+    """Give a model's tensors on the meta device memory to load into; taken back if the load in the block fails.
+
+    Tied ones stay tied. They are new tensors: an optimizer over them is built afterwards.
+
+    Yields:
+        Where their memory is (``data_ptr()``): it holds no values yet.
+
+    Raises:
+        ConfigError: one of them is a buffer that no file keeps, so that nothing could give it its values.
+    """
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    new: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None or not tensor.is_meta or is_lazy(tensor):
+                    continue
+                if table is module._buffers and name in module._non_persistent_buffers_set:
+                    raise ConfigError(
+                        f"{path}.{name} is on the meta device and is a buffer that is not stored (persistent=False), so "
+                        "loading cannot give it its values: build the model on a real device."
+                    )
+                replaced.append((table, name, tensor))
+                if id(tensor) not in new:
+                    empty = torch.empty_like(tensor, device=device)
+                    isolated = isinstance(tensor, nn.Parameter)
+                    new[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isolated else empty
+    for table, name, tensor in replaced:
+        table[name] = new[id(tensor)]
+    try:
+        yield {tensor.data_ptr() for tensor in new.values() if tensor.numel()}
+    except BaseException:
+        for table, name, tensor in replaced:
+            table[name] = tensor
+        raise
+
+
 def _live_state(plain: nn.Module) -> dict[str, Any]:
     """The parameters and buffers themselves, under the names of the model's ``state_dict()``."""
     try:
@@ -262,7 +301,8 @@ def _require_writable(live: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} has no shape yet, because its layer is lazy: run one batch through the model first.")
         if value.is_meta:
             raise ConfigError(
-                f"{name} is on the meta device and can hold no values: call model.to_empty(device='cpu') before loading."
+                f"{name} is on the meta device and can hold no values: use origo.load(path, into=model), which gives it "
+                "memory, or call model.to_empty(device='cpu') before loading."
             )
         if value.is_inference() and not torch.is_inference_mode_enabled():
             raise ConfigError(
