@@ -148,7 +148,12 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu
             f"'{checkpoint.path}' holds weights without the structure they belong to: build the model and use "
             "origo.load(path, into=model), or register its class (origo.register_architecture) before saving it."
         )
-    model = build_model(checkpoint.architecture, checkpoint.config)
+    if isinstance(layers := checkpoint.config.get("n_layers"), int) and layers > len(checkpoint.model.shapes):
+        raise CheckpointError(f"'{checkpoint.path}' is damaged: its configuration has {layers:,} layers, its file has not.")
+    try:
+        model = build_model(checkpoint.architecture, checkpoint.config)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise CheckpointError(f"No model can be built from the configuration in '{checkpoint.path}': {error}") from error
     _load_into(checkpoint, model, strict=True, dtype="cast", verify=True, device=device)
     model.to(device).eval()
     if compile:
@@ -179,8 +184,8 @@ def _load_into(
                 live = state_dict(model)
                 if left := [name for name in report.missing if live[name].data_ptr() in empty]:
                     raise ConfigError(
-                        f"{left[0]} is on the meta device and '{checkpoint.path}' does not have it, so it would have no values: "
-                        "build the model on a real device."
+                        f"{left[0]} is on the meta device and '{checkpoint.path}' does not have it, so it would have no "
+                        "values: build the model on a real device."
                     )
     except MismatchError as error:
         if (sentence := _other_configuration(checkpoint, model)) is not None:

@@ -33,7 +33,7 @@ HEADER_KEY = "origo"
 
 # What is read whole before anything in it can be checked. A million tensors need about 200 MB.
 MOST_JSON_BYTES = 256 << 20
-MOST_JSON_OBJECTS = 2_000_000
+MOST_JSON_VALUES = 8_000_000
 
 NO_HASH = "0" * 64
 _SELF_HASH = re.compile(r'"blake3": ?"([0-9a-f]{64})"\s*\}\s*\Z')
@@ -72,7 +72,7 @@ def identity_of(tensors: Mapping[str, TensorEntry]) -> str:
     for name, entry in tensors.items():
         facts = f"{entry.dtype} {','.join(map(str, entry.shape))} {entry.blake3}\n".encode()
         for each in (name, *entry.aliases):
-            encoded = each.encode()
+            encoded = each.encode(errors="surrogatepass")
             lines.append((encoded, b"%d %b %b" % (len(encoded), encoded, facts)))
     return blake3(b"".join(line for _, line in sorted(lines))).hexdigest()
 
@@ -107,20 +107,21 @@ def parse_json(text: str | bytes, what: str) -> Any:
     """
     if len(text) > MOST_JSON_BYTES:
         raise CheckpointError(f"{what} has {len(text):,} bytes; up to {MOST_JSON_BYTES:,} are read.")
-    objects = 0
+    try:
+        decoded = text.decode() if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{what} is damaged: it is no UTF-8.") from error
+    if sum(map(decoded.count, ",[{")) > MOST_JSON_VALUES:  # each value is one or more of these
+        raise CheckpointError(f"{what} holds more than {MOST_JSON_VALUES:,} values, which are not read.")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal objects
-        objects += 1
         values = dict(pairs)
-        if objects > MOST_JSON_OBJECTS:
-            raise CheckpointError(f"{what} holds more than {MOST_JSON_OBJECTS:,} entries: it is no file of Origo's.")
         if len(values) != len(pairs):
             raise CheckpointError(f"{what} is damaged: it names something twice.")
         return values
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(decoded, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -188,7 +189,7 @@ class Manifest:
                 provenance=dict(values["provenance"]),
                 identity=str(values["identity"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{what} is damaged ({type(error).__name__}: {error}).") from error
@@ -228,7 +229,7 @@ class Header:
             tensors = {name: _tensor_entry(entry) for name, entry in values["tensors"].items()}
             architecture, config = _optional(values["architecture"], str), _optional(values["config"], dict)
             return cls(tensors, architecture, config, str(values["identity"]), dict(values["provenance"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{what} is damaged ({error}).") from error

@@ -39,14 +39,16 @@ from origo.store.layout import (
     identity_of,
     parse_json,
 )
+from origo.store.pickles import require_bounded
 from origo.store.tensorfile import (
     Placed,
     dtype_called,
+    dtype_name,
     format_dtype,
     from_bytes,
     header_length,
     parse_header,
-    torch_name,
+    torch_dtype,
 )
 from origo.store.writer import WORKERS
 
@@ -164,11 +166,16 @@ class _Safetensors(TensorFile):
             raise CheckpointError(f"'{path}' cannot be read: {error.strerror or error}.") from error
         self.placed, self.metadata = parse_header(self.start[8:], self._size - self.data_start, path)
         # Stock safetensors records a tied tensor's further names as metadata entries: further name -> stored name.
-        aliases = {alias: name for alias, name in self.metadata.items() if name in self.placed and alias not in self.placed}
+        aliases = {
+            alias: name
+            for alias, name in self.metadata.items()
+            if name in self.placed and alias not in self.placed and alias != "format"
+        }
+        self._kinds = {name: torch_dtype(placed.dtype) for name, placed in self.placed.items()}
         super().__init__(
             path,
             {name: placed.shape for name, placed in self.placed.items()},
-            {name: torch_name(placed.dtype) for name, placed in self.placed.items()},
+            {name: dtype_name(kind) if kind else self.placed[name].dtype for name, kind in self._kinds.items()},
             aliases,
             {},
         )
@@ -197,21 +204,26 @@ class _Safetensors(TensorFile):
             raise CheckpointError(f"'{self.path}' is damaged: it holds other tensors than were written.")
         self.shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
         self.dtypes = {name: entry.dtype for name, entry in entries.items()}
+        self._kinds = {name: dtype_called(entry.dtype) for name, entry in entries.items()}
         self.aliases = {alias: name for name, entry in entries.items() for alias in entry.aliases}
         self.hashes = {name: entry.blake3 for name, entry in entries.items()}
 
     def _read(self, name: str) -> Tensor:
-        dtype = dtype_called(self.dtypes[name])
+        dtype = self._kinds[name]
         if dtype is None:
             raise CheckpointError(f"{name} in '{self.path}' has the dtype {self.dtypes[name]}, which torch does not have.")
         placed = self.placed[name]
         start, end = self.data_start + placed.start, self.data_start + placed.end
+        try:
+            return from_bytes(self._bytes(name, start, end), dtype, self.shapes[name])
+        except RuntimeError as error:  # a shape whose strides no machine can count
+            raise CheckpointError(f"{name} in '{self.path}' cannot be a tensor: {error}.") from error
+
+    def _bytes(self, name: str, start: int, end: int) -> Tensor:
         if self._remote:
             data = self._fetched(name) if start < end else b""
-            return from_bytes(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0), dtype, self.shapes[name]
-            )
-        return from_bytes(self._map()[start:end], dtype, self.shapes[name])
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return self._map()[start:end]
 
     def _check(self, names: list[str]) -> Iterator[Damage]:
         checkable = sorted((name for name in names if name in self.hashes), key=lambda name: -self._nbytes(name))
@@ -288,11 +300,15 @@ class _Pth(TensorFile):
         described = describe(state)
         shapes = {name: shape for name, (shape, _) in described.items()}
         super().__init__(path, shapes, {name: dtype for name, (_, dtype) in described.items()}, {}, {})
-        self.versions = getattr(state, "_metadata", None)
+        versions = getattr(state, "_metadata", None)
+        self.versions = versions if isinstance(versions, Mapping) else None
         self._state, self._is_zip = state, is_zip
 
     def _read(self, name: str) -> Any:
-        return self._state[name]
+        value = self._state[name]
+        if isinstance(value, Tensor) and value.is_meta:
+            raise CheckpointError(f"{name} in '{self.path}' has no values: it was on the meta device when it was saved.")
+        return value
 
     def _check(self, names: list[str]) -> Iterator[Damage]:
         reason = self._damage
@@ -346,7 +362,8 @@ class Checkpoint:
     def tensor(self, name: str, *, verify: bool = True) -> Tensor:
         """One of the model's tensors, read now, on the CPU, checked against its hash."""
         value = self.model.tensor(name, verify=verify)
-        assert isinstance(value, Tensor)
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name!r} in '{self.path}' is a {type(value).__name__}, not a tensor.")
         return value
 
     def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
@@ -426,6 +443,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: it is none of these, or its structure is damaged. Tensor bytes are checked when they are read.
     """
     path = remote.as_path(path)
+    require_path(path)
     if (path / MANIFEST).is_file() or path.is_dir():
         return _open_folder(path)
     if not path.exists():
@@ -447,6 +465,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"'{path}' is no .safetensors file; files of other kinds are read from this machine: copy it here."
         )
     return Checkpoint(path, model=_open_pth(path))
+
+
+def require_path(path: Path) -> None:
+    """Refuse what no system can have: a name too long, or with a zero in it."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        if not remote.is_remote(path):
+            raise CheckpointError(f"'{str(path)[:80]!r}' cannot be read: {error}.") from error
 
 
 def _open_folder(path: Path) -> Checkpoint:
@@ -475,6 +504,8 @@ def _open_folder(path: Path) -> Checkpoint:
     config = checkpoint.text(CONFIG)
     if config is not None:
         checkpoint.config = parse_json(config, f"'{path / CONFIG}'")
+        if not isinstance(checkpoint.config, dict):
+            raise CheckpointError(f"'{path / CONFIG}' is no configuration: it holds a {type(checkpoint.config).__name__}.")
     return checkpoint
 
 
@@ -511,6 +542,9 @@ def _open_pth(path: Path) -> TensorFile:
         is_zip = zipfile.is_zipfile(path)  # since torch 1.6; files from before cannot be mapped
         if is_zip:
             _require_plain_zip(path)
+        else:
+            with path.open("rb") as file:
+                require_bounded(file, path, pickles=4)  # magic number, version, system, and the object
         state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except CheckpointError:
         raise
@@ -530,12 +564,19 @@ def _open_pth(path: Path) -> TensorFile:
         inner = next((name for name, value in state.items() if isinstance(value, dict)), None)
         hint = f" Load it with torch.load and pass [{inner!r}] to origo.load_state_dict." if inner else ""
         raise CheckpointError(f"'{path}' has no tensors at its top level; it has {', '.join(list(state)[:6])}.{hint}")
-    return _Pth(path, state, is_zip)
+    try:
+        return _Pth(path, state, is_zip)
+    except RuntimeError as error:  # nested tensors have no shape
+        raise CheckpointError(f"'{path}' holds a tensor that is none of the usual ones: {error}.") from error
 
 
 def _require_plain_zip(path: Path) -> None:
     """Refuse a zip that unpacks to more than it is: ``torch.save`` does not compress, and writes each part once."""
-    parts = zipfile.ZipFile(path).infolist()
+    archive = zipfile.ZipFile(path)
+    parts = archive.infolist()
     unpacked = sum(part.file_size for part in parts)
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or unpacked > path.stat().st_size:
         raise CheckpointError(f"'{path}' is a compressed zip ({unpacked:,} bytes unpacked), which torch.save does not write.")
+    for part in parts:
+        if part.filename.endswith("/data.pkl"):
+            require_bounded(archive.read(part), path)

@@ -16,7 +16,7 @@ from origo.errors import CheckpointError, ConfigError, StorageError, storage_err
 from origo.store import remote
 from origo.store.filesystem import remove_folder, replace_file, replaced
 from origo.store.layout import CONFIG, MANIFEST, MODEL, Manifest
-from origo.store.reader import Checkpoint, read_checkpoint
+from origo.store.reader import Checkpoint, read_checkpoint, require_path
 from origo.store.writer import Progress, require_replaceable, write_folder
 
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
@@ -120,13 +120,21 @@ def metrics_of(path: Path) -> Mapping[str, float]:
 
 
 def pins(directory: Path) -> dict[str, int]:
-    """The steps that are kept under a name."""
+    """The steps that are kept under a name.
+
+    Raises:
+        StorageError: one cannot be read, so that nothing that it may keep should be deleted.
+    """
+    found = {}
     try:
-        names = [entry.name for entry in directory.iterdir() if entry.name.endswith(_PIN_SUFFIX)]
-        texts = {name.removesuffix(_PIN_SUFFIX): (directory / name).read_text(encoding="utf-8").strip() for name in names}
-    except (OSError, UnicodeDecodeError):
-        return {}
-    return {name: int(text) for name, text in texts.items() if text.isdecimal()}
+        for entry in directory.iterdir() if directory.exists() else ():
+            if entry.name.endswith(_PIN_SUFFIX) and entry.is_file():
+                text = entry.read_bytes()[:20].decode("ascii", "replace").strip()  # another program's file is no pin
+                if text.isdecimal():
+                    found[entry.name.removesuffix(_PIN_SUFFIX)] = int(text)
+    except OSError as error:
+        raise storage_error("read the pins", directory, error) from error
+    return found
 
 
 def pin(directory: Path, step: int, name: str) -> None:
@@ -201,6 +209,7 @@ def find_checkpoint(
         CheckpointError: there is none.
     """
     path = remote.as_path(path)
+    require_path(path)
     if not path.exists() and not remote.is_remote(path) and replaced(path).is_dir():
         path = replaced(path)
     directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path

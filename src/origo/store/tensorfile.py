@@ -83,10 +83,9 @@ def format_dtype(dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:
     return "U8", () if dtype.itemsize == 1 else (dtype.itemsize,)
 
 
-def torch_name(format_name: str) -> str:
-    """From the format's name to torch's; a name that this version does not know stays as it is."""
-    dtype = _DTYPES.get(format_name)
-    return dtype_name(dtype) if dtype is not None else format_name
+def torch_dtype(format_name: str) -> torch.dtype | None:
+    """What torch calls a dtype of the format; None for one that this version does not know."""
+    return _DTYPES.get(format_name)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ def gather(state: Mapping[str, Any]) -> Stored:
                 f"{name} is a {type(value).__name__}, not a tensor: only tensors can be stored in .safetensors. "
                 "Take it out of the model's state (get_extra_state), or save to .pth."
             )
+        if name == "__metadata__" or (not name.isascii() and not _is_text(name)):
+            raise CheckpointError(f"{name!r} cannot be a tensor's name in a .safetensors file: rename the attribute.")
         if value.is_meta or isinstance(value, torch.nn.UninitializedParameter):
             raise CheckpointError(
                 f"{name} has no values yet (it is on the meta device, or its layer is lazy): load or initialise the model "
@@ -114,6 +116,13 @@ def gather(state: Mapping[str, Any]) -> Stored:
             seen[identity] = name
         tensors[name] = value.detach()
     return Stored(tensors, aliases)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def in_memory(tensor: Tensor) -> Tensor:
