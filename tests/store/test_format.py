@@ -108,7 +108,7 @@ def test_an_identity_is_the_weights_alone(tmp_path: Path) -> None:
             {"x": one, "y": two.bool(), "tied": one},
             {"x": one, "y": two.view(3, 1), "tied": one},
             {"x": one, "y": two + 1, "tied": one},
-        )  # fmt: skip
+        )
     ):
         assert identity(f"other{number}", other) != same
 

@@ -1,7 +1,8 @@
 """What a pickle would build, found out without building it.
 
 torch's ``weights_only`` unpickler runs no code, but it builds whatever it is told to: a few hundred bytes can ask for
-gigabytes, or for a tuple that takes for ever to hash. So a file is read through once before, and the size of each object counted.
+gigabytes, or for a tuple that takes for ever to hash. So a file is read through once before, and the size of each object is
+counted.
 """
 
 from __future__ import annotations
