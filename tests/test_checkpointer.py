@@ -404,3 +404,25 @@ def test_one_optimizer_may_train_two_models(tmp_path: Path) -> None:
         step(parts)
     for name in ("encoder", "decoder"):
         assert_same(weights(one[name]), weights(other[name]))
+
+
+def test_a_restore_that_is_refused_has_changed_nothing(tmp_path: Path) -> None:
+    loop = Loop()
+    loop.step()
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, loop.state)
+    other = Loop()
+    other.optimizer = torch.optim.SGD(other.model.parameters(), lr=0.1)
+    before, rng = weights(other.model), torch.get_rng_state()
+    with pytest.raises((CheckpointError, MismatchError)):
+        checkpointer.restore(other.state)
+    assert_same(weights(other.model), before)
+    other = Loop()
+    other.ema = nn.Linear(4, 9)  # type: ignore[assignment]
+    before = weights(other.model)
+    rng = torch.get_rng_state()
+    with pytest.raises(MismatchError):
+        checkpointer.restore(other.state)
+    assert_same(weights(other.model), before)
+    assert not other.optimizer.state
+    assert torch.equal(torch.get_rng_state(), rng)

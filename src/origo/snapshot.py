@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from origo.errors import CheckpointError, ConfigError, nearest
+from origo.errors import CheckpointError, ConfigError, OrigoError, nearest
 from origo.models.registry import describe_model
+from origo.naming.mismatch import compare
 from origo.naming.wrappers import unwrap
-from origo.state.model import load_state_dict, state_dict, whole_state
+from origo.state.model import describe, load_state_dict, state_dict, whole_state
 from origo.state.optimizer import load_optimizer_state, optimizer_state
-from origo.state.rng import load_rng_state, rng_state
+from origo.state.rng import load_rng_state, require_rng_state, rng_state
 from origo.state.tree import flatten, unflatten
 from origo.store.layout import CONFIG, MODEL, TRAINER, TRAINER_TENSORS, parse_json
 from origo.store.reader import Checkpoint
@@ -114,61 +116,113 @@ def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = Tr
         CheckpointError: it has nothing under one of the names, or something of another kind.
         MismatchError: it does not fit.
     """
-    stored = _stored(checkpoint)
-    objects: Mapping[str, Any] = stored["objects"]
+    stored = _Stored(checkpoint)
     modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
+    # All is read, checked and decoded before anything is changed.
+    decoded: dict[str, Any] = {}
     for key, value in state.items():
-        if key not in objects:
+        if key not in stored.objects:
             raise CheckpointError(
-                f"'{checkpoint.path}' holds nothing called {key!r}{nearest(key, objects)}; it holds {', '.join(objects)}."
+                f"'{checkpoint.path}' holds nothing called {key!r}{nearest(key, stored.objects)}; it holds "
+                f"{', '.join(stored.objects)}."
             )
-        if _kind_of(value) != objects[key]["kind"]:
+        if _kind_of(value) != stored.kind(key):
             raise CheckpointError(
-                f"{key!r} in '{checkpoint.path}' is of the kind {objects[key]['kind']!r}, not {_kind_of(value)!r}."
+                f"{key!r} in '{checkpoint.path}' is of the kind {stored.kind(key)!r}, not {_kind_of(value)!r}."
             )
-    loose = checkpoint.tensors(TRAINER_TENSORS).state()
-    values = stored_values(checkpoint)
+        decoded[key] = stored.tensors(key) if stored.kind(key) in ("model", "optimizer") else stored.plain(key)
+    values = stored.values()
+    if rng:
+        with stored.decoding("rng"):
+            require_rng_state(stored.loose, stored.rng)
+
+    fitting = {key: not compare(describe(decoded[key]), describe(state_dict(module))) for key, module in modules.items()}
+    for key in sorted(modules, key=lambda key: fitting[key]):  # one that does not fit says so before any other is changed
+        if not fitting[key]:
+            load_state_dict(modules[key], decoded[key])
     for key, value in state.items():
-        entry = objects[key]
-        if entry["kind"] == "model":
-            load_state_dict(value, checkpoint.tensors(entry["file"]).state())
+        if stored.kind(key) == "optimizer":
+            with stored.decoding(key):
+                load_optimizer_state(_model_of(key, value, modules), value, decoded[key], stored.objects[key]["state"])
     for key, value in state.items():
-        entry = objects[key]
-        if entry["kind"] == "optimizer":
-            load_optimizer_state(
-                _model_of(key, value, modules), value, checkpoint.tensors(entry["file"]).state(), entry["state"]
-            )
-        elif entry["kind"] == "state":
-            value.load_state_dict(unflatten(entry["state"], _own(entry["state"], loose)))
+        if stored.kind(key) == "model" and fitting[key]:
+            load_state_dict(value, decoded[key])
+        elif stored.kind(key) == "state":
+            with stored.decoding(key):
+                value.load_state_dict(decoded[key])
         elif isinstance(value, dict):
             value.clear()
-            value.update(values[key])
-        elif isinstance(value, list):
-            value[:] = values[key]
+            value.update(decoded[key])
+        elif isinstance(value, list) and stored.kind(key) == "values":
+            value[:] = decoded[key]
     if rng:
-        load_rng_state(loose, stored["rng"])
+        load_rng_state(stored.loose, stored.rng)
     return values
 
 
 def stored_values(checkpoint: Checkpoint) -> dict[str, Any]:
     """The plain values that a checkpoint has, by name."""
-    loose = checkpoint.tensors(TRAINER_TENSORS).state()
-    objects = _stored(checkpoint)["objects"]
-    return {
-        key: unflatten(entry["state"], _own(entry["state"], loose))
-        for key, entry in objects.items()
-        if entry["kind"] == "values"
-    }
+    return _Stored(checkpoint).values()
 
 
-def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
-    text = checkpoint.text(TRAINER)
-    if text is None:
-        raise CheckpointError(
-            f"'{checkpoint.path}' holds a model only, not the state of a training: origo.load(path, into=model) loads it."
-        )
-    stored: dict[str, Any] = parse_json(text, f"'{checkpoint.path / TRAINER}'")
-    return stored
+class _Stored:
+    """What a checkpoint's ``trainer.json`` says, decoded where it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        text = checkpoint.text(TRAINER)
+        if text is None:
+            raise CheckpointError(
+                f"'{checkpoint.path}' holds a model only, not the state of a training: origo.load(path, into=model) loads it."
+            )
+        content = parse_json(text, f"'{checkpoint.path / TRAINER}'")
+        with self.decoding("objects"):
+            self.objects: dict[str, dict[str, Any]] = dict(content["objects"])
+            self.rng: dict[str, Any] = dict(content["rng"])
+            self._kinds = {key: str(entry["kind"]) for key, entry in self.objects.items()}
+        self.loose = checkpoint.tensors(TRAINER_TENSORS).state()
+
+    def kind(self, key: str) -> str:
+        return self._kinds[key]
+
+    def tensors(self, key: str) -> dict[str, Any]:
+        """Of a model or optimizer, each checked."""
+        with self.decoding(key):
+            file = str(self.objects[key]["file"])
+            return self._checkpoint.tensors(file).state()
+
+    def plain(self, key: str) -> Any:
+        """A structure with its tensors, in memory of their own."""
+        with self.decoding(key):
+            structure = self.objects[key]["state"]
+            return unflatten(structure, _own(structure, self.loose))
+
+    def values(self) -> dict[str, Any]:
+        """All plain values."""
+        return {key: self.plain(key) for key in self.objects if self.kind(key) == "values"}
+
+    @contextmanager
+    def decoding(self, key: str) -> Iterator[None]:
+        """Put whatever a file of other content than ours makes Python raise into a sentence."""
+        try:
+            yield
+        except OrigoError:
+            raise
+        except (
+            TypeError,
+            KeyError,
+            AttributeError,
+            ValueError,
+            IndexError,
+            OverflowError,
+            RecursionError,
+            RuntimeError,
+        ) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(
+                f"What '{self._checkpoint.path}' holds as {key!r} cannot be taken ({reason[:200]}): it is damaged, or of "
+                "another kind of object than the one given."
+            ) from error
 
 
 def _own(structure: Any, loose: Mapping[str, Tensor]) -> dict[str, Tensor]:

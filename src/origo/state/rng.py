@@ -33,6 +33,19 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, values
 
 
+def require_rng_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """See that :func:`load_rng_state` would succeed, with generators that nobody uses.
+
+    Raises:
+        Exception: of whatever type Python, NumPy or torch choose.
+    """
+    version, words, gauss = values["python"]
+    random.Random().setstate((version, tuple(words), gauss))
+    algorithm, position, has_gauss, cached = values["numpy"]
+    np.random.RandomState().set_state((algorithm, tensors["rng.numpy"].numpy(), position, has_gauss, cached))
+    torch.Generator().set_state(tensors["rng.torch"].clone())
+
+
 def load_rng_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Put the generators back; CUDA devices that are not here any more are passed over."""
     version, words, gauss = values["python"]

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
@@ -162,6 +163,25 @@ class Manifest:
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
         lines += [f'"files": {files}', f'"tensors": {_block_of_texts(tensors)}', f'"blake3": "{NO_HASH}"']
         return sealed("{\n" + ",\n".join(lines) + "\n}\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder.
+
+        Raises:
+            CheckpointError: there is none, or it is not as it was written.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise CheckpointError(
+                f"The folder '{folder}' holds no {MANIFEST}: it is no checkpoint, or its writing was never completed."
+            )
+        try:
+            if path.stat().st_size > MOST_JSON_BYTES:
+                raise CheckpointError(f"The manifest '{path}' has more than {MOST_JSON_BYTES:,} bytes, which are not read.")
+            return cls.from_json(path.read_bytes().decode(), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"The manifest '{path}' cannot be read: {error}.") from error
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:

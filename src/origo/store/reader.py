@@ -31,7 +31,6 @@ from origo.store.layout import (
     HEADER_KEY,
     MANIFEST,
     MODEL,
-    MOST_JSON_BYTES,
     FileEntry,
     Header,
     Manifest,
@@ -480,18 +479,7 @@ def require_path(path: Path) -> None:
 
 def _open_folder(path: Path) -> Checkpoint:
     manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
-        raise CheckpointError(
-            f"The folder '{path}' holds no {MANIFEST}: it is no checkpoint, or its writing was never completed."
-        )
-    try:
-        if manifest_path.stat().st_size > MOST_JSON_BYTES:
-            raise CheckpointError(
-                f"The manifest '{manifest_path}' has more than {MOST_JSON_BYTES:,} bytes, which are not read."
-            )
-        manifest = Manifest.from_json(manifest_path.read_bytes().decode(), str(manifest_path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"The manifest '{manifest_path}' cannot be read: {error}.") from error
+    manifest = Manifest.read(path)
     for file, entry in manifest.files.items():
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise CheckpointError(f"The manifest '{manifest_path}' names a file outside its folder: {file!r}.")

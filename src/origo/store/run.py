@@ -114,8 +114,8 @@ def steps(directory: Path) -> list[int]:
 def metrics_of(path: Path) -> Mapping[str, float]:
     """What was measured at a step; nothing where its manifest cannot be read."""
     try:
-        return Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"), str(path)).metrics
-    except (OSError, ValueError):
+        return Manifest.read(path).metrics
+    except (OSError, CheckpointError):
         return {}
 
 
@@ -129,7 +129,8 @@ def pins(directory: Path) -> dict[str, int]:
     try:
         for entry in directory.iterdir() if directory.exists() else ():
             if entry.name.endswith(_PIN_SUFFIX) and entry.is_file():
-                text = entry.read_bytes()[:20].decode("ascii", "replace").strip()  # another program's file is no pin
+                with entry.open("rb") as file:
+                    text = file.read(20).decode("ascii", "replace").strip()  # another program's file is no pin
                 if text.isdecimal():
                     found[entry.name.removesuffix(_PIN_SUFFIX)] = int(text)
     except OSError as error:

@@ -267,9 +267,9 @@ def require_replaceable(path: Path) -> None:
     theirs = [path.name]
     if path.is_dir():
         try:
-            ours = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"), str(path)).files
+            ours = Manifest.read(path).files
             theirs = sorted(entry.name for entry in path.iterdir() if entry.name not in ours and entry.name != MANIFEST)
-        except (OSError, UnicodeDecodeError, CheckpointError):
+        except (OSError, CheckpointError):
             theirs = sorted(entry.name for entry in path.iterdir())
     if theirs:
         raise StorageError(
