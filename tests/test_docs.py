@@ -13,7 +13,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 
 
 def test_the_story_in_the_readme_runs(in_fresh_process: Callable[[str], str]) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     claimed = re.search(r'# "(\d+ tensors loaded)"', program)
     assert claimed is not None
     assert in_fresh_process(program).strip() == claimed.group(1)
@@ -26,6 +26,15 @@ def test_the_guide_prints_what_it_says(in_fresh_process: Callable[[str], str]) -
     claimed = re.findall(r"^print\(.*\)\n# (.*)$", program, re.MULTILINE)
     assert len(claimed) == program.count("print(") >= 5
     assert in_fresh_process(program).splitlines() == claimed
+
+
+def test_the_loop_of_ones_own_runs_and_goes_on(in_fresh_process: Callable[[str], str], tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "durability.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert in_fresh_process(program).strip() == "30"
+    kept = sorted(path.name for path in (tmp_path / "my-run").glob("step-*"))
+    assert kept[-1] == "step-000000030"
+    assert in_fresh_process(program.replace("range(start, 30)", "range(start, 40)")).strip() == "40"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

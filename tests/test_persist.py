@@ -236,3 +236,16 @@ def test_building_a_gpt_draws_no_values(tmp_path: Path) -> None:
     model = origo.load_model(tmp_path / "x.safetensors")
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_a_damaged_step_is_passed_over_and_told(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"model": model})
+    file = tmp_path / "step-000000002" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    with pytest.warns(UserWarning, match=r"Passed over '.*step-000000002': .* is damaged: the bytes of '(weight|bias)'"):
+        origo.load(tmp_path, into=model)
+    with pytest.warns(UserWarning, match="Passed over"):
+        assert origo.open_checkpoint(tmp_path).path.name == "step-000000001"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -99,7 +100,7 @@ def load(
     {'_orig_mod.weight': 'weight', '_orig_mod.bias': 'bias'}
     """
     require_module(into)
-    return _load_into(find_checkpoint(_path(path), verify=verify).checkpoint, into, strict=strict, dtype=dtype, verify=verify)
+    return _load_into(_found(path, verify=verify), into, strict=strict, dtype=dtype, verify=verify)
 
 
 def load_model(
@@ -121,7 +122,7 @@ def load_model(
     >>> load_model("model.safetensors").config.vocab_size
     100
     """
-    return load_checkpoint(find_checkpoint(_path(path), step).checkpoint, device=device, compile=compile)
+    return load_checkpoint(_found(path, step), device=device, compile=compile)
 
 
 def open_checkpoint(path: str | Path, *, step: int | str = "latest") -> Checkpoint:
@@ -138,7 +139,7 @@ def open_checkpoint(path: str | Path, *, step: int | str = "latest") -> Checkpoi
     (['weight', 'bias'], torch.Size([1, 2]))
     >>> checkpoint.verify()
     """
-    return find_checkpoint(_path(path), step).checkpoint
+    return _found(path, step)
 
 
 def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", compile: bool = False) -> nn.Module:
@@ -217,6 +218,14 @@ def _other_configuration(checkpoint: Checkpoint, model: nn.Module) -> str | None
         return None
     was, now = (", ".join(f"{key}={values[key]}" for key in differing) for values in (stored, config))
     return f"Saved with {was}; this model has {now}: build it with the stored values, or use origo.load_model(path)."
+
+
+def _found(path: str | os.PathLike[str], step: int | str = "latest", *, verify: bool = True) -> Checkpoint:
+    """The checkpoint that a path means; tells of damaged ones that were passed over."""
+    found = find_checkpoint(_path(path), step, verify=verify)
+    for skipped, reason in found.skipped:
+        warnings.warn(f"Passed over '{skipped}': {reason}", stacklevel=3)
+    return found.checkpoint
 
 
 def _path(path: Any) -> Path:

@@ -297,6 +297,8 @@ class Trainer:
             {"val_loss": self.held_out} if self.measured_step == self.step else {},
             files={TOKENIZER: self.tokenizer.to_json()},
         )
+        while self.checkpointer.notes:
+            self.display.warn(self.checkpointer.notes.pop(0))
         self.checkpoint = step_folder(self.folder.checkpoints, self.step)
         self.kept_step = self.step
 
