@@ -6,10 +6,12 @@ other ways. The text ends with the hash, and the hash is that of the text with z
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,18 @@ def identity_of(tensors: Mapping[str, TensorEntry]) -> str:
             encoded = each.encode(errors="surrogatepass")
             lines.append((encoded, b"%d %b %b" % (len(encoded), encoded, facts)))
     return blake3(b"".join(line for _, line in sorted(lines))).hexdigest()
+
+
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """For making a great many objects that stay: Python would look through all of them, again and again, for cycles."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def sealed(text: str) -> str:
@@ -266,21 +280,26 @@ def _require_version(version: Any, what: str) -> None:
 
 def _file_entry(values: Mapping[str, Any]) -> FileEntry:
     entry = FileEntry(values["bytes"], values["blake3"], values["hashed"])
-    if not (_is_count(entry.bytes) and _is_count(entry.hashed) and entry.hashed <= entry.bytes and type(entry.blake3) is str):
+    if not (are_counts((entry.bytes, entry.hashed)) and entry.hashed <= entry.bytes and type(entry.blake3) is str):
         raise ValueError(f"a file entry says {dict(values)}")
     return entry
 
 
 def _tensor_entry(values: Mapping[str, Any]) -> TensorEntry:
     entry = TensorEntry(values["dtype"], values["shape"], values["blake3"], values.get("aliases", []))
-    texts = type(entry.dtype) is str and type(entry.blake3) is str and all(type(alias) is str for alias in entry.aliases)
-    if not (texts and type(entry.shape) is list and type(entry.aliases) is list and all(map(_is_count, entry.shape))):
+    texts = type(entry.dtype) is str and type(entry.blake3) is str and type(entry.aliases) is list
+    texts = texts and (not entry.aliases or all(type(alias) is str for alias in entry.aliases))
+    if not (texts and type(entry.shape) is list and are_counts(entry.shape)):
         raise ValueError(f"a tensor entry says {dict(values)}")
     return entry
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+def are_counts(values: Iterable[Any]) -> bool:
+    """Whether each is a whole number that a file's size or a shape can be."""
+    for value in values:  # noqa: SIM110  # all() of a generator takes three times as long
+        if type(value) is not int or not 0 <= value < 2**63:
+            return False
+    return True
 
 
 def _optional(value: Any, kind: type) -> Any:

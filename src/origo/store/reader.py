@@ -36,6 +36,7 @@ from origo.store.layout import (
     Manifest,
     TensorEntry,
     identity_of,
+    many_objects,
     parse_json,
 )
 from origo.store.pickles import require_bounded
@@ -386,11 +387,12 @@ class Checkpoint:
         if file not in self._opened:
             if self.manifest is None or file not in self.manifest.tensors:
                 raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
-            opened = _Safetensors(self.path / file)
             entry = self.manifest.files[file]
-            if opened.data_start != entry.hashed or blake3(opened.start).hexdigest() != entry.blake3:
-                raise CheckpointError(f"'{self.path / file}' is damaged: its header is not what was written.")
-            opened.adopt(self.manifest.tensors[file])
+            with many_objects():
+                opened = _Safetensors(self.path / file)
+                if opened.data_start != entry.hashed or blake3(opened.start).hexdigest() != entry.blake3:
+                    raise CheckpointError(f"'{self.path / file}' is damaged: its header is not what was written.")
+                opened.adopt(self.manifest.tensors[file])
             self._opened[file] = opened
         return self._opened[file]
 
@@ -477,6 +479,7 @@ def require_path(path: Path) -> None:
             raise CheckpointError(f"'{str(path)[:80]!r}' cannot be read: {error}.") from error
 
 
+@many_objects()
 def _open_folder(path: Path) -> Checkpoint:
     manifest_path = path / MANIFEST
     manifest = Manifest.read(path)
@@ -511,6 +514,7 @@ def _check_size(path: Path, entry: FileEntry) -> None:
         raise CheckpointError(f"'{path}' is damaged: it has {size:,} bytes, {entry.bytes:,} were written.")
 
 
+@many_objects()
 def _open_single(path: Path) -> Checkpoint:
     opened = _Safetensors(path)
     checkpoint = Checkpoint(path, model=opened)

@@ -12,13 +12,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from origo.errors import CheckpointError
-from origo.store.layout import MOST_JSON_BYTES, parse_json
+from origo.store.layout import MOST_JSON_BYTES, are_counts, parse_json
 
 # The dtypes of the format, under its names for them.
 _FORMAT_NAMES = {
@@ -59,17 +60,20 @@ class Placed:
     end: int
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """torch's name for it, as ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
+@cache
 def dtype_called(name: str) -> torch.dtype | None:
     """The dtype that torch calls so; None where this version has none of that name."""
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
+@cache
 def format_dtype(dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:
     """The format's name for the dtype that it is kept as, and what that adds to the shape.
 
@@ -173,13 +177,7 @@ _BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()} | {"F8_E8M
 def _placed(name: str, entry: Any, path: object) -> Placed:
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        counts = [*shape, start, end]
-        right = (
-            type(dtype) is str
-            and type(shape) is list
-            and len(shape) <= 64
-            and all(type(count) is int and 0 <= count < 2**63 for count in counts)
-        )
+        right = type(dtype) is str and type(shape) is list and len(shape) <= 64 and are_counts((start, end, *shape))
         # A dtype of a later version of the format has a size that is not known here.
         right = right and start <= end and (dtype not in _BITS or math.prod(shape) * _BITS[dtype] == 8 * (end - start))
     except (KeyError, TypeError, ValueError):

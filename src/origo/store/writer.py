@@ -40,6 +40,7 @@ from origo.store.layout import (
     Manifest,
     TensorEntry,
     identity_of,
+    many_objects,
 )
 from origo.store.tensorfile import as_bytes, dtype_name, header_of
 
@@ -127,6 +128,8 @@ def _is_text(name: str) -> bool:
 
 def in_memory(tensor: Tensor) -> Tensor:
     """The values in one piece of this machine's memory; itself if it is that already."""
+    if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        return tensor
     return tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
@@ -135,6 +138,7 @@ def tensor_hash(tensor: Tensor) -> str:
     return blake3(as_bytes(in_memory(tensor)).numpy().data).hexdigest()
 
 
+@many_objects()
 def write_safetensors(
     path: Path,
     state: Mapping[str, Any],
@@ -199,6 +203,7 @@ def _alone(tensor: Tensor) -> Tensor:
     return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
 
 
+@many_objects()
 def write_folder(
     path: Path,
     tensors: Mapping[str, Mapping[str, Any]],
