@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import origo
 from origo.errors import CheckpointError, ConfigError, StorageError
 from origo.naming.mismatch import MismatchError
 from origo.store import run as store_run
+from origo.store import writer
 from origo.store.filesystem import Disk
 from origo.store.reader import read_checkpoint
 from origo.store.run import step_folder
@@ -309,7 +311,7 @@ Disk.flush = flush
 origo.Checkpointer("run").save(1, {"model": torch.nn.Linear(2, 1)})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "origo: the last checkpoint of 'run' was not kept: Could not write" in done.stderr
+    assert "was not kept: Could not write" in done.stderr
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -426,3 +428,123 @@ def test_a_restore_that_is_refused_has_changed_nothing(tmp_path: Path) -> None:
     assert_same(weights(other.model), before)
     assert not other.optimizer.state
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+# --- found by a review ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_after_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors, a slow disk, and another thread that is done: the file is complete when all is written, not hashed."""
+    log: list[tuple[str, int]] = []
+    write, flush = Disk.write, Disk.flush
+
+    def slow(disk: Disk, descriptor: int, data: memoryview, position: int) -> int:
+        if len(data) == 200_000:
+            time.sleep(0.2)
+        done = write(disk, descriptor, data, position)
+        log.append(("write", descriptor))
+        return done
+
+    def logged(disk: Disk, descriptor: int) -> None:
+        log.append(("flush", descriptor))
+        flush(disk, descriptor)
+
+    monkeypatch.setattr(Disk, "write", slow)
+    monkeypatch.setattr(Disk, "flush", logged)
+    monkeypatch.setattr(writer, "WORKERS", 2)
+    state = {"large": torch.ones(5_000_000 // 4), **{f"small{n}": torch.ones(5000) for n in range(10)}}
+    writer.write_folder(tmp_path / "x", {"model.safetensors": state}, {})
+    first = next(index for index, (what, _) in enumerate(log) if what == "flush")
+    assert log[first][1] not in [descriptor for what, descriptor in log[first:-2] if what == "write"]
+    read_checkpoint(tmp_path / "x").verify()
+
+
+def test_a_large_save_survives_the_end_of_the_program(tmp_path: Path) -> None:
+    """While Python exits, thread pools take no work any more."""
+    program = """
+import torch, origo
+model = torch.nn.Linear(1500, 1500)
+checkpointer = origo.Checkpointer('run', keep_last=1)
+checkpointer.save(1, {'model': model})
+checkpointer.save(2, {'model': model})
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert origo.Checkpointer(tmp_path / "run").steps == [2]
+
+
+def test_an_error_outlives_its_checkpointer(tmp_path: Path) -> None:
+    program = """
+import errno, gc, torch, origo
+from origo.store.filesystem import Disk
+def flush(disk, descriptor): raise OSError(errno.EIO, "broken")
+Disk.flush = flush
+def main():
+    checkpointer = origo.Checkpointer("run")
+    checkpointer.save(1, {"model": torch.nn.Linear(2, 1)})
+    while checkpointer._task.busy: pass
+main()
+gc.collect()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "was not kept: Could not write" in done.stderr
+
+
+def test_a_child_does_not_close_what_is_not_its_own(tmp_path: Path) -> None:
+    with origo.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, {"model": nn.Linear(2, 1)})
+    with (tmp_path / "file").open("w") as file:  # takes the number that the lease had
+        child = os.fork()
+        if child == 0:
+            try:
+                file.write("written by the child")
+                file.flush()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+    assert (tmp_path / "file").read_text() == "written by the child"
+
+
+def test_a_default_device_does_not_matter(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20))
+    model.register_buffer("empty", torch.zeros(0))
+    with torch.device("meta"), origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        checkpointer.wait()
+        expected = weights(model)
+        assert_same(read_checkpoint(step_folder(tmp_path, 1)).model.state(), expected)
+
+
+def test_a_pinned_step_is_not_put_aside(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with origo.Checkpointer(tmp_path, background=False) as checkpointer:
+        for step in (10, 20, 30):
+            checkpointer.save(step, {"model": model})
+        checkpointer.pin(30, "best-so-far")
+        for step in (20, 30):
+            with pytest.raises(StorageError, match=r"Step 30 is pinned as 'best-so-far'.*unpin it"):
+                checkpointer.save(step, {"model": model})
+        assert checkpointer.steps == [10, 20, 30]
+        checkpointer.unpin("best-so-far")
+        checkpointer.save(20, {"model": model})
+    assert checkpointer.steps == [10, 20]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(path: object) -> list[str]:
+        raise PermissionError(errno.EACCES, "no", str(path))
+
+    monkeypatch.setattr(store_run.os, "listdir", refusing)
+    with pytest.raises(StorageError, match="permission denied"):
+        origo.Checkpointer(tmp_path).restore({"model": nn.Linear(2, 1)})
+
+
+def test_a_changed_working_folder_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with origo.Checkpointer("run") as checkpointer:
+        checkpointer.save(1, {"model": nn.Linear(2, 1)})
+        monkeypatch.chdir(tmp_path / "other")
+        checkpointer.save(2, {"model": nn.Linear(2, 1)})
+    assert sorted(os.listdir(tmp_path / "run")) == ["step-000000001", "step-000000002"]
+    assert os.listdir(tmp_path / "other") == []

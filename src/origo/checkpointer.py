@@ -100,6 +100,8 @@ class Checkpointer:
         if on_busy not in ("wait", "skip"):
             raise ConfigError(f'on_busy is "wait" or "skip", not {on_busy!r}.')
         self.directory = remote.as_path(directory)
+        if not remote.is_remote(self.directory):  # the program may change its working folder
+            self.directory = self.directory.absolute()
         self.retention = Retention(keep_last, keep_every, keep_best)
         self.progress: Progress | None = None
         """Of the save that is under way, or of the last one."""
@@ -192,17 +194,21 @@ class Checkpointer:
             MismatchError: it does not fit; says why.
         """
         self._task.wait()
-        skipped: list[tuple[Path, str]] = []
-        if step == "latest":
-            found = newest_good(self.directory, verify=verify)
-            if found is None:
-                return Restored(None)
-            checkpoint, skipped = found.checkpoint, found.skipped
-        else:
+        if step != "latest":
             checkpoint = self.open(step)
             if verify:
                 checkpoint.verify()
-        return replace(self.restore_from(checkpoint, state, rng=rng), skipped=skipped)
+            return self.restore_from(checkpoint, state, rng=rng)
+        while True:
+            found = newest_good(self.directory, verify=verify)
+            if found is None:
+                return Restored(None)
+            try:
+                return replace(self.restore_from(found.checkpoint, state, rng=rng), skipped=found.skipped)
+            except CheckpointError:
+                if found.checkpoint.path.exists():
+                    raise
+                # A writer has gone on, and deleted it under our hands, before anything was changed: take its successor.
 
     def restore_from(self, checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> Restored:
         """:meth:`restore` from a checkpoint that is open already; what is saved next goes on from it."""

@@ -131,6 +131,11 @@ def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = Tr
                 f"{key!r} in '{checkpoint.path}' is of the kind {stored.kind(key)!r}, not {_kind_of(value)!r}."
             )
         decoded[key] = stored.tensors(key) if stored.kind(key) in ("model", "optimizer") else stored.plain(key)
+        if isinstance(value, dict | list) and stored.kind(key) == "values" and not isinstance(decoded[key], type(value)):
+            raise CheckpointError(
+                f"{key!r} in '{checkpoint.path}' is a {type(decoded[key]).__name__}, and a {type(value).__name__} was given to "
+                "be filled: leave it out, and take it from restore(...).values."
+            )
     values = stored.values()
     if rng:
         with stored.decoding("rng"):

@@ -9,16 +9,15 @@ import atexit
 import ctypes
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from origo.store.tensorfile import as_bytes
-from origo.store.writer import WORKERS, gather, in_memory
+from origo.store.threads import WORKERS, share
+from origo.store.writer import gather, in_memory
 
 _PIECE = 8 << 20
 
@@ -69,21 +68,19 @@ class Staging:
         kept = self._buffers.get((file, name))
         if kept is not None and (kept.dtype, kept.shape) == (tensor.dtype, tensor.shape):
             return kept
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda")
 
 
 def _move(moves: list[tuple[int, int, int]]) -> None:
     """Copy memory, with several threads. torch shares out each tensor, and waits for its slowest thread each time."""
 
+    threads = WORKERS if len(moves) > 1 else 1
+
     def work(number: int) -> None:
-        for target, source, length in moves[number::WORKERS]:
+        for target, source, length in moves[number::threads]:
             ctypes.memmove(target, source, length)
 
-    if len(moves) < 2:
-        work(0)
-        return
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="origo-stage") as pool:
-        list(pool.map(work, range(WORKERS)))
+    share(work, threads)
 
 
 class BackgroundTask:
@@ -93,7 +90,6 @@ class BackgroundTask:
         self._what = what
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        _tasks.add(self)
 
     @property
     def busy(self) -> bool:
@@ -110,6 +106,7 @@ class BackgroundTask:
                 work()
             except BaseException as error:
                 self._error = error
+                _untold.append(self)  # strongly: whoever started it may have gone away
 
         # Not a daemon: Python waits for it before it exits.
         self._thread = threading.Thread(target=run, name="origo-save")
@@ -130,6 +127,7 @@ class BackgroundTask:
         """Raise what went wrong in work that is done, if anything did."""
         if not self.busy and self._error is not None:
             error, self._error = self._error, None
+            _untold.remove(self)
             raise error
 
     def tell_at_exit(self) -> None:
@@ -138,10 +136,10 @@ class BackgroundTask:
             print(f"origo: {self._what} was not kept: {self._error}", file=sys.stderr)
 
 
-_tasks: weakref.WeakSet[BackgroundTask] = weakref.WeakSet()
+_untold: list[BackgroundTask] = []
 
 
 @atexit.register
 def _tell() -> None:
-    for task in list(_tasks):
+    for task in _untold:
         task.tell_at_exit()

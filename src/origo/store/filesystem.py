@@ -26,7 +26,7 @@ from typing import Protocol
 
 from origo.errors import StorageError, storage_error
 from origo.store import remote
-from origo.store.lease import lock, this_host
+from origo.store.lease import LOCKS, lock, this_host
 
 if sys.platform == "win32":
     _FOLDER_FLAGS = 0
@@ -324,9 +324,13 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
     while True:
         folder = path.parent / f"{TEMPORARY_PREFIX}{this_host()}-{secrets.token_hex(6)}"
         disk.make_folder(folder)
-        held = lock(folder)
-        if folder.is_dir():  # else somebody who swept took it for a dead one's, before it was locked
-            break
+        with suppress(FileNotFoundError):
+            held = lock(folder)
+            if (held is not None or not LOCKS) and folder.is_dir():
+                break
+            if held is not None:
+                os.close(held)
+        # Somebody who swept took it for a dead one's before it was locked: again.
     try:
         yield folder / path.name
     finally:

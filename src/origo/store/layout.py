@@ -19,6 +19,7 @@ from typing import Any
 from blake3 import blake3
 
 from origo.errors import CheckpointError
+from origo.store import remote
 
 FORMAT = "origo-checkpoint"
 VERSION = 1
@@ -73,7 +74,7 @@ def identity_of(tensors: Mapping[str, TensorEntry]) -> str:
     """
     lines = []
     for name, entry in tensors.items():
-        facts = f"{entry.dtype} {','.join(map(str, entry.shape))} {entry.blake3}\n".encode()
+        facts = f"{entry.dtype} {','.join(map(str, entry.shape))} {entry.blake3}\n".encode(errors="surrogatepass")
         for each in (name, *entry.aliases):
             encoded = each.encode(errors="surrogatepass")
             lines.append((encoded, b"%d %b %b" % (len(encoded), encoded, facts)))
@@ -186,6 +187,10 @@ class Manifest:
             CheckpointError: there is none, or it is not as it was written.
         """
         path = folder / MANIFEST
+        if remote.is_remote(path):
+            text = remote.read_all(path, MOST_JSON_BYTES)
+            if text is not None:
+                return cls.from_json(text.decode(errors="replace"), str(path))
         if not path.is_file():
             raise CheckpointError(
                 f"The folder '{folder}' holds no {MANIFEST}: it is no checkpoint, or its writing was never completed."

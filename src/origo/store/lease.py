@@ -25,6 +25,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LEASE = "writer.lease"
+LOCKS = fcntl is not None
 
 
 def this_host() -> str:
@@ -98,8 +99,7 @@ class Lease:
         else:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, data, 0)
-            # A child made by fork shares the lock and would keep it after this process is gone.
-            os.register_at_fork(after_in_child=lambda: _close(descriptor))
+            _held_descriptors.add(descriptor)
         self._release = weakref.finalize(self, _release, path, descriptor, os.getpid())
 
     def release(self) -> None:
@@ -112,7 +112,7 @@ def holder(folder: Path) -> Holder | None:
     try:
         values = json.loads((folder / LEASE).read_text(encoding="utf-8"))
         return Holder(str(values["host"]), int(values["pid"]), str(values["since"]), str(values["command"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -126,9 +126,18 @@ def _release(path: Path, descriptor: int | None, owner: int) -> None:
     with contextlib.suppress(OSError):
         path.unlink()  # it is a note; the lock is what counts
     if descriptor is not None:
-        _close(descriptor)
-
-
-def _close(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
+        _held_descriptors.discard(descriptor)
         os.close(descriptor)
+
+
+_held_descriptors: set[int] = set()
+
+
+def _let_go() -> None:
+    """A child made by fork shares the locks, and would keep them after its parent is gone."""
+    while _held_descriptors:
+        os.close(_held_descriptors.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

@@ -14,7 +14,6 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ from origo.store.layout import (
 )
 from origo.store.pickles import require_bounded
 from origo.store.tensorfile import (
-    Placed,
     dtype_called,
     dtype_name,
     format_dtype,
@@ -50,7 +48,7 @@ from origo.store.tensorfile import (
     parse_header,
     torch_dtype,
 )
-from origo.store.writer import WORKERS
+from origo.store.threads import WORKERS, share
 
 _CHUNK = 1 << 20
 
@@ -87,7 +85,7 @@ class TensorFile(ABC):
         """BLAKE3 of each tensor's bytes; a name without one cannot be checked."""
         self.versions: Mapping[str, Any] | None = None
         """The layout versions of the modules by their path, where the file keeps them (``.pth``)."""
-        self._right: set[str] = set()  # names that were checked: what is mapped does not change any more
+        self._right: set[str] = set()  # names that were checked, and need not be again while the file is as it was
 
     @property
     def names(self) -> list[str]:
@@ -128,10 +126,11 @@ class TensorFile(ABC):
 
     def damages(self) -> Iterator[Damage]:
         """Check every tensor that has a hash."""
-        unchecked = [name for name in self.shapes if name not in self._right]
-        return self._check(unchecked)
+        self._forget_if_changed()
+        return self._check([name for name in self.shapes if name not in self._right], keep=False)
 
     def _require_right(self, names: Iterable[str]) -> None:
+        self._forget_if_changed()
         for damage in self._check([name for name in names if name not in self._right]):
             raise CheckpointError(damage.reason)
 
@@ -141,11 +140,15 @@ class TensorFile(ABC):
             raise CheckpointError(f"'{self.path}' holds no tensor {name!r}.")
         return stored
 
+    def _forget_if_changed(self) -> None:  # noqa: B027
+        """Where a file can be written over in place, what was checked is checked anew afterwards."""
+
     @abstractmethod
     def _read(self, name: str) -> Any: ...
 
     @abstractmethod
-    def _check(self, names: list[str]) -> Iterator[Damage]: ...
+    def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
+        """Those that are damaged. ``keep``: they are read next, so what was fetched for this need not be fetched again."""
 
 
 class _Safetensors(TensorFile):
@@ -154,6 +157,8 @@ class _Safetensors(TensorFile):
     def __init__(self, path: Path) -> None:
         self._remote = remote.is_remote(path)
         self._mapped: Tensor | None = None
+        self._fetched: dict[str, bytes] = {}
+        self._stamp = (0, 0)
         try:
             if self._remote:
                 self._size, self._descriptor = remote.size(path), -1
@@ -197,9 +202,12 @@ class _Safetensors(TensorFile):
                     f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch {torch.__version__} does not have: "
                     "pip install --upgrade torch."
                 )
-            kept, further = format_dtype(dtype)
-            if placed is None or (placed.dtype, placed.shape) != (kept, (*entry.shape, *further)):
+            kept, more = format_dtype(dtype)
+            if placed is None or (placed.dtype, placed.shape) != (kept, (*entry.shape, *more)):
                 raise CheckpointError(f"'{self.path}' is damaged: it holds other tensors than were written.")
+        further = [alias for entry in entries.values() for alias in entry.aliases]
+        if len(set(further)) != len(further) or not entries.keys().isdisjoint(further):
+            raise CheckpointError(f"'{self.path}' is damaged: a tensor has a name that is another's.")
         if len(entries) != len(self.placed):
             raise CheckpointError(f"'{self.path}' is damaged: it holds other tensors than were written.")
         self.shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
@@ -221,18 +229,32 @@ class _Safetensors(TensorFile):
 
     def _bytes(self, name: str, start: int, end: int) -> Tensor:
         if self._remote:
-            data = self._fetched(name) if start < end else b""
-            return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+            # What was checked is what is used.
+            fetched = self._fetched.pop(name) if name in self._fetched else self._fetch(name)
+            data = fetched if start < end else b""
+            return (
+                torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                if data
+                else torch.empty(0, dtype=torch.uint8, device="cpu")
+            )
         return self._map()[start:end]
 
-    def _check(self, names: list[str]) -> Iterator[Damage]:
+    def _forget_if_changed(self) -> None:
+        if not self._remote:
+            status = os.fstat(self._descriptor)
+            stamp = (status.st_size, status.st_mtime_ns)
+            if stamp != self._stamp:
+                self._right, self._stamp = set(), stamp
+
+    def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
         checkable = sorted((name for name in names if name in self.hashes), key=lambda name: -self._nbytes(name))
         total = sum(map(self._nbytes, checkable))
         threads = WORKERS if total > 4 * _CHUNK else 1
         shares: list[list[str]] = [checkable[number::threads] for number in range(threads)]
-        with ThreadPoolExecutor(threads, thread_name_prefix="origo-read") as pool:
-            wrong = {name for share in pool.map(self._wrong, shares) for name in share}
-        self._right |= set(checkable) - wrong
+        wrong: set[str] = set()
+        share(lambda number: wrong.update(self._wrong(shares[number], keep)), threads)
+        if not self._remote:
+            self._right |= set(checkable) - wrong
         for name in self.shapes:
             if name in wrong:
                 yield Damage(
@@ -242,14 +264,17 @@ class _Safetensors(TensorFile):
                     "or fetch the file again.",
                 )
 
-    def _wrong(self, names: list[str]) -> list[str]:
+    def _wrong(self, names: list[str], keep: bool) -> list[str]:
         """Those whose bytes have another hash; read in pieces, so that nothing is kept."""
         buffer = memoryview(bytearray(_CHUNK))
         wrong = []
         for name in names:
             placed = self.placed[name]
             if self._remote:
-                found = blake3(self._fetched(name)).hexdigest()
+                self._fetched[name] = self._fetch(name)
+                found = blake3(self._fetched[name]).hexdigest()
+                if not keep:
+                    del self._fetched[name]
             elif placed.end - placed.start <= _CHUNK:
                 found = blake3(
                     os.pread(self._descriptor, placed.end - placed.start, self.data_start + placed.start)
@@ -271,15 +296,10 @@ class _Safetensors(TensorFile):
     def _nbytes(self, name: str) -> int:
         return self.placed[name].end - self.placed[name].start
 
-    def _fetched(self, name: str) -> bytes:
-        """The bytes of a tensor on remote storage; kept until they are used, so that what was checked is what is used."""
-        placed: Placed = self.placed[name]
-        kept: dict[str, bytes] = self.__dict__.setdefault("_kept", {})
-        if name in kept:
-            return kept.pop(name)
-        data = self._raw(self.path, self.data_start + placed.start, self.data_start + placed.end)
-        kept[name] = data
-        return data
+    def _fetch(self, name: str) -> bytes:
+        """The bytes of a tensor on remote storage."""
+        placed = self.placed[name]
+        return self._raw(self.path, self.data_start + placed.start, self.data_start + placed.end)
 
     def _raw(self, path: Path, start: int, end: int) -> bytes:
         if self._remote:
@@ -310,7 +330,7 @@ class _Pth(TensorFile):
             raise CheckpointError(f"{name} in '{self.path}' has no values: it was on the meta device when it was saved.")
         return value
 
-    def _check(self, names: list[str]) -> Iterator[Damage]:
+    def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
         reason = self._damage
         if reason is not None:
             yield Damage(self.path.name, None, reason)
@@ -445,6 +465,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = remote.as_path(path)
     require_path(path)
+    remote.refresh(path)
     if (path / MANIFEST).is_file() or path.is_dir():
         return _open_folder(path)
     if not path.exists():

@@ -78,12 +78,13 @@ class _RemoteFile:
         if not self._finished:
             with suppress(Exception):
                 self._file.discard()
+            self._file.closed = True  # or it would be published when it is collected
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[_RemoteFile]:
     """Upload a file; it appears when the block has succeeded."""
-    with _told(path):
+    with told(path):
         file = _RemoteFile(path)
         try:
             yield file
@@ -120,7 +121,7 @@ class RemoteFolder:
 @contextmanager
 def new_folder(path: Path, last: str) -> Iterator[RemoteFolder]:
     """Upload a folder, whose file ``last`` makes it count; one that is there stops counting first."""
-    with _told(path):
+    with told(path):
         if (path / last).exists():
             (path / last).unlink()
         folder = RemoteFolder(path)
@@ -137,7 +138,7 @@ def remove_folder(path: Path) -> bool:
     from origo.store.layout import MANIFEST
 
     try:
-        names = sorted((entry.name for entry in path.iterdir()), key=lambda name: name != MANIFEST)
+        names = sorted(names_in(path), key=lambda name: name != MANIFEST)
         for name in names:
             (path / name).unlink()
         with suppress(Exception):
@@ -150,9 +151,51 @@ def remove_folder(path: Path) -> bool:
 def read_range(path: Path, start: int, end: int) -> bytes:
     """Some bytes of a file."""
     where: Any = path
-    with _told(path, "read"):
+    with told(path, "read"):
         data: bytes = where.fs.cat_file(where.path, start=start, end=end)
     return data
+
+
+def read_all(path: Path, most: int) -> bytes | None:
+    """The content of a small file; None where there is none. That it cannot be asked for is an error, and says so."""
+    where: Any = path
+    with told(path, "read"):
+        try:
+            if where.fs.size(where.path) > most:
+                raise StorageError(f"'{path}' has more than {most:,} bytes, which are not read.")
+            data: bytes = where.fs.cat_file(where.path)
+            return data
+        except FileNotFoundError:
+            return None
+
+
+def refresh(path: Path) -> None:
+    """Forget what was listed: another process may have written since."""
+    if is_remote(path):
+        where: Any = path
+        where.fs.invalidate_cache()
+
+
+def names_in(path: Path) -> list[str]:
+    """What is in a folder; nothing where there is none."""
+    refresh(path)
+    with told(path, "list what is"):
+        try:
+            return [entry.name for entry in path.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def move_folder(path: Path, target: Path) -> None:
+    """Copy a checkpoint and delete it, so that at each moment one of the two is whole."""
+    from origo.store.layout import MANIFEST
+
+    here: Any = path
+    there: Any = target
+    with told(path, "move what is"):
+        for name in sorted(names_in(path), key=lambda name: name == MANIFEST):
+            here.fs.cp_file((here / name).path, (there / name).path)
+    remove_folder(path)
 
 
 def size(path: Path) -> int:
@@ -160,18 +203,24 @@ def size(path: Path) -> int:
 
     Raises:
         FileNotFoundError: there is none.
+        StorageError: the storage does not say.
     """
     where: Any = path
     where.fs.invalidate_cache()
-    return int(where.fs.size(where.path))
+    try:
+        return int(where.fs.size(where.path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise StorageError(f"Could not read at '{path}': the storage says '{error}'.") from error
 
 
 @contextmanager
-def _told(path: Path, action: str = "write") -> Iterator[None]:
+def told(path: Path, action: str = "write") -> Iterator[None]:
     """Put what a storage's library raises into a sentence."""
     try:
         yield
-    except (StorageError, FileNotFoundError):
+    except StorageError:
         raise
     except Exception as error:
         if isinstance(error, ValueError) and type(error).__module__.startswith("origo."):

@@ -6,6 +6,7 @@ Nothing is deleted on reading, and a step is deleted only after its successor is
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -101,13 +102,17 @@ def step_folder(directory: Path, step: int) -> Path:
 
 def steps(directory: Path) -> list[int]:
     """The steps that have a folder, in ascending order."""
+    is_remote = remote.is_remote(directory)
     try:
-        entries = list(directory.iterdir())
-    except OSError:
+        names = remote.names_in(directory) if is_remote else os.listdir(directory)  # noqa: PTH208
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    numbers = {int(match.group(1)): entry for entry in entries if (match := _STEP_FOLDER.fullmatch(entry.name))}
-    if remote.is_remote(directory):  # there a folder counts from when its manifest is there
-        return sorted(step for step, entry in numbers.items() if (entry / MANIFEST).exists())
+    except OSError as error:  # not the same as having none
+        raise storage_error("look for checkpoints", directory, error) from error
+    numbers = {int(match.group(1)): directory / name for name in names if (match := _STEP_FOLDER.fullmatch(name))}
+    if is_remote:  # there a folder counts from when its manifest is there
+        with remote.told(directory, "look for checkpoints"):
+            return sorted(step for step, entry in numbers.items() if (entry / MANIFEST).exists())
     return sorted(step for step, entry in numbers.items() if entry.is_dir())
 
 
@@ -127,12 +132,15 @@ def pins(directory: Path) -> dict[str, int]:
     """
     found = {}
     try:
-        for entry in directory.iterdir() if directory.exists() else ():
-            if entry.name.endswith(_PIN_SUFFIX) and entry.is_file():
+        for name in remote.names_in(directory) if remote.is_remote(directory) else os.listdir(directory):  # noqa: PTH208
+            entry = directory / name
+            if name.endswith(_PIN_SUFFIX) and entry.is_file():
                 with entry.open("rb") as file:
                     text = file.read(20).decode("ascii", "replace").strip()  # another program's file is no pin
                 if text.isdecimal():
-                    found[entry.name.removesuffix(_PIN_SUFFIX)] = int(text)
+                    found[name.removesuffix(_PIN_SUFFIX)] = int(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return found
     except OSError as error:
         raise storage_error("read the pins", directory, error) from error
     return found
@@ -245,8 +253,9 @@ def _make_room(path: Path) -> None:
 
 def _set_aside(path: Path) -> None:
     number = next(n for n in itertools.count(1) if not path.with_name(f"aside-{n}-{path.name}").exists())
+    target = path.with_name(f"aside-{number}-{path.name}")
     try:
-        path.rename(path.with_name(f"aside-{number}-{path.name}"))
+        remote.move_folder(path, target) if remote.is_remote(path) else path.rename(target)
     except OSError as error:
         raise storage_error("set a checkpoint aside", path, error) from error
 
@@ -273,6 +282,12 @@ def write_step(
         StorageError: the step could not be written, or does not read back as it was written; the earlier ones are untouched.
     """
     path = step_folder(directory, step)
+    for name, pinned in pins(directory).items():
+        if pinned >= step and pinned in steps(directory):
+            raise StorageError(
+                f"Step {pinned} is pinned as {name!r}, and to save step {step} in '{directory}' would put it aside: unpin it "
+                f"(origo prune --unpin {name}), or go on in another folder."
+            )
     _make_room(path)
     manifest = write_folder(
         path, tensors, texts, architecture=architecture, step=step, metrics=metrics, parent=parent, progress=progress

@@ -68,9 +68,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @cache
 def dtype_called(name: str) -> torch.dtype | None:
-    """The dtype that torch calls so; None where this version has none of that name."""
+    """The dtype that torch calls so; None where this version has none of that name, or where it is a quantized one."""
     dtype = getattr(torch, name, None)
-    return dtype if isinstance(dtype, torch.dtype) else None
+    return dtype if isinstance(dtype, torch.dtype) and not name.startswith("q") else None
 
 
 @cache
@@ -95,13 +95,13 @@ def torch_dtype(format_name: str) -> torch.dtype | None:
 def as_bytes(tensor: Tensor) -> Tensor:
     """The memory of a contiguous CPU tensor, in its own byte order: uint8, 1-D."""
     flat = tensor.detach().reshape(-1)
-    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def from_bytes(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The reverse of :func:`as_bytes`; shares the memory where its alignment allows."""
     if not len(data):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if data.data_ptr() % dtype.itemsize:
         data = data.clone()
     return data.view(dtype).reshape(shape)

@@ -7,13 +7,11 @@ another hashes. The state is not copied either, so it must not change until the 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import subprocess
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -28,12 +26,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from origo.errors import CheckpointError, StorageError
 from origo.state.model import tensor_identity
+from origo.store import remote
 from origo.store.filesystem import NewFile, new_file, new_folder
 from origo.store.layout import (
     CONFIG,
     HEADER_KEY,
     MANIFEST,
     MODEL,
+    MOST_JSON_BYTES,
     NO_HASH,
     FileEntry,
     Header,
@@ -43,11 +43,11 @@ from origo.store.layout import (
     many_objects,
 )
 from origo.store.tensorfile import as_bytes, dtype_name, header_of
+from origo.store.threads import WORKERS, share
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were written since the last call, from any thread."""
 
-WORKERS = min(4, os.cpu_count() or 1)
 _CHUNK = 1 << 20
 _SMALL = 32 << 10
 _WRITE_BACK = 16 << 20
@@ -267,6 +267,8 @@ def require_replaceable(path: Path) -> None:
     Raises:
         StorageError: something else is there; replacing it would delete it.
     """
+    if remote.is_remote(path) and remote.read_all(path / MANIFEST, MOST_JSON_BYTES) is None:
+        return  # an upload that was cut short: what it left is written over
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     theirs = [path.name]
@@ -340,12 +342,13 @@ def _write_all(jobs: list[_Job], progress: Progress | None, *, finish: bool = Fa
             if finish:
                 job.file.finish()
         return
-    failures: list[BaseException] = []
+    failed = False
 
     def work(number: int) -> None:
-        first = number % len(jobs) if jobs else 0
+        nonlocal failed
+        first = number % len(jobs)
         order = jobs[first:] + jobs[:first]
-        while not failures:
+        while not failed:
             for job in order:
                 try:
                     position, names = job.units.popleft()
@@ -358,31 +361,27 @@ def _write_all(jobs: list[_Job], progress: Progress | None, *, finish: bool = Fa
                 _put(job, names, position, told)
                 if finish and len(job.hashes) == len(job.stored.tensors):
                     job.finish()
-            except BaseException as error:
-                failures.append(error)
+            except BaseException:
+                failed = True
+                raise
 
     total = sum(job.stored.nbytes for job in jobs)
-    workers = WORKERS if total > 4 * _CHUNK else 1
-    with ThreadPoolExecutor(workers - 1 or 1, thread_name_prefix="origo-write") as pool:
-        helpers = [pool.submit(work, number) for number in range(1, workers)]
-        work(0)
-        for helper in helpers:
-            helper.result()
-    if failures:
-        raise failures[0]
+    if jobs:
+        share(work, WORKERS if total > 4 * _CHUNK else 1)
 
 
 def _put(job: _Job, names: list[str], position: int | None, told: Progress) -> None:
     """Write one tensor, or small ones that follow each other, at a position or at the end of the file."""
     if len(names) > 1 or (position is not None and job.stored.tensors[names[0]].nbytes < _SMALL):
-        parts = []
+        parts: dict[str, bytes] = {}
         for name in names:
             tensor = in_memory(job.stored.tensors[name])
-            parts.append(ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b"")
-            job.hashes[name] = blake3(parts[-1]).hexdigest()
-        data = b"".join(parts)
+            parts[name] = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b""
+        data = b"".join(parts.values())
         assert position is not None
         job.file.write_at(data, position)
+        # Only now: the thread that finds all hashes there takes the file for complete, and flushes it.
+        job.hashes.update({name: blake3(part).hexdigest() for name, part in parts.items()})
         told(len(data))
         return
     view = as_bytes(in_memory(job.stored.tensors[names[0]])).numpy().data
