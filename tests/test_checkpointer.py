@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -548,3 +549,90 @@ def test_a_changed_working_folder_changes_nothing(tmp_path: Path, monkeypatch: p
         checkpointer.save(2, {"model": nn.Linear(2, 1)})
     assert sorted(os.listdir(tmp_path / "run")) == ["step-000000001", "step-000000002"]
     assert os.listdir(tmp_path / "other") == []
+
+
+def test_two_threads_may_save(tmp_path: Path) -> None:
+    models = [nn.Linear(50, 50) for _ in range(4)]
+    checkpointer = origo.Checkpointer(tmp_path, keep_last=10)
+    threads = [
+        threading.Thread(target=checkpointer.save, args=(step, {"model": model})) for step, model in enumerate(models, start=1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    checkpointer.close()
+    for step in checkpointer.steps:
+        assert_same(read_checkpoint(step_folder(tmp_path, step)).model.state(), weights(models[step - 1]))
+    assert checkpointer.steps
+
+
+def test_an_interrupted_wait_still_waits_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook: the thread goes on, and the next save must not write into its buffers."""
+    model = nn.Linear(30, 30)
+    expected = weights(model)
+    checkpointer = origo.Checkpointer(tmp_path)
+    held = Held(monkeypatch)
+    checkpointer.save(1, {"model": model})
+    assert held.started.wait(30)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.wait()
+    assert checkpointer._task.busy
+    threading.Timer(0.3, held.go.set).start()
+    with torch.no_grad():
+        model.weight.fill_(9)
+    checkpointer.save(2, {"model": model})
+    checkpointer.close()
+    assert_same(read_checkpoint(step_folder(tmp_path, 1)).model.state(), expected)
+    assert checkpointer.steps == [1, 2]
+
+
+def test_a_forked_child_has_to_ask_for_the_right_to_write(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        checkpointer.wait()
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                checkpointer.save(5, {"model": model})
+                said = "saved"
+            except StorageError as error:
+                said = str(error)
+            os.write(writing, said.encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert f"is being written by process {os.getpid()}" in os.read(reading, 1000).decode()
+    assert checkpointer.steps == [1]
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    checkpointer = origo.Checkpointer(tmp_path, background=False)
+    for state, files, says in (
+        ({"model": model, "many": [1] * 8_000_001}, {}, "holds more than 8,000,000 values"),
+        ({"model": model, "digits": 10**5000}, {}, "'digits' cannot be kept"),
+        ({"net": model, "model": optimizer}, {}, "What is called 'model' is a SGD"),
+        ({"model": model}, {"a\\b": "x"}, "cannot be kept"),
+        ({"model": model}, {"a": "\ud800"}, "cannot be kept"),
+    ):
+        with pytest.raises(origo.OrigoError, match=says):
+            checkpointer.save(1, state, files=files)
+    assert checkpointer.steps == []
+
+
+def test_a_step_whose_metrics_cannot_be_read_is_not_deleted(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with origo.Checkpointer(tmp_path, keep_last=1, keep_best="loss", background=False) as checkpointer:
+        checkpointer.save(1, {"model": model}, {"loss": 1.0})
+        manifest = step_folder(tmp_path, 1) / "manifest.json"
+        text = manifest.read_text()
+        manifest.write_text(text[:-20])
+        for step in (2, 3):
+            checkpointer.save(step, {"model": model}, {"loss": 2.0})
+        manifest.write_text(text)
+    assert 1 in checkpointer.steps

@@ -11,16 +11,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import torch
-
 from origo.errors import CheckpointError, ConfigError, storage_error
 from origo.snapshot import put_back, take
+from origo.state.processes import agreed, first_process
 from origo.store import remote
 from origo.store.background import BackgroundTask, Staging
 from origo.store.filesystem import make_folder, sweep
+from origo.store.layout import is_file_name, is_text
 from origo.store.lease import Lease
 from origo.store.reader import Checkpoint, read_checkpoint
-from origo.store.run import Retention, newest_good, pin, pins, step_folder, steps, unpin, write_step
+from origo.store.run import Found, Retention, newest_good, pin, pins, step_folder, steps, unpin, write_step
+from origo.store.writer import gather
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Checkpointer:
         self._staging = Staging()
         self._task = BackgroundTask(f"the last checkpoint of '{self.directory}'")
         self._lease: Lease | None = None
+        self._owner = os.getpid()
+        self._lock = threading.RLock()
         self._parent: dict[str, Any] | None = None
 
     def save(
@@ -142,17 +145,18 @@ class Checkpointer:
             raise ConfigError(f"step is {step!r}: it has to be a whole number from 0 on.")
         numbers = _numbers(metrics or {})
         texts = _texts(files or {})
-        self._task.raise_error()
-        if self._task.busy and self._on_busy == "skip":
-            self.notes.append(f"Step {step} was not kept: the one before is still being written.")
+        with self._lock:
+            return self._save(step, state, numbers, texts)
+
+    def _save(self, step: int, state: Mapping[str, Any], metrics: dict[str, float], texts: dict[str, str]) -> bool:
+        if not agreed(lambda: self._ready(step)):
             return False
-        self._task.wait()
         snapshot = take(state, texts)
-        if not snapshot.mine_to_write or not _first_process():
+        agreed(self.acquire)
+        if not first_process():
             return True
-        self.acquire()
         tensors = self._staging.copy(snapshot.tensors) if self._background else snapshot.tensors
-        total = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        total = sum(gather(named).nbytes for named in tensors.values())
         progress = self.progress = Progress(step, total)
 
         def write() -> None:
@@ -162,7 +166,7 @@ class Checkpointer:
                 tensors,
                 snapshot.texts,
                 architecture=snapshot.architecture,
-                metrics=numbers,
+                metrics=metrics,
                 parent=self._parent,
                 retention=self.retention,
                 progress=progress.add,
@@ -176,6 +180,15 @@ class Checkpointer:
             self._task.start(write)
         else:
             write()
+        return True
+
+    def _ready(self, step: int) -> bool:
+        """Whether to save now: what went wrong before is raised, and the writer before waited for."""
+        self._task.raise_error()
+        if self._task.busy and self._on_busy == "skip":
+            self.notes.append(f"Step {step} was not kept: the one before is still being written.")
+            return False
+        self._task.wait()
         return True
 
     def restore(
@@ -193,22 +206,37 @@ class Checkpointer:
             CheckpointError: all that is there is damaged, or there is no such step.
             MismatchError: it does not fit; says why.
         """
-        self._task.wait()
-        if step != "latest":
-            checkpoint = self.open(step)
-            if verify:
-                checkpoint.verify()
-            return self.restore_from(checkpoint, state, rng=rng)
-        while True:
-            found = newest_good(self.directory, verify=verify)
-            if found is None:
-                return Restored(None)
-            try:
-                return replace(self.restore_from(found.checkpoint, state, rng=rng), skipped=found.skipped)
-            except CheckpointError:
-                if found.checkpoint.path.exists():
-                    raise
-                # A writer has gone on, and deleted it under our hands, before anything was changed: take its successor.
+        with self._lock:
+            while True:
+                found = self._find(step, verify)
+                if found is None:
+                    return Restored(None)
+                try:
+                    return replace(self.restore_from(found.checkpoint, state, rng=rng), skipped=found.skipped)
+                except CheckpointError:
+                    if step != "latest" or found.checkpoint.path.exists():
+                        raise
+                    # A writer has gone on, and deleted it under our hands, before anything was changed: take its successor.
+
+    def _find(self, step: int | str, verify: bool) -> Found | None:
+        """The checkpoint to restore. Of several processes the first one decides, and checks; the others open what it found."""
+        mine: list[Found | None] = []
+
+        def decide() -> int | None:
+            self._task.wait()
+            if step == "latest":
+                found = newest_good(self.directory, verify=verify)
+            else:
+                found = Found(self.open(step))
+                if verify:
+                    found.checkpoint.verify()
+            mine.append(found)
+            return found.checkpoint.manifest.step if found and found.checkpoint.manifest else None
+
+        number = agreed(decide)
+        if mine:
+            return mine[0]
+        return None if number is None else Found(read_checkpoint(step_folder(self.directory, number)))
 
     def restore_from(self, checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> Restored:
         """:meth:`restore` from a checkpoint that is open already; what is saved next goes on from it."""
@@ -220,19 +248,24 @@ class Checkpointer:
     def open(self, step: int | str) -> Checkpoint:
         """One of the steps, by number or as it was pinned, without reading it."""
         present = steps(self.directory)
-        number = pins(self.directory).get(step) if isinstance(step, str) else step
+        pinned = pins(self.directory)
+        number = (int(step) if step.isdecimal() else pinned.get(step)) if isinstance(step, str) else step
         if number not in present:
-            raise CheckpointError(f"'{self.directory}' has no step {step!r}; it has {', '.join(map(str, present)) or 'none'}.")
+            names = f"; pinned are {', '.join(pinned)}" if pinned else ""
+            raise CheckpointError(
+                f"'{self.directory}' has no step {step}; it has {', '.join(map(str, present)) or 'none'}{names}."
+            )
         return read_checkpoint(step_folder(self.directory, number))
 
     def pin(self, step: int, name: str) -> None:
         """Keep a step under a name, whatever else is deleted; it is then found by that name too."""
-        self.wait()
-        pin(self.directory, step, name)
+        with self._lock:
+            agreed(self._task.wait)
+            agreed(lambda: pin(self.directory, step, name))
 
     def unpin(self, name: str) -> None:
         """Let retention decide about it again."""
-        unpin(self.directory, name)
+        agreed(lambda: unpin(self.directory, name))
 
     @property
     def steps(self) -> list[int]:
@@ -245,7 +278,10 @@ class Checkpointer:
         Raises:
             StorageError: another process has it; says who, and how to take over.
         """
-        if self._lease is None and not remote.is_remote(self.directory):
+        if self._owner != os.getpid():  # a child made by fork: what its parent holds is not its own
+            self._lease, self._owner = None, os.getpid()
+            self._task, self._staging = BackgroundTask(self._task.what), Staging()
+        if self._lease is None and first_process() and not remote.is_remote(self.directory):
             try:
                 make_folder(self.directory)
             except OSError as error:
@@ -266,10 +302,11 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if self._lease is not None:
-                self._lease.release()
-                self._lease = None
-            self._staging = Staging()
+            if not self._task.busy:  # unless Ctrl-C came while it waited
+                if self._lease is not None:
+                    self._lease.release()
+                    self._lease = None
+                self._staging = Staging()
 
     def __enter__(self) -> Self:
         return self
@@ -283,11 +320,6 @@ class Checkpointer:
             error.add_note(f"And the last checkpoint was not kept: {unsaved}")
 
 
-def _first_process() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     try:
         return {str(name): float(value) for name, value in metrics.items()}
@@ -297,7 +329,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _texts(files: Mapping[str, Any]) -> dict[str, str]:
     for name, text in files.items():
-        if not isinstance(name, str) or not isinstance(text, str) or Path(name).name != name or name in ("", ".", ".."):
+        if not is_file_name(name) or not isinstance(text, str) or not is_text(text):
             raise ConfigError(f"{name!r} cannot be kept: files are texts by a file name without folders.")
         if name.endswith(".safetensors") or name in ("manifest.json", "trainer.json", "config.json"):
             raise ConfigError(f"{name!r} is a file that the checkpoint has of its own: take another name.")

@@ -23,6 +23,7 @@ from origo.naming.mismatch import compare
 from origo.naming.wrappers import unwrap
 from origo.state.model import describe, load_state_dict, state_dict, whole_state
 from origo.state.optimizer import load_optimizer_state, optimizer_state
+from origo.state.processes import gathered, process_number
 from origo.state.rng import load_rng_state, require_rng_state, rng_state
 from origo.state.tree import flatten, unflatten
 from origo.store.layout import CONFIG, MODEL, TRAINER, TRAINER_TENSORS, parse_json
@@ -70,6 +71,8 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str]) -> Snapshot:
         if type(key) is not str or not _KEY.fullmatch(key) or key in _TAKEN:
             raise ConfigError(f"{key!r} cannot name a part of a checkpoint: use letters, digits and '_', and none of {_TAKEN}.")
     modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
+    if "model" in state and "model" not in modules:
+        raise ConfigError(f"What is called 'model' is a {type(state['model']).__name__}, not a module: give it another name.")
     if not modules:
         raise ConfigError('There is no model in what is to be kept: pass it too, as {"model": model, …}.')
     main = "model" if "model" in modules else next(iter(modules))
@@ -85,10 +88,19 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str]) -> Snapshot:
             parts.objects[key] = {"kind": "optimizer", "file": file, "state": values}
         else:
             stateful = hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
-            tensors, values = flatten(value.state_dict() if stateful else value, key)
+            try:
+                tensors, values = flatten(value.state_dict() if stateful else value, key)
+                json.dumps(values)
+            except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+                if isinstance(error, OrigoError):
+                    raise
+                raise CheckpointError(f"{key!r} cannot be kept: {error}.") from error
             parts.loose |= tensors
             parts.objects[key] = {"kind": "state" if stateful else "values", "state": values}
-    rng_tensors, rng_values = rng_state()
+    # Of several processes each has generators of its own.
+    states = gathered(rng_state())
+    rng_tensors = {_of_process(name, number): t for number, (tensors, _) in enumerate(states) for name, t in tensors.items()}
+    rng_values = {**states[0][1], "others": [values for _, values in states[1:]]}
     parts.tensors[TRAINER_TENSORS] = {**parts.loose, **rng_tensors}
     whole = {file: whole_state(tensors) for file, tensors in parts.tensors.items()}
     architecture, config = describe_model(unwrap(modules[main]))
@@ -137,9 +149,12 @@ def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = Tr
                 "be filled: leave it out, and take it from restore(...).values."
             )
     values = stored.values()
+    generators = None
     if rng:
         with stored.decoding("rng"):
-            require_rng_state(stored.loose, stored.rng)
+            generators = stored.generators()
+            if generators is not None:
+                require_rng_state(*generators)
 
     fitting = {key: not compare(describe(decoded[key]), describe(state_dict(module))) for key, module in modules.items()}
     for key in sorted(modules, key=lambda key: fitting[key]):  # one that does not fit says so before any other is changed
@@ -160,8 +175,8 @@ def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = Tr
             value.update(decoded[key])
         elif isinstance(value, list) and stored.kind(key) == "values":
             value[:] = decoded[key]
-    if rng:
-        load_rng_state(stored.loose, stored.rng)
+    if generators is not None:
+        load_rng_state(*generators)
     return values
 
 
@@ -206,6 +221,17 @@ class _Stored:
         """All plain values."""
         return {key: self.plain(key) for key in self.objects if self.kind(key) == "values"}
 
+    def generators(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """This process's random number generators; None where there were fewer processes."""
+        number = process_number()
+        if number == 0:
+            return self.loose, self.rng
+        if number > len(self.rng["others"]):
+            return None
+        prefix = _of_process("rng.", number)
+        mine = {"rng." + name.removeprefix(prefix): t for name, t in self.loose.items() if name.startswith(prefix)}
+        return mine, self.rng["others"][number - 1]
+
     @contextmanager
     def decoding(self, key: str) -> Iterator[None]:
         """Put whatever a file of other content than ours makes Python raise into a sentence."""
@@ -228,6 +254,10 @@ class _Stored:
                 f"What '{self._checkpoint.path}' holds as {key!r} cannot be taken ({reason[:200]}): it is damaged, or of "
                 "another kind of object than the one given."
             ) from error
+
+
+def _of_process(name: str, number: int) -> str:
+    return name if number == 0 else name.replace("rng.", f"rng.process-{number}.", 1)
 
 
 def _own(structure: Any, loose: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -254,9 +284,12 @@ def _model_of(key: str, optimizer: Any, modules: Mapping[str, nn.Module]) -> nn.
     """The model whose parameters an optimizer has; of several together, one with each under its name."""
     optimizers: Iterable[Optimizer] = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     wanted = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
+    for module in modules.values():
+        if wanted <= {id(parameter) for parameter in module.parameters()}:
+            return module
     having = {name: module for name, module in modules.items() if any(id(each) in wanted for each in module.parameters())}
     if not having:
         raise ConfigError(
             f"The parameters of {key!r} belong to none of the models given ({', '.join(modules)}): pass its model too."
         )
-    return next(iter(having.values())) if len(having) == 1 else nn.ModuleDict(having)
+    return nn.ModuleDict(having)

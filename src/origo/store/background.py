@@ -87,14 +87,16 @@ class BackgroundTask:
     """At most one piece of work at a time in a thread; its error is kept until somebody is told of it."""
 
     def __init__(self, what: str) -> None:
-        self._what = what
-        self._thread: threading.Thread | None = None
+        self.what = what
+        # Not Thread.is_alive and join: once a join was interrupted (Ctrl-C), Python takes the thread for ended.
+        self._done = threading.Event()
+        self._done.set()
         self._error: BaseException | None = None
 
     @property
     def busy(self) -> bool:
         """Whether it is still at work."""
-        return self._thread is not None and self._thread.is_alive()
+        return not self._done.is_set()
 
     def start(self, work: Callable[[], None]) -> None:
         """Begin; the one before has to be done, and its error told."""
@@ -107,10 +109,16 @@ class BackgroundTask:
             except BaseException as error:
                 self._error = error
                 _untold.append(self)  # strongly: whoever started it may have gone away
+            finally:
+                self._done.set()
 
         # Not a daemon: Python waits for it before it exits.
-        self._thread = threading.Thread(target=run, name="origo-save")
-        self._thread.start()
+        thread = threading.Thread(target=run, name="origo-save")
+        self._done.clear()
+        try:
+            thread.start()
+        except RuntimeError:  # none can be had any more, as at the exit
+            run()
 
     def wait(self) -> None:
         """Return when it is done.
@@ -118,9 +126,7 @@ class BackgroundTask:
         Raises:
             Exception: what went wrong in it; raised once.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._done.wait()
         self.raise_error()
 
     def raise_error(self) -> None:
@@ -133,7 +139,7 @@ class BackgroundTask:
     def tell_at_exit(self) -> None:
         """Say what nobody was told of."""
         if self._error is not None:
-            print(f"origo: {self._what} was not kept: {self._error}", file=sys.stderr)
+            print(f"origo: {self.what} was not kept: {self._error}", file=sys.stderr)
 
 
 _untold: list[BackgroundTask] = []

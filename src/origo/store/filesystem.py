@@ -26,7 +26,7 @@ from typing import Protocol
 
 from origo.errors import StorageError, storage_error
 from origo.store import remote
-from origo.store.lease import LOCKS, lock, this_host
+from origo.store.lease import NoLocks, lock, this_host
 
 if sys.platform == "win32":
     _FOLDER_FLAGS = 0
@@ -35,7 +35,6 @@ else:
 
 TEMPORARY_PREFIX = ".origo-writing-"
 _TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<host>.*)-[0-9a-f]{12}")
-REPLACED_PREFIX = ".origo-replaced-"
 
 _LARGEST_WRITE = 1 << 20  # larger ones are slower: the chunk stays in the processor's cache, and the kernel in small pages
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
@@ -287,7 +286,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 def replaced(path: Path) -> Path:
     """Where the old folder is while a new one takes its place, on a file system that cannot exchange names."""
-    return path.parent / (REPLACED_PREFIX + path.name)
+    return path.parent / (remote.REPLACED_PREFIX + path.name)
 
 
 def mend(path: Path) -> None:
@@ -324,12 +323,17 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
     while True:
         folder = path.parent / f"{TEMPORARY_PREFIX}{this_host()}-{secrets.token_hex(6)}"
         disk.make_folder(folder)
-        with suppress(FileNotFoundError):
+        try:
             held = lock(folder)
-            if (held is not None or not LOCKS) and folder.is_dir():
-                break
-            if held is not None:
-                os.close(held)
+        except NoLocks:
+            held = None
+            break
+        except FileNotFoundError:
+            continue
+        if held is not None and folder.is_dir():
+            break
+        if held is not None:
+            os.close(held)
         # Somebody who swept took it for a dead one's before it was locked: again.
     try:
         yield folder / path.name

@@ -274,6 +274,20 @@ class Header:
             raise CheckpointError(f"{what} is damaged ({error}).") from error
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether it names a file in a folder, on any system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0") and name.isprintable()
+
+
 def _require_version(version: Any, what: str) -> None:
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{what} is damaged: its version is {version!r}.")

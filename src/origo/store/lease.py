@@ -25,7 +25,10 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LEASE = "writer.lease"
-LOCKS = fcntl is not None
+
+
+class NoLocks(OSError):
+    """This system, or this file system, has no locks."""
 
 
 def this_host() -> str:
@@ -36,18 +39,21 @@ def this_host() -> str:
 def lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
     """Lock a file or folder until the descriptor that is returned is closed or the process ends; None if another has it.
 
-    Locks nothing, and returns a descriptor, where the system has no such locks.
+    Raises:
+        NoLocks: nobody can have it.
+        OSError: it is not there, or cannot be opened.
     """
     if fcntl is None:
-        return None
+        raise NoLocks
     descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
-    except OSError:  # a file system without locks: its host is the only one that can be asked
-        pass
+    except OSError as error:
+        os.close(descriptor)
+        raise NoLocks from error
     return descriptor
 
 
@@ -75,31 +81,26 @@ class Lease:
     def __init__(self, folder: Path) -> None:
         path = folder / LEASE
         try:
-            while True:
-                descriptor = lock(path, os.O_RDWR | os.O_CREAT)
-                if descriptor is None and fcntl is not None:
-                    raise StorageError(_held(folder, holder(folder), "Stop it, or write to another folder."))
-                # Whoever had it may have deleted the file between our opening and our locking it.
-                if descriptor is None or (path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino):
-                    break
-                os.close(descriptor)
+            descriptor = _locked(folder, path)
+            previous = holder(folder)
+            here = previous is None or previous.host == platform.node()
+            alive = previous is not None and descriptor is None and _lives(previous.pid)  # without locks, the number must do
+            if previous is not None and (not here or alive):
+                if descriptor is not None:
+                    os.close(descriptor)
+                # Locks may not reach across machines; a process of another one cannot be asked whether it lives.
+                raise StorageError(_held(folder, previous, f"If it is gone, delete '{path}' and start again."))
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            mine = Holder(platform.node(), os.getpid(), since, " ".join(sys.argv)[:200])
+            data = (json.dumps(asdict(mine)) + "\n").encode()
+            if descriptor is None:
+                path.write_bytes(data)
+            else:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, data, 0)
+                _held_descriptors.add(descriptor)
         except OSError as error:
             raise storage_error("write", path, error) from error
-        previous = holder(folder)
-        if previous is not None and previous.host != platform.node():
-            if descriptor is not None:
-                os.close(descriptor)
-            # Locks may not reach across machines; a process of another one cannot be asked whether it lives.
-            raise StorageError(_held(folder, previous, f"If it is gone, delete '{path}' and start again."))
-        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        mine = Holder(platform.node(), os.getpid(), since, " ".join(sys.argv)[:200])
-        data = (json.dumps(asdict(mine)) + "\n").encode()
-        if descriptor is None:
-            path.write_bytes(data)
-        else:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, data, 0)
-            _held_descriptors.add(descriptor)
         self._release = weakref.finalize(self, _release, path, descriptor, os.getpid())
 
     def release(self) -> None:
@@ -116,7 +117,32 @@ def holder(folder: Path) -> Holder | None:
         return None
 
 
+def _locked(folder: Path, path: Path) -> int | None:
+    """The lease's file, locked; None where there are no locks."""
+    while True:
+        try:
+            descriptor = lock(path, os.O_RDWR | os.O_CREAT)
+        except NoLocks:
+            return None
+        if descriptor is None:
+            raise StorageError(_held(folder, holder(folder), "Stop it, or write to another folder."))
+        # Whoever had it may have deleted the file between our opening and our locking it.
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            return descriptor
+        os.close(descriptor)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return pid != os.getpid()
+
+
 def _held(folder: Path, who: Holder | None, remedy: str) -> str:
+    if who is not None and (who.host, who.pid) == (platform.node(), os.getpid()):
+        return f"'{folder}' is being written by another Checkpointer of this program: close() it first."
     return f"'{folder}' is being written by {who or 'another process'}; two writers would spoil each other's work. {remedy}"
 
 
@@ -124,7 +150,8 @@ def _release(path: Path, descriptor: int | None, owner: int) -> None:
     if os.getpid() != owner:
         return
     with contextlib.suppress(OSError):
-        path.unlink()  # it is a note; the lock is what counts
+        if descriptor is None or os.fstat(descriptor).st_ino == path.stat().st_ino:  # else it is another one's
+            path.unlink()
     if descriptor is not None:
         _held_descriptors.discard(descriptor)
         os.close(descriptor)

@@ -35,6 +35,7 @@ from origo.store.layout import (
     Manifest,
     TensorEntry,
     identity_of,
+    is_file_name,
     many_objects,
     parse_json,
 )
@@ -505,7 +506,7 @@ def _open_folder(path: Path) -> Checkpoint:
     manifest_path = path / MANIFEST
     manifest = Manifest.read(path)
     for file, entry in manifest.files.items():
-        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+        if not is_file_name(file):
             raise CheckpointError(f"The manifest '{manifest_path}' names a file outside its folder: {file!r}.")
         _check_size(path / file, entry)
     if not set(manifest.tensors) <= set(manifest.files):

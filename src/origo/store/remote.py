@@ -14,6 +14,9 @@ from typing import Any
 
 from origo.errors import ConfigError, StorageError
 
+REPLACED_PREFIX = ".origo-replaced-"
+"""What a folder is called while a new one takes its place, where two names cannot be exchanged."""
+
 _LOCAL = ("file://", "local://")
 
 
@@ -78,7 +81,8 @@ class _RemoteFile:
         if not self._finished:
             with suppress(Exception):
                 self._file.discard()
-            self._file.closed = True  # or it would be published when it is collected
+            with suppress(Exception):
+                self._file.closed = True  # or it would be published when it is collected
 
 
 @contextmanager
@@ -120,17 +124,25 @@ class RemoteFolder:
 
 @contextmanager
 def new_folder(path: Path, last: str) -> Iterator[RemoteFolder]:
-    """Upload a folder, whose file ``last`` makes it count; one that is there stops counting first."""
+    """Upload a folder, whose file ``last`` makes it count. One that is there is moved aside, and back if that fails."""
+    aside = path.parent / (REPLACED_PREFIX + path.name)
     with told(path):
-        if (path / last).exists():
-            (path / last).unlink()
+        refresh(path)
+        replacing = (path / last).exists()
+        if replacing:
+            move_folder(path, aside)
         folder = RemoteFolder(path)
         try:
             yield folder
             folder.finish(last)
         except BaseException:
             folder.discard()
+            if replacing:
+                with suppress(Exception):
+                    move_folder(aside, path)
             raise
+        if replacing:
+            remove_folder(aside)
 
 
 def remove_folder(path: Path) -> bool:

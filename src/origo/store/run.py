@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from origo.errors import CheckpointError, ConfigError, StorageError, storage_error
+from origo.errors import CheckpointError, ConfigError, OrigoError, StorageError, storage_error
 from origo.store import remote
 from origo.store.filesystem import remove_folder, replace_file, replaced
 from origo.store.layout import CONFIG, MANIFEST, MODEL, Manifest
@@ -75,9 +75,8 @@ class Retention:
     def reasons(self, directory: Path) -> dict[int, str | None]:
         """For each step there why it is kept, None where it is not."""
         present = steps(directory)
-        best = None
-        if self.best is not None:
-            best = self.best_of({step: metrics_of(step_folder(directory, step)) for step in present})
+        metrics = {step: metrics_of(step_folder(directory, step)) for step in present} if self.best is not None else {}
+        best = self.best_of({step: values for step, values in metrics.items() if values is not None})
         pinned = {step: name for name, step in pins(directory).items()}
         newest = present[-self.last :]
 
@@ -90,6 +89,8 @@ class Retention:
                 return f"the best by {self.best}"
             if self.every is not None and step % self.every == 0:
                 return f"a multiple of {self.every}"
+            if step in metrics and metrics[step] is None:
+                return "its metrics cannot be read, so it may be the best"
             return None
 
         return {step: reason(step) for step in present}
@@ -116,12 +117,12 @@ def steps(directory: Path) -> list[int]:
     return sorted(step for step, entry in numbers.items() if entry.is_dir())
 
 
-def metrics_of(path: Path) -> Mapping[str, float]:
-    """What was measured at a step; nothing where its manifest cannot be read."""
+def metrics_of(path: Path) -> Mapping[str, float] | None:
+    """What was measured at a step; None where its manifest cannot be read."""
     try:
         return Manifest.read(path).metrics
-    except (OSError, CheckpointError):
-        return {}
+    except (OSError, OrigoError):
+        return None
 
 
 def pins(directory: Path) -> dict[str, int]:
@@ -159,6 +160,9 @@ def pin(directory: Path, step: int, name: str) -> None:
     if step not in steps(directory):
         raise ConfigError(f"'{directory}' has no step {step} to pin; it has {_listed(steps(directory))}.")
     replace_file(directory / (name + _PIN_SUFFIX), f"{step}\n")
+    if step not in steps(directory):  # deleted meanwhile
+        unpin(directory, name)
+        raise ConfigError(f"'{directory}' has no step {step} to pin any more; it has {_listed(steps(directory))}.")
 
 
 def unpin(directory: Path, name: str) -> None:
@@ -219,7 +223,7 @@ def find_checkpoint(
     """
     path = remote.as_path(path)
     require_path(path)
-    if not path.exists() and not remote.is_remote(path) and replaced(path).is_dir():
+    if not path.exists() and replaced(path).is_dir():
         path = replaced(path)
     directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     available = steps(directory)
@@ -323,7 +327,9 @@ def prune(
         read_checkpoint(step_folder(directory, successor)).verify()
     except CheckpointError as error:
         raise StorageError(f"Step {successor} was written and does not read back: {error} Earlier steps were kept.") from error
+    pinned = set(pins(directory).values())  # somebody may have pinned one meanwhile
+    superfluous = [step for step in superfluous if step not in pinned]
     gone = [step for step in superfluous if remove_folder(step_folder(directory, step))]
-    for step in set(superfluous) - set(gone):
+    for step in sorted(set(superfluous) - set(gone)):
         note(f"'{step_folder(directory, step)}' is not needed any more and could not be deleted; it is tried again next time.")
     return gone

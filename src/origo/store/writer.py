@@ -35,12 +35,15 @@ from origo.store.layout import (
     MODEL,
     MOST_JSON_BYTES,
     NO_HASH,
+    TRAINER,
     FileEntry,
     Header,
     Manifest,
     TensorEntry,
     identity_of,
+    is_text,
     many_objects,
+    parse_json,
 )
 from origo.store.tensorfile import as_bytes, dtype_name, header_of
 from origo.store.threads import WORKERS, share
@@ -93,7 +96,7 @@ def gather(state: Mapping[str, Any]) -> Stored:
                 f"{name} is a {type(value).__name__}, not a tensor: only tensors can be stored in .safetensors. "
                 "Take it out of the model's state (get_extra_state), or save to .pth."
             )
-        if name == "__metadata__" or (not name.isascii() and not _is_text(name)):
+        if name == "__metadata__" or (not is_text(name)):
             raise CheckpointError(f"{name!r} cannot be a tensor's name in a .safetensors file: rename the attribute.")
         if value.is_meta or isinstance(value, torch.nn.UninitializedParameter):
             raise CheckpointError(
@@ -119,13 +122,6 @@ def gather(state: Mapping[str, Any]) -> Stored:
     return Stored(tensors, aliases)
 
 
-def _is_text(name: str) -> bool:
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-
-
 def in_memory(tensor: Tensor) -> Tensor:
     """The values in one piece of this machine's memory; itself if it is that already."""
     if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
@@ -138,7 +134,6 @@ def tensor_hash(tensor: Tensor) -> str:
     return blake3(as_bytes(in_memory(tensor)).numpy().data).hexdigest()
 
 
-@many_objects()
 def write_safetensors(
     path: Path,
     state: Mapping[str, Any],
@@ -150,6 +145,7 @@ def write_safetensors(
     stored = gather(state)
     about = provenance()
 
+    @many_objects()
     def header(hashes: Mapping[str, str]) -> tuple[bytes, list[str]]:
         entries = stored.entries(hashes)
         ours = Header(entries, architecture, config, identity_of(entries), about)
@@ -203,7 +199,6 @@ def _alone(tensor: Tensor) -> Tensor:
     return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
 
 
-@many_objects()
 def write_folder(
     path: Path,
     tensors: Mapping[str, Mapping[str, Any]],
@@ -226,14 +221,18 @@ def write_folder(
         progress: see :data:`Progress`.
     """
     require_replaceable(path)
-    gathered = {file: gather(state) for file, state in tensors.items()}
+    with many_objects():
+        gathered = {file: gather(state) for file, state in tensors.items()}
+    for file in (CONFIG, TRAINER):
+        parse_json(texts.get(file, "{}"), f"'{path / file}'")  # what could not be read again is not written
     contents = {file: text.encode() for file, text in texts.items()}
     needed = sum(stored.nbytes for stored in gathered.values()) + sum(map(len, contents.values())) + _MARGIN
     with new_folder(path, MANIFEST, needed) as folder:
-        jobs = {
-            name: _Job(folder.create(name), stored, *header_of(_described(stored), stored.aliases))
-            for name, stored in gathered.items()
-        }
+        with many_objects():
+            jobs = {
+                name: _Job(folder.create(name), stored, *header_of(_described(stored), stored.aliases))
+                for name, stored in gathered.items()
+            }
         _write_all(list(jobs.values()), progress, finish=True)
         files = {
             name: FileEntry(len(job.start) + job.stored.nbytes, blake3(job.start).hexdigest(), len(job.start))
@@ -242,22 +241,28 @@ def write_folder(
         for name, data in contents.items():
             folder.create(name).write(data)
             files[name] = FileEntry(len(data), blake3(data).hexdigest(), len(data))
-        entries = {name: job.stored.entries(job.hashes) for name, job in jobs.items()}
-        about = (
-            provenance()
-            | ({"config": files[CONFIG].blake3} if CONFIG in files else {})
-            | ({"parent": parent} if parent else {})
-        )
-        manifest = Manifest(
-            files,
-            entries,
-            architecture,
-            step,
-            dict(metrics or {}),
-            about,
-            identity_of(entries[MODEL]) if MODEL in entries else "",
-        )
-        folder.create(MANIFEST).write(manifest.to_json().encode())
+        with many_objects():
+            entries = {name: job.stored.entries(job.hashes) for name, job in jobs.items()}
+            about = (
+                provenance()
+                | ({"config": files[CONFIG].blake3} if CONFIG in files else {})
+                | ({"parent": parent} if parent else {})
+            )
+            manifest = Manifest(
+                files,
+                entries,
+                architecture,
+                step,
+                dict(metrics or {}),
+                about,
+                identity_of(entries[MODEL]) if MODEL in entries else "",
+            )
+            text = manifest.to_json().encode()
+        if len(text) > MOST_JSON_BYTES:
+            raise CheckpointError(
+                f"'{path}' would hold more tensors than can be read again: its manifest has {len(text):,} bytes."
+            )
+        folder.create(MANIFEST).write(text)
     return manifest
 
 
