@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -98,8 +99,13 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str]) -> Snapshot:
             parts.loose |= tensors
             parts.objects[key] = {"kind": "state" if stateful else "values", "state": values}
     # Of several processes each has generators of its own.
-    states = gathered(rng_state())
-    rng_tensors = {_of_process(name, number): t for number, (tensors, _) in enumerate(states) for name, t in tensors.items()}
+    mine, mine_too = rng_state()
+    states = gathered(({name: tensor.numpy() for name, tensor in mine.items()}, mine_too))  # torch cannot pickle each dtype
+    rng_tensors = {
+        _of_process(name, number): torch.from_numpy(array)
+        for number, (arrays, _) in enumerate(states)
+        for name, array in arrays.items()
+    }
     rng_values = {**states[0][1], "others": [values for _, values in states[1:]]}
     parts.tensors[TRAINER_TENSORS] = {**parts.loose, **rng_tensors}
     whole = {file: whole_state(tensors) for file, tensors in parts.tensors.items()}
