@@ -636,3 +636,36 @@ def test_a_step_whose_metrics_cannot_be_read_is_not_deleted(tmp_path: Path) -> N
             checkpointer.save(step, {"model": model}, {"loss": 2.0})
         manifest.write_text(text)
     assert 1 in checkpointer.steps
+
+
+def test_what_modules_keep_of_their_own_making_is_kept(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        seen: Any = 0
+
+        def get_extra_state(self) -> Any:
+            return self.seen
+
+        def set_extra_state(self, state: Any) -> None:
+            self.seen = state
+
+    model, other = Counting(2, 1), Counting(2, 1)
+    model.seen = {"batches": 7, "sums": torch.ones(2)}
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        checkpointer.restore({"model": other})
+    assert other.seen["batches"] == 7
+    assert torch.equal(other.seen["sums"], torch.ones(2))
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_damaged_steps_do_not_count_for_retention(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with origo.Checkpointer(tmp_path, keep_last=3, background=False) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"model": model})
+        for step in (2, 3):
+            (step_folder(tmp_path, step) / "model.safetensors").write_bytes(b"")
+        assert checkpointer.restore({"model": model}).step == 1
+        checkpointer.save(4, {"model": model})
+    assert checkpointer.steps == [1, 4], "what was passed over is set aside"
+    assert len([name for name in os.listdir(tmp_path) if name.startswith("aside-")]) == 2

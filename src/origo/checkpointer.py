@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from origo.errors import CheckpointError, ConfigError, storage_error
 from origo.snapshot import put_back, take
 from origo.state.processes import agreed, first_process
+from origo.state.sharded import any_sharded
 from origo.store import remote
 from origo.store.background import BackgroundTask, Staging
 from origo.store.filesystem import make_folder, sweep
@@ -64,8 +65,11 @@ class Progress:
 class Checkpointer:
     """Keeps a training's checkpoints in a folder, one for each step that is saved.
 
-    A checkpoint is there as a whole or not at all, and the earlier ones stay until it was read back. One process at a time may
+    A checkpoint is there as a whole or not at all, and the earlier ones stay until it was read back. One program at a time may
     write to a folder; reading needs nothing.
+
+    Of several processes (torch.distributed) the first one writes. Where FSDP2 has sharded a model all of them have to call
+    ``save`` and ``restore``, with the same names in the same order, and do as the first one decides; otherwise any of them may.
 
     Args:
         directory: where the steps are, as ``step-000001000/``; also ``s3://bucket/run``.
@@ -149,10 +153,13 @@ class Checkpointer:
             return self._save(step, state, numbers, texts)
 
     def _save(self, step: int, state: Mapping[str, Any], metrics: dict[str, float], texts: dict[str, str]) -> bool:
-        if not agreed(lambda: self._ready(step)):
+        together = isinstance(state, Mapping) and any_sharded(state.values())
+        if not together and not first_process():
+            return True
+        if not agreed(lambda: self._ready(step), together):
             return False
         snapshot = take(state, texts)
-        agreed(self.acquire)
+        agreed(self.acquire, together)
         if not first_process():
             return True
         tensors = self._staging.copy(snapshot.tensors) if self._background else snapshot.tensors
@@ -206,9 +213,10 @@ class Checkpointer:
             CheckpointError: all that is there is damaged, or there is no such step.
             MismatchError: it does not fit; says why.
         """
+        together = isinstance(state, Mapping) and any_sharded(state.values())
         with self._lock:
             while True:
-                found = self._find(step, verify)
+                found = self._find(step, verify, together)
                 if found is None:
                     return Restored(None)
                 try:
@@ -218,8 +226,8 @@ class Checkpointer:
                         raise
                     # A writer has gone on, and deleted it under our hands, before anything was changed: take its successor.
 
-    def _find(self, step: int | str, verify: bool) -> Found | None:
-        """The checkpoint to restore. Of several processes the first one decides, and checks; the others open what it found."""
+    def _find(self, step: int | str, verify: bool, together: bool) -> Found | None:
+        """The checkpoint to restore. ``together`` the first process decides, and checks; the others open what it found."""
         mine: list[Found | None] = []
 
         def decide() -> int | None:
@@ -233,7 +241,7 @@ class Checkpointer:
             mine.append(found)
             return found.checkpoint.manifest.step if found and found.checkpoint.manifest else None
 
-        number = agreed(decide)
+        number = agreed(decide, together)
         if mine:
             return mine[0]
         return None if number is None else Found(read_checkpoint(step_folder(self.directory, number)))
@@ -260,12 +268,14 @@ class Checkpointer:
     def pin(self, step: int, name: str) -> None:
         """Keep a step under a name, whatever else is deleted; it is then found by that name too."""
         with self._lock:
-            agreed(self._task.wait)
-            agreed(lambda: pin(self.directory, step, name))
+            self._task.wait()
+            if first_process():
+                pin(self.directory, step, name)
 
     def unpin(self, name: str) -> None:
         """Let retention decide about it again."""
-        agreed(lambda: unpin(self.directory, name))
+        if first_process():
+            unpin(self.directory, name)
 
     @property
     def steps(self) -> list[int]:
@@ -328,6 +338,8 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _texts(files: Mapping[str, Any]) -> dict[str, str]:
+    if not isinstance(files, Mapping):
+        raise ConfigError(f"files are texts by file name, not a {type(files).__name__}.")
     for name, text in files.items():
         if not is_file_name(name) or not isinstance(text, str) or not is_text(text):
             raise ConfigError(f"{name!r} cannot be kept: files are texts by a file name without folders.")

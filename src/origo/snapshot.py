@@ -26,6 +26,7 @@ from origo.state.model import describe, load_state_dict, state_dict, whole_state
 from origo.state.optimizer import load_optimizer_state, optimizer_state
 from origo.state.processes import gathered, process_number
 from origo.state.rng import load_rng_state, require_rng_state, rng_state
+from origo.state.sharded import any_sharded
 from origo.state.tree import flatten, unflatten
 from origo.store.layout import CONFIG, MODEL, TRAINER, TRAINER_TENSORS, parse_json
 from origo.store.reader import Checkpoint
@@ -81,8 +82,11 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str]) -> Snapshot:
     for key, value in state.items():
         if key in modules:
             file = MODEL if key == main else f"{key}.safetensors"
-            parts.tensors[file] = state_dict(value)
+            parts.tensors[file], extra = _split(state_dict(value))
             parts.objects[key] = {"kind": "model", "file": file}
+            if extra:  # what modules keep of their own making (get_extra_state)
+                tensors, parts.objects[key]["extra"] = flatten(extra, f"{key}.extra")
+                parts.loose |= tensors
         elif _is_optimizer(value):
             file = f"{key}.safetensors"
             parts.tensors[file], values = optimizer_state(_model_of(key, value, modules), value)
@@ -100,7 +104,8 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str]) -> Snapshot:
             parts.objects[key] = {"kind": "state" if stateful else "values", "state": values}
     # Of several processes each has generators of its own.
     mine, mine_too = rng_state()
-    states = gathered(({name: tensor.numpy() for name, tensor in mine.items()}, mine_too))  # torch cannot pickle each dtype
+    together = any_sharded(state.values())
+    states = gathered(({name: tensor.numpy() for name, tensor in mine.items()}, mine_too), together)
     rng_tensors = {
         _of_process(name, number): torch.from_numpy(array)
         for number, (arrays, _) in enumerate(states)
@@ -134,6 +139,10 @@ def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = Tr
         CheckpointError: it has nothing under one of the names, or something of another kind.
         MismatchError: it does not fit.
     """
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            f'restore takes a dict like {{"model": model, "optimizer": optimizer}}, not a {type(state).__name__}.'
+        )
     stored = _Stored(checkpoint)
     modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
     # All is read, checked and decoded before anything is changed.
@@ -215,7 +224,8 @@ class _Stored:
         """Of a model or optimizer, each checked."""
         with self.decoding(key):
             file = str(self.objects[key]["file"])
-            return self._checkpoint.tensors(file).state()
+            extra = self.objects[key].get("extra", {})
+            return {**self._checkpoint.tensors(file).state(), **unflatten(extra, _own(extra, self.loose))}
 
     def plain(self, key: str) -> Any:
         """A structure with its tensors, in memory of their own."""
@@ -232,7 +242,7 @@ class _Stored:
         number = process_number()
         if number == 0:
             return self.loose, self.rng
-        if number > len(self.rng["others"]):
+        if number > len(self.rng["others"]):  # of DDP the first process alone is kept: the others stay as they were seeded
             return None
         prefix = _of_process("rng.", number)
         mine = {"rng." + name.removeprefix(prefix): t for name, t in self.loose.items() if name.startswith(prefix)}
@@ -260,6 +270,12 @@ class _Stored:
                 f"What '{self._checkpoint.path}' holds as {key!r} cannot be taken ({reason[:200]}): it is damaged, or of "
                 "another kind of object than the one given."
             ) from error
+
+
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of a model's state, and the rest."""
+    rest = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    return {name: value for name, value in state.items() if name not in rest}, rest
 
 
 def _of_process(name: str, number: int) -> str:

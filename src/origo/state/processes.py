@@ -28,13 +28,17 @@ def first_process() -> bool:
     return process_number() == 0
 
 
-def agreed(decide: Callable[[], T]) -> T:
+def agreed(decide: Callable[[], T], together: bool = True) -> T:
     """What the first process decides, in all of them; each has to call this.
+
+    Args:
+        decide: called in the first process.
+        together: False: each decides for itself, and need not wait for any other.
 
     Raises:
         OrigoError: what the first one raised, so that none goes on alone.
     """
-    if process_count() == 1:
+    if process_count() == 1 or not together:
         return decide()
     said: list[tuple[T | None, BaseException | None]] = [(None, None)]
     if first_process():
@@ -49,9 +53,9 @@ def agreed(decide: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def gathered(value: T) -> list[T]:
-    """Every process's value, in the order of their numbers; each has to call this."""
-    if process_count() == 1:
+def gathered(value: T, together: bool = True) -> list[T]:
+    """Every process's value, in the order of their numbers; each has to call this. Not ``together``: its own alone."""
+    if process_count() == 1 or not together:
         return [value]
     values: list[T | None] = [None] * process_count()
     torch.distributed.all_gather_object(values, value)

@@ -23,7 +23,7 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     version, words, gauss = random.getstate()
     algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(np.asarray(keys, dtype=np.uint32).copy())}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else nothing was drawn there, and asking would take hold of the device
         for device, state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"rng.cuda.{device}"] = state
     values = {
@@ -53,7 +53,7 @@ def load_rng_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> 
     algorithm, position, has_gauss, cached = values["numpy"]
     np.random.set_state((algorithm, tensors["rng.numpy"].numpy(), position, has_gauss, cached))
     torch.set_rng_state(tensors["rng.torch"].clone())  # torch reads it as numbers of eight bytes: a mapped one may lie anywhere
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and any(name.startswith("rng.cuda.") for name in tensors):
         for device in range(torch.cuda.device_count()):
             if (state := tensors.get(f"rng.cuda.{device}")) is not None:
                 torch.cuda.set_rng_state(state.clone(), device)

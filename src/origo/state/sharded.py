@@ -6,7 +6,7 @@ Nothing of torch.distributed is imported here: where there is a piece, the progr
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,12 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, which holds this process's piece."""
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return dtensor is not None and isinstance(tensor, dtensor)
+
+
+def any_sharded(values: Iterable[Any]) -> bool:
+    """Whether a model among these is in pieces, so that all processes have to take part in what is done with it."""
+    modules = [value for value in values if isinstance(value, nn.Module)]
+    return any(is_sharded(tensor) for module in modules for tensor in module.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class Staging:
         kept = self._buffers.get((file, name))
         if kept is not None and (kept.dtype, kept.shape) == (tensor.dtype, tensor.shape):
             return kept
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda")
+        with torch.inference_mode(False):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda")
 
 
 def _move(moves: list[tuple[int, int, int]]) -> None:

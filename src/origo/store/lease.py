@@ -80,6 +80,7 @@ class Lease:
 
     def __init__(self, folder: Path) -> None:
         path = folder / LEASE
+        descriptor = None
         try:
             descriptor = _locked(folder, path)
             previous = holder(folder)
@@ -98,9 +99,12 @@ class Lease:
             else:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, data, 0)
-                _held_descriptors.add(descriptor)
         except OSError as error:
+            if descriptor is not None:
+                os.close(descriptor)
             raise storage_error("write", path, error) from error
+        if descriptor is not None:
+            _held_descriptors.add(descriptor)
         self._release = weakref.finalize(self, _release, path, descriptor, os.getpid())
 
     def release(self) -> None:

@@ -153,7 +153,12 @@ def pin(directory: Path, step: int, name: str) -> None:
     Raises:
         ConfigError: the name cannot be one, or there is no such step.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in ("latest", "best") or name.isdecimal():
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)
+        or name in ("latest", "best")
+        or name.isdecimal()
+    ):
         raise ConfigError(
             f"A pin cannot be called {name!r}: use letters, digits, '-', '_' and '.'; not a number, not 'latest'."
         )
@@ -279,15 +284,16 @@ def write_step(
 ) -> Manifest:
     """Keep one step, then delete those that ``retention`` does not keep. A deletion that fails is left for the next time.
 
-    Steps after this one are of a past that the run has left (they were damaged, so it went on from an earlier one): they are
+    Steps after the one that this one goes on from are of a past that the run has left (they were damaged, say): they are
     renamed, so that they neither count as the newest nor are lost.
 
     Raises:
         StorageError: the step could not be written, or does not read back as it was written; the earlier ones are untouched.
     """
     path = step_folder(directory, step)
+    since = step if parent is None or parent["step"] is None else min(parent["step"], step)
     for name, pinned in pins(directory).items():
-        if pinned >= step and pinned in steps(directory):
+        if (pinned > since or pinned == step) and pinned in steps(directory):
             raise StorageError(
                 f"Step {pinned} is pinned as {name!r}, and to save step {step} in '{directory}' would put it aside: unpin it "
                 f"(origo prune --unpin {name}), or go on in another folder."
@@ -296,7 +302,7 @@ def write_step(
     manifest = write_folder(
         path, tensors, texts, architecture=architecture, step=step, metrics=metrics, parent=parent, progress=progress
     )
-    for newer in (other for other in steps(directory) if other > step):
+    for newer in (other for other in steps(directory) if other > since and other != step):
         _set_aside(step_folder(directory, newer))
     prune(directory, retention, written=step, note=note)
     return manifest

@@ -19,25 +19,29 @@ def share(work: Callable[[int], None], count: int) -> None:
         Exception: the first that one of them raised.
     """
     failures: list[BaseException] = []
+    ended = [threading.Event() for _ in range(count)]
 
     def attempt(number: int) -> None:
         try:
             work(number)
         except BaseException as error:
             failures.append(error)
+        finally:
+            ended[number].set()
 
-    threads = []
     here = [0]
     for number in range(1, count):
-        thread = threading.Thread(target=attempt, args=(number,), name=f"origo-{number}")
         try:
-            thread.start()
-            threads.append(thread)
+            threading.Thread(target=attempt, args=(number,), name=f"origo-{number}").start()
         except RuntimeError:  # no more threads are to be had: the work is done all the same
             here.append(number)
     for number in here:
         attempt(number)
-    for thread in threads:
-        thread.join()
+    for event in ended:  # also after Ctrl-C: they use what the caller has
+        while not event.is_set():
+            try:
+                event.wait()
+            except BaseException as error:
+                failures.append(error)
     if failures:
         raise failures[0]

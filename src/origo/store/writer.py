@@ -427,7 +427,7 @@ def _git_commit() -> str | None:
     """The commit that the working folder is at, with ``-dirty`` where tracked files differ from it."""
     try:
         said = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
             capture_output=True,
             text=True,
             timeout=5,
