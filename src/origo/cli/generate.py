@@ -35,8 +35,8 @@ class _Arguments:
     sampling: Sampling = field(default_factory=Sampling)
     seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: another text each time)")] = None
     """For the same text again."""
-    step: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the newest good one)")] = None
-    """Of a run, which step."""
+    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: the newest good one)")] = "latest"
+    """Of a run, which step: its number, or the name it is pinned under."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME", help_behavior_hint="")] = None
     """A tokenizer.json or hub name, where the model's folder holds none."""
     device: str = "cpu"
@@ -46,7 +46,7 @@ class _Arguments:
 def run(arguments: list[str]) -> int:
     """``origo generate``."""
     given = tyro.cli(_Arguments, prog="origo generate", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
-    found = find_checkpoint(given.model, "latest" if given.step is None else given.step)
+    found = find_checkpoint(given.model, int(given.step) if given.step.isdecimal() else given.step)
     for path, reason in found.skipped:
         print(f"Passed over '{path}': {reason}", file=sys.stderr)
     tokenizer = _tokenizer(given, found.checkpoint)

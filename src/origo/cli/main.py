@@ -1,7 +1,7 @@
 """``origo``: picks the command, and turns errors into one sentence and an exit code.
 
-Exit codes: 0 done; 2 something of the user's is in the way (said in a sentence on standard error); 130 stopped by Ctrl-C,
-with everything kept.
+Exit codes: 0 done; 1 the answer is no (``verify``: damaged; ``diff``: different); 2 something of the user's is in the way (said
+in a sentence on standard error); 130 stopped by Ctrl-C, with everything kept.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ INTERRUPTED = 130
 _COMMANDS = {
     "train": "train a GPT on text, and keep it under its own names",
     "generate": "continue a text with a trained GPT",
+    "inspect": "say what a file or folder is: steps, tensors, configuration, where it comes from",
+    "verify": "read every byte of a run, a checkpoint or a file, and check it",
+    "diff": "compare two models: equal, or what differs and by how much",
+    "prune": "delete checkpoints that need not stay, or pin one so that it does",
 }
 
 
