@@ -147,7 +147,8 @@ def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         kinds = sorted({entry["dtype"] for entry in tensors.values()})
         held = f" ({size(told['files'][file])})" if file in told["files"] else ""
         print(f"{file}{held}: {len(tensors)} tensors, {total:,} numbers, {', '.join(kinds)}")
-        print_table(_folded(tensors))
+        if file == checkpoint.model.path.name:
+            print_table(_folded(tensors))
     for file, count in told["files"].items():
         if file not in told["tensors"]:
             print(f"{file} ({size(count)})")
