@@ -119,6 +119,7 @@ class Checkpointer:
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._parent: dict[str, Any] | None = None
+        self._left: list[int] = []  # steps that the run has left behind it by going on from an earlier one
 
     def save(
         self,
@@ -175,11 +176,12 @@ class Checkpointer:
                 architecture=snapshot.architecture,
                 metrics=metrics,
                 parent=self._parent,
+                left=self._left,
                 retention=self.retention,
                 progress=progress.add,
                 note=self.notes.append,
             )
-            self._parent = {"step": step, "identity": manifest.identity}
+            self._parent, self._left = {"step": step, "identity": manifest.identity}, []
             progress.add(0)
             progress.done = True
 
@@ -251,6 +253,7 @@ class Checkpointer:
         values = put_back(checkpoint, state, rng=rng)
         step = checkpoint.manifest.step if checkpoint.manifest else None
         self._parent = {"step": step, "identity": checkpoint.identity}
+        self._left = [other for other in self.steps if step is not None and other > step]
         return Restored(step, values=values, path=checkpoint.path)
 
     def open(self, step: int | str) -> Checkpoint:

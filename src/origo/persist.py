@@ -20,10 +20,11 @@ from torch import nn
 
 from origo.errors import CheckpointError, ConfigError
 from origo.models.registry import build_model, describe_model
-from origo.naming.mismatch import MismatchError
+from origo.naming.causes import diagnose
+from origo.naming.mismatch import MismatchError, compare
 from origo.naming.recovery import recover_names
 from origo.naming.wrappers import AVERAGE_COUNTER, require_module, unwrap
-from origo.state.model import DtypePolicy, LoadReport, load_state_dict, state_dict, whole_state, with_memory
+from origo.state.model import DtypePolicy, LoadReport, describe, load_state_dict, state_dict, whole_state, with_memory
 from origo.store.layout import CONFIG, MODEL
 from origo.store.reader import Checkpoint
 from origo.store.remote import as_path
@@ -179,6 +180,10 @@ def _load_into(
     renamed = recover_names(state, known)
     state = _renamed(state, renamed)
     try:
+        if any(tensor.is_meta for tensor in model.parameters()):  # what does not fit is told before memory is asked for
+            stored, wanted = describe(state), describe(state_dict(model))
+            if (differences := compare(stored, wanted)).shapes:
+                raise MismatchError(differences, diagnose(differences, stored, wanted))
         with with_memory(model, device) as empty:
             report = load_state_dict(model, state, strict=strict, dtype=dtype)
             if empty and report.missing:

@@ -71,7 +71,7 @@ class GPTConfig:
         if not 0 <= self.drop_rate < 1:
             raise ConfigError(f"drop_rate must be at least 0 and below 1, not {self.drop_rate}.")
         if self.emb_dim % self.n_heads:
-            fitting = [heads for heads in range(1, self.emb_dim + 1) if self.emb_dim % heads == 0]
+            fitting = [heads for heads in range(1, min(self.emb_dim, 100_000) + 1) if self.emb_dim % heads == 0]
             closest = min(fitting, key=lambda heads: abs(heads - self.n_heads))
             raise ConfigError(
                 f"emb_dim={self.emb_dim} cannot be split over n_heads={self.n_heads} heads of equal width: "

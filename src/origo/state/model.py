@@ -196,7 +196,12 @@ def with_memory(model: nn.Module, device: str | torch.device = "cpu") -> Iterato
                     )
                 replaced.append((table, name, tensor))
                 if id(tensor) not in new:
-                    empty = torch.empty_like(tensor, device=device)
+                    try:
+                        empty = torch.empty_like(tensor, device=device)
+                    except RuntimeError as error:
+                        raise CheckpointError(
+                            f"There is no memory for {path}.{name}, which has {tensor.numel():,} numbers: {str(error)[:120]}"
+                        ) from error
                     isolated = isinstance(tensor, nn.Parameter)
                     new[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isolated else empty
     for table, name, tensor in replaced:

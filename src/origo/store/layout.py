@@ -35,9 +35,9 @@ TRAINER = "trainer.json"
 # A single .safetensors file says the same in its header, in one string under this key.
 HEADER_KEY = "origo"
 
-# What is read whole before anything in it can be checked. A million tensors need about 200 MB.
+# What is read whole before anything in it can be checked. Half a million tensors need about 100 MB.
 MOST_JSON_BYTES = 256 << 20
-MOST_JSON_VALUES = 8_000_000
+MOST_JSON_VALUES = 5_000_000
 
 NO_HASH = "0" * 64
 _SELF_HASH = re.compile(r'"blake3": ?"([0-9a-f]{64})"\s*\}\s*\Z')

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from origo.errors import ConfigError, StorageError
+from origo.errors import CheckpointError, ConfigError, OrigoError, StorageError
 
 REPLACED_PREFIX = ".origo-replaced-"
 """What a folder is called while a new one takes its place, where two names cannot be exchanged."""
@@ -162,9 +162,14 @@ def remove_folder(path: Path) -> bool:
 
 def read_range(path: Path, start: int, end: int) -> bytes:
     """Some bytes of a file."""
+    if start == end:
+        return b""  # some storages take an empty range for the whole
     where: Any = path
     with told(path, "read"):
-        data: bytes = where.fs.cat_file(where.path, start=start, end=end)
+        try:
+            data: bytes = where.fs.cat_file(where.path, start=start, end=end)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"'{path}' is not there any more.") from error
     return data
 
 
@@ -232,9 +237,7 @@ def told(path: Path, action: str = "write") -> Iterator[None]:
     """Put what a storage's library raises into a sentence."""
     try:
         yield
-    except StorageError:
+    except OrigoError:
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and type(error).__module__.startswith("origo."):
-            raise
         raise StorageError(f"Could not {action} at '{path}': the storage says '{error or type(error).__name__}'.") from error

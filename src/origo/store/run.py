@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,11 @@ def step_folder(directory: Path, step: int) -> Path:
 
 def steps(directory: Path) -> list[int]:
     """The steps that have a folder, in ascending order."""
+    # A writer that puts a step in place and deletes another while we list may hide both.
+    return _listed_steps(directory) or _listed_steps(directory)
+
+
+def _listed_steps(directory: Path) -> list[int]:
     is_remote = remote.is_remote(directory)
     try:
         names = remote.names_in(directory) if is_remote else os.listdir(directory)  # noqa: PTH208
@@ -278,22 +283,22 @@ def write_step(
     architecture: str | None = None,
     metrics: Mapping[str, float] | None = None,
     parent: Mapping[str, Any] | None = None,
+    left: Collection[int] = (),
     retention: Retention,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Keep one step, then delete those that ``retention`` does not keep. A deletion that fails is left for the next time.
 
-    Steps after the one that this one goes on from are of a past that the run has left (they were damaged, say): they are
-    renamed, so that they neither count as the newest nor are lost.
+    Steps after this one, and those in ``left``, are of a past that the run has left (they were damaged, say): they are renamed,
+    so that they neither count as the newest nor are lost.
 
     Raises:
         StorageError: the step could not be written, or does not read back as it was written; the earlier ones are untouched.
     """
     path = step_folder(directory, step)
-    since = step if parent is None or parent["step"] is None else min(parent["step"], step)
     for name, pinned in pins(directory).items():
-        if (pinned > since or pinned == step) and pinned in steps(directory):
+        if (pinned >= step or pinned in left) and pinned in steps(directory):
             raise StorageError(
                 f"Step {pinned} is pinned as {name!r}, and to save step {step} in '{directory}' would put it aside: unpin it "
                 f"(origo prune --unpin {name}), or go on in another folder."
@@ -302,7 +307,7 @@ def write_step(
     manifest = write_folder(
         path, tensors, texts, architecture=architecture, step=step, metrics=metrics, parent=parent, progress=progress
     )
-    for newer in (other for other in steps(directory) if other > since and other != step):
+    for newer in (other for other in steps(directory) if other > step or (other in left and other != step)):
         _set_aside(step_folder(directory, newer))
     prune(directory, retention, written=step, note=note)
     return manifest
