@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 import torch
-from _measure import keep, table
 
 import origo
+from _measure import keep, table
 from origo.store.layout import MODEL
 from origo.store.reader import read_checkpoint
 from origo.store.writer import write_folder

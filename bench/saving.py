@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from _measure import added_peak, alternate, keep, table
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import origo
+from _measure import added_peak, alternate, keep, table
 from origo.store.layout import MODEL
 from origo.store.run import Retention, write_step
 from origo.store.writer import as_bytes, write_folder
@@ -140,7 +140,8 @@ def main() -> None:
     if shm.is_dir() and shutil.disk_usage(shm).free > 2.5 * total:
         with tempfile.TemporaryDirectory(dir=shm) as name:
             seconds = compare(Path(name), False, given.rounds)
-            results["tmpfs, against torch.save"] = table("In memory (tmpfs), no fsync; against torch.save:", seconds, "torch.save")
+            title = "In memory (tmpfs), no fsync; against torch.save:"
+            results["tmpfs, against torch.save"] = table(title, seconds, "torch.save")
 
     with tempfile.TemporaryDirectory(dir=given.folder or Path.cwd(), prefix=".bench-") as name:
         checkpointer = origo.Checkpointer(Path(name), keep_last=100)

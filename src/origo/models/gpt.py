@@ -204,3 +204,6 @@ def _complete_tie(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         state.setdefault(head, state[embedding])
     elif head in state:
         state[embedding] = state[head]
+
+
+_complete_tie.changes_the_dict_alone = True  # type: ignore[attr-defined]  # see origo.state.model

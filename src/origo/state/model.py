@@ -421,13 +421,18 @@ def _has_extra_state(module: nn.Module) -> bool:
 def _has_loading_code(module: nn.Module) -> bool:
     cls = type(module)
     return bool(
-        module._load_state_dict_pre_hooks
+        any(not _cannot_fail(hook) for hook in module._load_state_dict_pre_hooks.values())
         or module._load_state_dict_post_hooks
         or _has_extra_state(module)
         or cls._load_from_state_dict is not nn.Module._load_from_state_dict
         or cls.load_state_dict is not nn.Module.load_state_dict
         or cls.state_dict is not nn.Module.state_dict
     )
+
+
+def _cannot_fail(hook: Any) -> bool:
+    """Whether a hook says of itself that it changes nothing but the dict it is given, so that nothing has to be undone."""
+    return bool(getattr(getattr(hook, "hook", hook), "changes_the_dict_alone", False))
 
 
 def _is_extra(name: str) -> bool:
