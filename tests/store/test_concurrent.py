@@ -216,7 +216,7 @@ def test_a_lease_that_says_nothing_is_settled(tmp_path: Path, content: str) -> N
         with Checkpointer(run) as checkpointer:
             checkpointer.save(1, {"model": nn.Linear(2, 1)})
     except StorageError as error:
-        assert LEASE in str(error)  # noqa: PT017
+        assert LEASE in str(error)
     else:
         assert steps(run) == [1]
 

@@ -101,6 +101,8 @@ class Lease:
                 os.pwrite(descriptor, data, 0)
         except OSError as error:
             if descriptor is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink()
                 os.close(descriptor)
             raise storage_error("write", path, error) from error
         if descriptor is not None:

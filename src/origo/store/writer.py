@@ -54,7 +54,7 @@ Progress = Callable[[int], None]
 _CHUNK = 1 << 20
 _SMALL = 32 << 10
 _WRITE_BACK = 16 << 20
-_MARGIN = 1 << 20  # what a manifest and a file system need besides
+_MARGIN = 64 << 10  # what a manifest and a file system need besides
 
 
 @dataclass(frozen=True)
