@@ -111,11 +111,13 @@ class BackgroundTask:
                 self._error = error
                 _untold.append(self)  # strongly: whoever started it may have gone away
             finally:
+                _running.discard(self)
                 self._done.set()
 
         # Not a daemon: Python waits for it before it exits.
         thread = threading.Thread(target=run, name="origo-save")
         self._done.clear()
+        _running.add(self)
         try:
             thread.start()
         except RuntimeError:  # none can be had any more, as at the exit
@@ -137,6 +139,10 @@ class BackgroundTask:
             _untold.remove(self)
             raise error
 
+    def wait_quietly(self) -> None:
+        """Return when it is done, however it ended."""
+        self._done.wait()
+
     def tell_at_exit(self) -> None:
         """Say what nobody was told of."""
         if self._error is not None:
@@ -144,9 +150,12 @@ class BackgroundTask:
 
 
 _untold: list[BackgroundTask] = []
+_running: set[BackgroundTask] = set()
 
 
 @atexit.register
 def _tell() -> None:
+    for task in list(_running):  # begun by somebody else's work at the exit, which Python does not wait for
+        task.wait_quietly()
     for task in _untold:
         task.tell_at_exit()

@@ -309,6 +309,7 @@ def write_step(
     )
     for newer in (other for other in steps(directory) if other > step or (other in left and other != step)):
         _set_aside(step_folder(directory, newer))
+        note(f"Step {newer} is of a past that the run has left; it was renamed, and can be deleted by hand (aside-…).")
     prune(directory, retention, written=step, note=note)
     return manifest
 

@@ -150,7 +150,10 @@ class Trainer:
         """Train to the end, or to an interruption."""
         self.checkpointer.acquire()
         with self.checkpointer:
-            return self._run()
+            outcome = self._run()
+        for note in self.checkpointer.notes:
+            self.display.warn(note)
+        return outcome
 
     def _run(self) -> Outcome:
         run, steps = self.options.run, self.options.optimization.steps
