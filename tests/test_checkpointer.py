@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -669,3 +670,43 @@ def test_damaged_steps_do_not_count_for_retention(tmp_path: Path) -> None:
         checkpointer.save(4, {"model": model})
     assert checkpointer.steps == [1, 4], "what was passed over is set aside"
     assert len([name for name in os.listdir(tmp_path) if name.startswith("aside-")]) == 2
+
+
+def test_a_folder_that_went_away_is_held_anew(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with origo.Checkpointer(tmp_path / "run", background=False) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        shutil.rmtree(tmp_path / "run")
+        checkpointer.save(2, {"model": model})
+        with pytest.raises(StorageError, match="is being written by"):
+            origo.Checkpointer(tmp_path / "run", background=False).save(3, {"model": model})
+
+
+def test_a_step_that_was_being_replaced_is_put_back(tmp_path: Path) -> None:
+    """Where two names cannot be exchanged, and the process died between the two renames."""
+    model = nn.Linear(2, 1)
+    with origo.Checkpointer(tmp_path, background=False) as checkpointer:
+        checkpointer.save(4, {"model": model})
+        step_folder(tmp_path, 4).rename(tmp_path / ".origo-replaced-step-000000004")
+    with origo.Checkpointer(tmp_path, background=False) as checkpointer:
+        checkpointer.acquire()
+        assert checkpointer.steps == [4]
+
+
+def test_what_is_set_aside_stays_aside_after_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    real = Disk.flush_folder
+    model = nn.Linear(2, 1)
+    with origo.Checkpointer(tmp_path, background=False) as checkpointer:
+        for step in (3, 4):
+            checkpointer.save(step, {"model": model})
+        checkpointer.pin(3, "here")
+        moves: list[str] = []
+        rename = Disk.rename
+        monkeypatch.setattr(Disk, "rename", lambda disk, *pair: (moves.append(pair[1].name), rename(disk, *pair))[1])
+        monkeypatch.setattr(Disk, "flush_folder", lambda disk, path: (flushed.append(path), real(disk, path))[1])
+        checkpointer.unpin("here")
+        assert flushed == [tmp_path]
+        checkpointer.save(3, {"model": model})
+        assert "aside-1-step-000000004" in moves
+        assert flushed[-1] == tmp_path

@@ -17,7 +17,7 @@ from origo.state.processes import agreed, first_process
 from origo.state.sharded import any_sharded
 from origo.store import remote
 from origo.store.background import BackgroundTask, Staging
-from origo.store.filesystem import make_folder, sweep
+from origo.store.filesystem import make_folder, mend_all, sweep
 from origo.store.layout import is_file_name, is_text
 from origo.store.lease import Lease
 from origo.store.reader import Checkpoint, read_checkpoint
@@ -294,6 +294,9 @@ class Checkpointer:
         if self._owner != os.getpid():  # a child made by fork: what its parent holds is not its own
             self._lease, self._owner = None, os.getpid()
             self._task, self._staging = BackgroundTask(self._task.what), Staging()
+        if self._lease is not None and not self._lease.holds:
+            self._lease.release()
+            self._lease = None
         if self._lease is None and first_process() and not remote.is_remote(self.directory):
             try:
                 make_folder(self.directory)
@@ -301,6 +304,7 @@ class Checkpointer:
                 raise storage_error("make the folder", self.directory, error) from error
             self._lease = Lease(self.directory)
             sweep(self.directory)
+            mend_all(self.directory)
 
     def wait(self) -> None:
         """Return when what was saved is on the disk.

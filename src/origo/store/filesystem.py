@@ -376,6 +376,33 @@ def remove_folder(path: Path) -> bool:
         return False
 
 
+def move_folder(path: Path, target: Path) -> None:
+    """Rename a folder within the folder that holds it; durably, or it would be back after a power cut."""
+    disk.rename(path, target)
+    disk.flush_folder(path.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file, durably.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    try:
+        disk.remove_file(path)
+        disk.flush_folder(path.parent)
+    except OSError as error:
+        raise storage_error("delete", path, error) from error
+
+
+def mend_all(folder: Path) -> None:
+    """Put back every folder in it whose replacing was cut short."""
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if entry.name.startswith(remote.REPLACED_PREFIX):
+                mend(folder / entry.name.removeprefix(remote.REPLACED_PREFIX))
+
+
 def _remove_tree(path: Path) -> None:
     """Delete a folder of ours, and all that is in it."""
     for entry in list(os.scandir(path)):

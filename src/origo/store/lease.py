@@ -107,7 +107,16 @@ class Lease:
             raise storage_error("write", path, error) from error
         if descriptor is not None:
             _held_descriptors.add(descriptor)
+        self._path, self._descriptor = path, descriptor
         self._release = weakref.finalize(self, _release, path, descriptor, os.getpid())
+
+    @property
+    def holds(self) -> bool:
+        """Whether its file is still there: somebody may have deleted the folder."""
+        try:
+            return self._descriptor is None or os.fstat(self._descriptor).st_ino == self._path.stat().st_ino
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Give it back."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from origo.errors import CheckpointError, ConfigError, OrigoError, StorageError, storage_error
 from origo.store import remote
-from origo.store.filesystem import remove_folder, replace_file, replaced
+from origo.store.filesystem import move_folder, remove_file, remove_folder, replace_file, replaced
 from origo.store.layout import CONFIG, MANIFEST, MODEL, Manifest
 from origo.store.reader import Checkpoint, read_checkpoint, require_path
 from origo.store.writer import Progress, require_replaceable, write_folder
@@ -181,7 +181,11 @@ def unpin(directory: Path, name: str) -> None:
         raise ConfigError(
             f"Nothing is pinned as {name!r} in '{directory}'; pinned are: {', '.join(pins(directory)) or 'none'}."
         )
-    (directory / (name + _PIN_SUFFIX)).unlink()
+    path = directory / (name + _PIN_SUFFIX)
+    if remote.is_remote(path):
+        path.unlink()
+    else:
+        remove_file(path)
 
 
 def newest_good(directory: Path, *, verify: bool = True, files: Iterable[str] | None = None) -> Found | None:
@@ -269,7 +273,10 @@ def _set_aside(path: Path) -> None:
     number = next(n for n in itertools.count(1) if not path.with_name(f"aside-{n}-{path.name}").exists())
     target = path.with_name(f"aside-{number}-{path.name}")
     try:
-        remote.move_folder(path, target) if remote.is_remote(path) else path.rename(target)
+        if remote.is_remote(path):
+            remote.move_folder(path, target)
+        else:
+            move_folder(path, target)
     except OSError as error:
         raise storage_error("set a checkpoint aside", path, error) from error
 
