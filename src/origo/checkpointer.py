@@ -79,6 +79,7 @@ class Checkpointer:
             in a thread. Otherwise it returns when the checkpoint is on the disk, and needs no memory.
         on_busy: what ``save`` does while the one before is still being written: ``"wait"`` or ``"skip"``.
 
+    >>> import torch
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = torch.optim.AdamW(model.parameters())
     >>> with Checkpointer("run") as checkpointer:

@@ -1,8 +1,9 @@
-"""inspect, verify, diff and prune: what they say is so, and they say it for every kind of file."""
+"""inspect: it says what a file or folder is, for every kind of file, and reads headers only."""
 
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +11,88 @@ import pytest
 import torch
 from torch import nn
 
-import origo
+import origo as library
+from origo.cli.tree import tree
 from origo.store.layout import MANIFEST
+from origo.store.lease import LEASE
+from origo.store.reader import TensorFile
 from tests.conftest import Run
 
-CONFIG = origo.GPTConfig(vocab_size=50, context_length=8, emb_dim=8, n_heads=2, n_layers=3, tie_embeddings=True)
+CONFIG = library.GPTConfig(vocab_size=50, context_length=8, emb_dim=8, n_heads=2, n_layers=3, tie_embeddings=True)
 
 
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """Three steps of a small GPT, the second one pinned."""
-    model = origo.GPT(CONFIG)
+def make_run(folder: Path | str) -> None:
+    """Three steps of a small GPT, the second one pinned; one tensor is another in each."""
+    model = library.GPT(CONFIG)
     optimizer = torch.optim.AdamW(model.parameters())
-    with origo.Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+    with library.Checkpointer(f"{folder}/checkpoints") as checkpointer:
         for step in (10, 20, 30):
             with torch.no_grad():
                 model.trf_blocks[1].norm1.weight.add_(1)
             checkpointer.save(step, {"model": model, "optimizer": optimizer}, {"val_loss": 5 - step / 10})
         checkpointer.pin(20, "keep-me")
-    return tmp_path / "run"
 
 
-def damage(run: Path, step: int) -> None:
-    file = run / "checkpoints" / f"step-{step:09d}" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+def step_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:09d}"
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
 
 
 def told(origo: Run, *arguments: object, code: int = 0) -> Any:
+    """What a command says as JSON: one object, without NaN and infinity, and nothing else."""
     done = origo(*arguments, "--json")
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout)
+    assert done.returncode == code, done.stdout + done.stderr
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(done.stdout, parse_constant=refuse)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    make_run(tmp_path / "run")
+    return tmp_path / "run"
 
 
 def test_a_run_is_listed(origo: Run, run_folder: Path) -> None:
-    (run_folder / "checkpoints" / "step-000000010" / MANIFEST).write_text("{}")
+    (step_of(run_folder, 10) / MANIFEST).write_text("{}")
     text = origo("inspect", run_folder).stdout
     assert "a run with 3 checkpoints" in text
     assert "val_loss 3, pinned as keep-me" in text
     assert "10    ?" in text
-    steps = told(origo, "inspect", run_folder)["steps"]
+    assert "writ" not in text.replace("written", "", 1), "nobody writes"
+    everything = told(origo, "inspect", run_folder)
+    steps = everything["steps"]
+    assert everything["writer"] is None
     assert [step["step"] for step in steps] == [10, 20, 30]
+    assert [step["pinned"] for step in steps] == [[], ["keep-me"], []]
     assert "damaged" in steps[0]
     assert steps[2]["metrics"] == {"val_loss": 2.0}
     assert len(steps[2]["identity"]) == 64
+    assert steps[2]["identity"][:12] in text
+    assert steps[2]["bytes"] == sum(file.stat().st_size for file in step_of(run_folder, 30).iterdir())
+
+
+def test_its_writer_is_named_and_whether_it_lives(origo: Run, run_folder: Path) -> None:
+    lease = run_folder / "checkpoints" / LEASE
+    with library.Checkpointer(run_folder / "checkpoints") as checkpointer:
+        checkpointer.acquire()
+        left = lease.read_text()
+        assert "Being written by process" in origo("inspect", run_folder).stdout
+        assert told(origo, "inspect", run_folder)["writer"]["lives"] is True
+    lease.write_text(left)
+    assert "which is gone" in origo("inspect", run_folder).stdout
+    assert told(origo, "inspect", run_folder)["writer"]["lives"] is False
+    lease.write_text(left.replace(platform.node(), "elsewhere"))
+    assert "or left by it" in origo("inspect", run_folder).stdout
+    assert told(origo, "inspect", run_folder)["writer"]["lives"] is None
+    assert lease.exists(), "looking changes nothing"
 
 
 def test_a_checkpoint_is_described_with_its_layers_folded(origo: Run, run_folder: Path) -> None:
@@ -61,30 +101,72 @@ def test_a_checkpoint_is_described_with_its_layers_folded(origo: Run, run_folder
         assert "a checkpoint" in text
         assert "tie_embeddings=True" in text
         assert "goes on from  step 10" in text
-        assert "3 x  trf_blocks.*.att.qkv.weight" in text
-        assert "tok_emb.weight = out_head.weight" in text
+        assert "trf_blocks.0 … trf_blocks.2  (3x)" in text
+        assert text.count("qkv.weight") == 1
+        assert "= tok_emb.weight" in next(line for line in text.splitlines() if "out_head.weight" in line)
+    assert all(len(line) <= 80 for line in text.splitlines()[1:]), text
     everything = told(origo, "inspect", run_folder, "--step", "latest")
+    parameters = sum(parameter.numel() for parameter in library.GPT(CONFIG).parameters())
     assert everything["step"] == 30
+    assert everything["config"] == CONFIG.to_dict()
     assert everything["tensors"]["model.safetensors"]["tok_emb.weight"] == {
         "dtype": "float32", "shape": [50, 8], "aliases": ["out_head.weight"]
     }  # fmt: skip
-    assert everything["parameters"] == sum(parameter.numel() for parameter in origo_model().parameters())
-
-
-def origo_model() -> nn.Module:
-    return origo.GPT(CONFIG)
+    assert everything["parameters"] == parameters
+    assert everything["totals"]["model.safetensors"] == {"float32": {"parameters": parameters, "bytes": 4 * parameters}}
+    files = {file.name: file.stat().st_size for file in step_of(run_folder, 30).iterdir()}
+    assert everything["files"] == {name: size for name, size in files.items() if name != MANIFEST}
+    assert everything["bytes"] == sum(files.values())
+    assert {"time", "host"} <= everything["provenance"].keys()
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", ""])
 def test_single_models_are_told_apart(origo: Run, tmp_path: Path, ending: str) -> None:
-    import origo as library
-
     library.save(nn.Linear(2, 1), tmp_path / f"x{ending}")
     text = origo("inspect", tmp_path / f"x{ending}").stdout
     says = {".safetensors": "a .safetensors file written by Origo", ".pth": "a .pth state dict", "": "a model folder"}[ending]
     assert says in text
-    assert "weight" in text
     assert "float32 [1, 2]" in text
+    assert ("none: it holds no hashes" in text) == (ending == ".pth")
+
+
+def test_files_of_other_programs(origo: Run, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(3), "h": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "stock.safetensors")
+    everything = told(origo, "inspect", "stock.safetensors")
+    assert everything["kind"] == ".safetensors file"
+    assert everything["identity"] is None
+    assert everything["totals"]["stock.safetensors"] == {
+        "float32": {"parameters": 3, "bytes": 12}, "bfloat16": {"parameters": 2, "bytes": 4}
+    }  # fmt: skip
+    shared = torch.ones(4)
+    torch.save({"a": shared, "b": shared, "c": torch.ones(4), "d._extra_state": {"n": 1}}, tmp_path / "x.pth")
+    everything = told(origo, "inspect", "x.pth")
+    assert everything["tensors"]["x.pth"]["a"]["aliases"] == ["b"]
+    assert everything["parameters"] == 8
+    text = origo("inspect", "x.pth").stdout
+    assert "b               = a" in text
+    assert "a value, no tensor" in text
+
+
+def test_names_cannot_play_tricks_on_a_terminal(origo: Run, tmp_path: Path) -> None:
+    torch.save({"\x1b[31mred\r\n": torch.ones(1), ".".join("a" * 3000): torch.ones(1)}, tmp_path / "x.pth")
+    text = origo("inspect", "x.pth").stdout
+    assert "\x1b" not in text
+    assert "\\x1b[31mred\\r\\n" in text
+
+
+def test_no_tensor_is_read(origo: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.save(nn.Linear(2, 1), run_folder / "x.safetensors")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    for method in ("tensor", "part", "state", "damages", "_require_right"):
+        monkeypatch.setattr(TensorFile, method, refuse)
+    for arguments in ((run_folder,), (run_folder, "--step", "latest"), (run_folder / "x.safetensors",)):
+        assert origo("inspect", *arguments).returncode == 0
 
 
 def test_ten_gigabytes_are_inspected_by_their_header(origo: Run, tmp_path: Path) -> None:
@@ -93,128 +175,74 @@ def test_ten_gigabytes_are_inspected_by_their_header(origo: Run, tmp_path: Path)
     with (tmp_path / "big.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 10_000_000_000)
-    before = Path("/proc/self/io").read_text() if Path("/proc/self/io").exists() else ""
+    counters = Path("/proc/self/io")
+    before = counters.read_text() if counters.exists() else ""
     assert told(origo, "inspect", tmp_path / "big.safetensors")["parameters"] == 2_500_000_000
     if before:
-        after = Path("/proc/self/io").read_text()
-        read = [int(text.split("rchar: ")[1].split()[0]) for text in (before, after)]
+        read = [int(text.split("rchar: ")[1].split()[0]) for text in (before, counters.read_text())]
         assert read[1] - read[0] < 50_000_000
 
 
-def test_verify_reads_every_step(origo: Run, run_folder: Path) -> None:
-    done = origo("verify", run_folder)
-    assert done.returncode == 0
-    assert done.stdout.count("good  ") == 3
-    damage(run_folder, 20)
-    done = origo("verify", run_folder)
-    assert done.returncode == 1
-    assert done.stdout.count("good  ") == 2
-    assert "DAMAGED" in done.stdout
-    assert "step-000000020/model.safetensors' is damaged: the bytes of" in done.stdout
-    result = told(origo, "verify", run_folder, code=1)
-    assert not result["good"]
-    assert [len(step["damages"]) for step in result["checked"]] == [0, 1, 0]
-    assert origo("verify", run_folder, "--step", 30).returncode == 0
-    (run_folder / "checkpoints" / "step-000000030" / MANIFEST).unlink()
-    assert origo("verify", run_folder, "--step", 10).returncode == 0
-    assert origo("verify", run_folder).returncode == 1
+def test_remote_runs_are_told_of_too(origo: Run) -> None:
+    pytest.importorskip("upath")
+    make_run("memory://inspected")
+    assert "a run with 3 checkpoints" in origo("inspect", "memory://inspected").stdout
+    assert told(origo, "inspect", "memory://inspected", "--step", "keep-me")["step"] == 20
+    assert origo("verify", "memory://inspected").stdout.count("good  ") == 3
+    assert told(origo, "prune", "memory://inspected", "--keep-last", 1)["deleted"] == [10]
 
 
-def test_verify_says_what_it_could_check(origo: Run, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("command", [("inspect",), ("verify",), ("prune", "--dry-run"), ("diff", "book.txt")])
+def test_a_storage_that_fails_is_a_sentence(
+    origo: Run, book: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    memory = pytest.importorskip("fsspec.implementations.memory")
+    pytest.importorskip("upath")
 
-    save_file({"w": torch.ones(3)}, tmp_path / "stock.safetensors")
-    torch.save({"w": torch.ones(3)}, tmp_path / "x.pth")
-    assert "structure only: it holds no hashes" in origo("verify", tmp_path / "stock.safetensors").stdout
-    assert "checksums of the zip only" in origo("verify", tmp_path / "x.pth").stdout
-    content = bytearray((tmp_path / "x.pth").read_bytes())
-    content[content.index(b"\x00\x00\x80\x3f")] ^= 1
-    (tmp_path / "x.pth").write_bytes(content)
-    assert origo("verify", tmp_path / "x.pth").returncode == 1
-    assert origo("verify", tmp_path / "absent").returncode == 2
+    class StorageDown(Exception):
+        """Each storage has errors of its own."""
 
+    def fail(*_: object, **__: object) -> None:
+        raise StorageDown("no route to host")
 
-def test_equal_weights_are_told_first(origo: Run, run_folder: Path, tmp_path: Path) -> None:
-    import origo as library
-
-    model = library.load_model(run_folder)
-    library.save(model, tmp_path / "same.safetensors")
-    done = origo("diff", run_folder, "same.safetensors")
-    assert (done.returncode, done.stdout.count("The same weights (identity ")) == (0, 1)
-    torch.save(torch.compile(model).state_dict(), tmp_path / "polluted.pth")
-    done = origo("diff", run_folder, "polluted.pth")
-    assert done.returncode == 0, done.stdout
-    assert "The same weights: every name" in done.stdout
-    assert "Names of B that wrappers had changed were put right" in done.stdout
-
-
-def test_differences_are_summed_up(origo: Run, run_folder: Path, tmp_path: Path) -> None:
-    done = origo("diff", run_folder, run_folder, "--step-a", "10", "--step-b", "30")
-    assert done.returncode == 1
-    assert "1 tensors have other values" in done.stdout
-    assert "trf_blocks.1.norm1.weight  1         2        100.0%" in done.stdout
-    import origo as library
-
-    torch.manual_seed(1)
-    library.save(
-        library.GPT(library.GPTConfig.from_dict({**CONFIG.to_dict(), "n_layers": 2, "emb_dim": 16})), tmp_path / "other"
-    )
-    done = origo("diff", run_folder, "other")
-    assert "config: n_layers is 3 in A, 2 in B" in done.stdout
-    assert "Only in A" in done.stdout
-    assert "tok_emb.weight: float32 [50, 8] in A, float32 [50, 16] in B" in done.stdout
-    result = told(origo, "diff", run_folder, "other", code=1)
-    assert result["kinds"]["tok_emb.weight"] == [["float32", [50, 8]], ["float32", [50, 16]]]
-
-
-def test_prune_says_and_does(origo: Run, run_folder: Path) -> None:
-    done = origo("prune", run_folder, "--keep-last", 1, "--dry-run")
-    assert "10  " in done.stdout
-    assert "would go" in done.stdout
-    assert "pinned as 'keep-me'" in done.stdout
-    assert "would be free" in done.stdout
-    checkpoints = run_folder / "checkpoints"
-    assert len(list(checkpoints.glob("step-*"))) == 3
-    assert origo("prune", run_folder, "--pin", 10, "--as", "first").returncode == 0
-    assert origo("prune", run_folder, "--unpin", "keep-me").returncode == 0
-    result = told(origo, "prune", run_folder, "--keep-last", 1)
-    assert result["deleted"] == [20]
-    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-000000010", "step-000000030"]
-    assert not (checkpoints / "writer.lease").exists()
-
-
-def test_prune_does_not_run_against_a_writer_or_a_damaged_successor(origo: Run, run_folder: Path) -> None:
-    import origo as library
-
-    with library.Checkpointer(run_folder / "checkpoints") as checkpointer:
-        checkpointer.acquire()
-        done = origo("prune", run_folder, "--keep-last", 1)
-        assert done.returncode == 2
-        assert "is being written by another Checkpointer of this program" in done.stderr
-    damage(run_folder, 30)
-    done = origo("prune", run_folder, "--keep-last", 1)
+    for method in ("info", "ls", "exists", "isdir"):
+        monkeypatch.setattr(memory.MemoryFileSystem, method, fail)
+    done = origo(command[0], "memory://down/run", *command[1:])
     assert done.returncode == 2
-    assert "does not read back" in done.stderr
-    assert len(list((run_folder / "checkpoints").glob("step-*"))) == 3
+    assert "the storage says 'no route to host'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def layers(*numbers: int, size: int = 1) -> dict[str, str]:
+    return {f"b.{number}.{name}": f"[{size}]" for number in numbers for name in ("w", "v")}
+
+
+def test_only_equal_layers_that_follow_each_other_are_folded() -> None:
+    rows = tree({**layers(0, 1, 2), **layers(3, size=9), **layers(4, 5), **layers(7)}, {})
+    assert [name for name, _ in rows if name.startswith("b")] == ["b.0 … b.2  (3x)", "b.3", "b.4 … b.5  (2x)", "b.7"]
+
+
+def test_ties_are_shown_and_layers_with_the_same_ties_folded() -> None:
+    first = {"b.0.w": "[1]", "b.1.w": "[1]"}
+    inside = {"b.0.v": "b.0.w", "b.1.v": "b.1.w"}
+    assert tree(first, inside) == [("b.0 … b.1  (2x)", ""), ("  w", "[1]"), ("  v", "= b.0.w")]
+    across = {"b.1.v": "b.0.w"}
+    assert tree(first, across) == [("b.0.w", "[1]"), ("b.1", ""), ("  w", "[1]"), ("  v", "= b.0.w")]
+    assert tree({"a": "[1]", "a.b": "[2]"}, {}) == [("a", "[1]"), ("  b", "[2]")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("inspect", "absent"), "nothing at 'absent': check the path"),
-        (("inspect", "run", "--step", "77"), "no step 77; it has 10, 20, 30; pinned are keep-me"),
-        (("verify", "absent"), "nothing at 'absent'"),
-        (("diff", "run", "absent"), "nothing at 'absent'"),
-        (("prune", "absent"), "is no run"),
-        (("prune", "run", "--keep-last", "0"), "keep_last is 0"),
-        (("prune", "run", "--keep-best", "x:lowest"), "keep_best is"),
-        (("prune", "run", "--pin", "10"), "--pin takes a step and --as its name"),
-        (("prune", "run", "--pin", "11", "--as", "x"), "no step 11 to pin"),
-        (("prune", "run", "--unpin", "x"), "Nothing is pinned as 'x'"),
+        (("absent",), "nothing at 'absent': check the path"),
+        (("run", "--step", "77"), "no step 77; it has 10, 20, 30; pinned are keep-me"),
+        (("book.txt",), "'book.txt' is no weight file"),
+        (("x" * 300,), "cannot be read"),
     ],
 )
-def test_bad_input_is_a_sentence(origo: Run, run_folder: Path, arguments: tuple[str, ...], says: str) -> None:
-    done = origo(*arguments)
+def test_bad_input_is_a_sentence(origo: Run, run_folder: Path, book: Path, arguments: tuple[str, ...], says: str) -> None:
+    done = origo("inspect", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""

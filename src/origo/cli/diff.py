@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import Tensor
 
-from origo.cli.report import print_json, print_table
+from origo.cli.report import as_step, checkpoints_folder, counted, print_heading, print_json, print_table, shown
 from origo.naming.recovery import recover_names
+from origo.store import remote
+from origo.store.layout import MODEL
 from origo.store.reader import Checkpoint
 from origo.store.run import find_checkpoint
+from origo.store.tensorfile import as_bytes
 
 DIFFERENT = 1
+
 _SHOWN = 10
+_PIECE = 1 << 22  # values that are widened at a time
+_VALUE = "value"  # what a module stores of its own making: no tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,8 @@ def run(arguments: list[str]) -> int:
     given = tyro.cli(_Arguments, prog="origo diff", args=arguments)
     pair = []
     for path, step in ((given.a, given.step_a), (given.b, given.step_b)):
-        found = find_checkpoint(path, int(step) if step.isdecimal() else step)
+        checkpoints_folder(remote.as_path(path))  # where a storage cannot be reached, says so
+        found = find_checkpoint(path, as_step(step))
         for skipped, reason in found.skipped:
             print(f"Passed over '{skipped}': {reason}", file=sys.stderr)
         pair.append(found.checkpoint)
@@ -50,102 +59,218 @@ def run(arguments: list[str]) -> int:
     return 0 if told["equal"] else DIFFERENT
 
 
+@dataclass
+class _Gap:
+    """How far values are from others; of one tensor, or of several together."""
+
+    values: int = 0
+    changed: int = 0
+    largest: float = 0.0
+    squares: float = 0.0
+    """Of the differences, summed."""
+    scale: float = 0.0
+    """The squares of A's values, summed."""
+
+    def add(self, other: _Gap) -> None:
+        self.values += other.values
+        self.changed += other.changed
+        self.largest = max(self.largest, other.largest)
+        self.squares += other.squares
+        self.scale += other.scale
+
+    def told(self) -> dict[str, float]:
+        relative = math.sqrt(self.squares / self.scale) if self.scale else math.inf if self.squares else 0.0
+        return {"largest": self.largest, "relative": relative, "changed": self.changed / max(self.values, 1)}
+
+
 def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
-    """What differs. One tensor of each is in memory at a time."""
-    config = _different_fields(a.config or {}, b.config or {})
+    """What differs. One tensor of each is in memory at a time.
+
+    Raises:
+        CheckpointError: one of them is damaged.
+    """
     told: dict[str, Any] = {
         "equal": True,
-        "config": config,
+        "identity": [a.identity, b.identity],
+        "config": _different_fields(a.config, b.config),
+        "renamed": {},
         "only_a": [],
         "only_b": [],
         "kinds": {},
         "values": {},
-        "renamed": {},
+        "other_values": [],
+        "groups": {},
     }
     if a.identity is not None and a.identity == b.identity:
-        return {**told, "same_identity": a.identity}
-    kinds = [{name: _kind(each, name) for name in each.names} for each in (a, b)]
-    names = dict.fromkeys(kinds[1])
-    if not set(kinds[0]) & set(kinds[1]):  # one of them may have been polluted by wrappers
-        for polluted, clean, flipped in ((kinds[0], kinds[1], False), (kinds[1], kinds[0], True)):
-            renamed = recover_names(polluted, clean)
-            if renamed:
-                told["renamed"] = {"of": "b" if flipped else "a", "names": renamed}
-                break
-    renames = told["renamed"].get("names", {}) if told["renamed"] else {}
-    first = {(renames.get(name, name) if told["renamed"] and told["renamed"]["of"] == "a" else name): name for name in kinds[0]}
-    second = {(renames.get(name, name) if told["renamed"] and told["renamed"]["of"] == "b" else name): name for name in names}
+        for each in (a, b):  # the identity is of what was written; whether that is still there, only the bytes say
+            each.verify([MODEL] if each.manifest else None)
+        return told
+    renamed = _renames(a.names, b.names)
+    told["renamed"] = renamed
+    first, second = _originals(a, renamed.get("a", {})), _originals(b, renamed.get("b", {}))
     told["only_a"] = [name for name in first if name not in second]
     told["only_b"] = [name for name in second if name not in first]
-    same = 0
+    total, groups, same = _Gap(), dict[str, _Gap](), 0
+    known: dict[tuple[str, str], _Gap | bool] = {}  # tied names are compared once
     for name in (name for name in first if name in second):
-        was, now = kinds[0][first[name]], kinds[1][second[name]]
+        one, other = first[name], second[name]
+        was, now = _kind(a, one), _kind(b, other)
         if was != now:
             told["kinds"][name] = [was, now]
-        if was[1] == now[1]:
-            difference = _difference(a.tensor(first[name]), b.tensor(second[name]))
-            if difference is None:
-                same += 1
-            else:
-                told["values"][name] = difference
+        if was[1] != now[1] or (_VALUE in (was[0], now[0]) and was != now):
+            continue
+        again = (one, other) in known
+        if not again:
+            known[one, other] = _difference(a.model.tensor(one), b.model.tensor(other))
+        gap = known[one, other]
+        if isinstance(gap, bool):
+            same += gap
+            if not gap:
+                told["other_values"].append(name)
+            continue
+        same += not gap.changed
+        if gap.changed:
+            told["values"][name] = gap.told()
+        if not again:
+            total.add(gap)
+            groups.setdefault(_family(name), _Gap()).add(gap)
     told["equal_tensors"] = same
-    told["equal"] = not (told["only_a"] or told["only_b"] or told["kinds"] or told["values"])
+    told["groups"] = {family: gap.told() for family, gap in groups.items() if gap.changed}
+    told["total"] = total.told()
+    told["equal"] = not any(told[what] for what in ("only_a", "only_b", "kinds", "values", "other_values"))
     return told
 
 
+def _renames(a: Sequence[str], b: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Names of one of the two that wrappers have changed -> the other's; by "a" or "b"."""
+    for which, polluted, clean in (("b", b, a), ("a", a, b)):
+        renamed = recover_names(polluted, clean)
+        if renamed:
+            return {which: renamed}
+    return {}
+
+
+def _originals(checkpoint: Checkpoint, renames: Mapping[str, str]) -> dict[str, str]:
+    """Names, put right -> those that the tensors are stored under."""
+    aliases = checkpoint.model.aliases
+    return {renames.get(name, name): aliases.get(name, name) for name in checkpoint.names}
+
+
 def _kind(checkpoint: Checkpoint, name: str) -> tuple[str, list[int]]:
-    stored = checkpoint.model.aliases.get(name, name)
-    return checkpoint.model.dtypes[stored], list(checkpoint.model.shapes[stored])
+    return checkpoint.model.dtypes[name], list(checkpoint.model.shapes[name])
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> dict[str, float] | None:
-    """None for equal ones, NaN included."""
-    wide = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
-    left, right = one.to(wide), other.to(wide)
-    changed = (left != right) & ~((left != left) & (right != right))
-    count = int(changed.sum())
-    if not count:
-        return None
-    gap = (left - right).abs()
-    scale = float(left.abs().square().sum().sqrt())
-    return {
-        "largest": float(gap.max()),
-        "relative": float(gap.square().sum().sqrt()) / scale if scale else math.inf,
-        "changed": count / changed.numel(),
-    }
+def _difference(one: Any, other: Any) -> _Gap | bool:
+    """How far two tensors of one shape are apart. Whether they are equal where there is nothing to subtract."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return _equal(one, other)
+    try:
+        left, right = (each.detach().to_dense().reshape(-1) for each in (one, other))
+        gap = _Gap(left.numel())
+        for start in range(0, gap.values, _PIECE):
+            _add_piece(gap, left[start : start + _PIECE], right[start : start + _PIECE])
+        return gap
+    except (RuntimeError, NotImplementedError):  # a dtype that torch stores and cannot compute with
+        return one.dtype == other.dtype and torch.equal(as_bytes(one), as_bytes(other))
 
 
-def _different_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    fields = [*one, *(field for field in other if field not in one)]
+def _add_piece(gap: _Gap, left: Tensor, right: Tensor) -> None:
+    whole = not (left.is_floating_point() or left.is_complex() or right.is_floating_point() or right.is_complex())
+    if whole:  # float64 has not all of int64's values
+        differs = left.to(torch.int64) != right.to(torch.int64)
+    wide = torch.complex128 if left.is_complex() or right.is_complex() else torch.float64
+    left, right = left.to(wide), right.to(wide)
+    if not whole:
+        differs = (left != right) & ~(left.isnan() & right.isnan())
+    apart = (left - right).abs()
+    apart = apart.clamp(min=1) if whole else apart.nan_to_num(nan=math.inf, posinf=math.inf)
+    apart = torch.where(differs, apart, 0.0)
+    gap.changed += int(differs.sum())
+    gap.largest = max(gap.largest, float(apart.max()))
+    gap.squares += float(apart.square().sum())
+    gap.scale += float(left.abs().nan_to_num(nan=0.0, posinf=0.0).square().sum())
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and not _changed(_difference(one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+def _changed(gap: _Gap | bool) -> bool:
+    return bool(gap.changed) if isinstance(gap, _Gap) else not gap
+
+
+def _family(name: str) -> str:
+    """A name with ``*`` for the numbers in it, as all layers have it."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _different_fields(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> dict[str, list[Any]]:
+    """Those of the configuration that differ; none where one of the two has no configuration."""
+    if one is None or other is None:
+        return {}
+    fields = dict.fromkeys([*one, *other])
     return {field: [one.get(field), other.get(field)] for field in fields if one.get(field) != other.get(field)}
 
 
 def _print(told: Mapping[str, Any], a: str, b: str) -> None:
     if told["equal"]:
-        same = f" (identity {told['same_identity'][:12]})" if "same_identity" in told else ""
-        print(f"The same weights{same}: every name, shape, dtype and value.")
-    if told["renamed"]:
-        names = told["renamed"]["names"]
-        print(
-            f"Names of {told['renamed']['of'].upper()} that wrappers had changed were put right: {len(names)}, as "
-            f"{next(iter(names))}"
-        )
+        identity = told["identity"][0]
+        same = f" (identity {identity[:12]})" if identity is not None and identity == told["identity"][1] else ""
+        print_heading(f"The same weights{same}: every name, shape, dtype and value.")
+    for which, names in told["renamed"].items():
+        print(f"Names of {which.upper()} that wrappers had changed were put right, {len(names)}:")
+        _print_some([(name, f"-> {right}") for name, right in names.items()])
     for field, (was, now) in told["config"].items():
-        print(f"config: {field} is {was} in A, {now} in B")
+        print(shown(f"config: {field} is {was} in A, {now} in B"))
     if told["equal"]:
         return
     for which, path, names in (("A", a, told["only_a"]), ("B", b, told["only_b"])):
         if names:
-            more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            print(f"Only in {which} ({path}), {len(names)}: {', '.join(names[:_SHOWN])}{more}")
-    for name, (was, now) in list(told["kinds"].items())[:_SHOWN]:
-        print(f"{name}: {was[0]} {was[1]} in A, {now[0]} {now[1]} in B")
-    if len(told["kinds"]) > _SHOWN:
-        print(f"and {len(told['kinds']) - _SHOWN} more of other shapes or dtypes")
+            print_heading(f"Only in {which} ({path}), {len(names)}:")
+            print_table(_families(names))
+    if told["kinds"]:
+        print_heading(f"Of other shapes or dtypes, {len(told['kinds'])}:")
+        kinds = [(name, *(f"{dtype} {shape}" for dtype, shape in pair)) for name, pair in told["kinds"].items()]
+        _print_some(kinds, ("", "A", "B"))
+    if told["other_values"]:
+        print_heading(f"With other values that have no distance, {len(told['other_values'])}:")
+        _print_some([(name,) for name in told["other_values"]])
+    if told["values"]:
+        _print_values(told)
+
+
+def _print_values(told: Mapping[str, Any]) -> None:
     values = sorted(told["values"].items(), key=lambda item: -item[1]["relative"])
-    if values:
-        print(f"{len(values)} tensors have other values, {told['equal_tensors']} are equal. Those that differ most:")
-        rows = [("", "relative", "largest", "values changed")]
-        for name, by in values[:_SHOWN]:
-            rows.append((name, f"{by['relative']:.3g}", f"{by['largest']:.3g}", f"{by['changed']:.1%}"))
-        print_table(rows)
+    verb = "has" if len(values) == 1 else "have"
+    more = " Those that differ most:" if len(values) > _SHOWN else ""
+    print_heading(f"{counted(len(values), 'tensor')} {verb} other values, {told['equal_tensors']} are equal.{more}")
+    titles = ("", "relative L2", "largest", "values changed")
+    rows = [titles, *(_gap_row(name, gap) for name, gap in values[:_SHOWN])]
+    print_table([*rows, _gap_row("all tensors of both", told["total"])])
+    if len(values) > _SHOWN:
+        print_heading("By kind, all layers together:")
+        print_table([titles, *(_gap_row(family, gap) for family, gap in told["groups"].items())])
+
+
+def _gap_row(name: str, gap: Mapping[str, float]) -> tuple[str, str, str, str]:
+    return name, f"{gap['relative']:.3g}", f"{gap['largest']:.3g}", f"{gap['changed']:.2%}"
+
+
+def _families(names: Iterable[str]) -> list[tuple[str, str]]:
+    """One row for the same name in several layers."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(_family(name), []).append(name)
+    return [(family, f"({len(all_of)}x)") if len(all_of) > 1 else (all_of[0], "") for family, all_of in families.items()]
+
+
+def _print_some(rows: list[tuple[str, ...]], titles: tuple[str, ...] | None = None) -> None:
+    print_table([*([titles] if titles else []), *rows[:_SHOWN]])
+    if len(rows) > _SHOWN:
+        print(f"  and {len(rows) - _SHOWN} more; --json has all")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -26,7 +25,7 @@ from origo.training.precision import choose_compute
 class _Arguments:
     """Continue a text with a trained GPT, token by token as they come."""
 
-    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
     """A run, a checkpoint, a model folder, or a .safetensors file that origo.save wrote."""
     prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none, a new document)")] = ""
     """The text to continue."""

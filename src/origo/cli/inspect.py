@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
-import re
+import os
+import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from origo.cli.report import age, bytes_of, print_facts, print_json, print_table
+from origo.cli.report import (
+    age,
+    as_step,
+    bytes_of,
+    checkpoints_folder,
+    counted,
+    print_facts,
+    print_heading,
+    print_json,
+    print_table,
+)
+from origo.cli.tree import tree
 from origo.errors import CheckpointError
+from origo.state.model import tensor_identity
 from origo.store import remote
-from origo.store.layout import MANIFEST, Manifest
-from origo.store.lease import holder
-from origo.store.reader import Checkpoint, TensorFile, read_checkpoint
-from origo.store.run import CHECKPOINTS, find_checkpoint, pins, step_folder, steps
+from origo.store.layout import Manifest
+from origo.store.lease import LEASE, holder, lock
+from origo.store.reader import Checkpoint, TensorFile
+from origo.store.run import find_checkpoint, pins, step_folder, steps
+from origo.store.tensorfile import dtype_called
 from origo.training.display import size
+
+_VALUE = "value"  # what a module stores of its own making: no tensor
 
 
 @dataclass(frozen=True)
@@ -37,135 +53,184 @@ def run(arguments: list[str]) -> int:
     """``origo inspect``."""
     given = tyro.cli(_Arguments, prog="origo inspect", args=arguments)
     path = remote.as_path(given.path)
-    directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    if not given.step and path.exists() and (steps(directory) or directory != path):
+    directory = checkpoints_folder(path)
+    if directory is not None and not given.step:
         told = describe_run(path, directory)
         print_json(told) if given.json else _print_run(told)
         return 0
-    step: int | str = int(given.step) if given.step.isdecimal() else given.step or "latest"
-    checkpoint = find_checkpoint(path, step, verify=False).checkpoint if given.step else read_checkpoint(path)
+    checkpoint = find_checkpoint(path, as_step(given.step or "latest"), verify=False).checkpoint
     told = describe(checkpoint)
     print_json(told) if given.json else _print_checkpoint(told, checkpoint)
     return 0
 
 
 def describe_run(path: Path, directory: Path) -> dict[str, Any]:
-    """A run's steps and who writes to it."""
-    names = {step: name for name, step in pins(directory).items()}
+    """A run's steps, and who writes to it."""
+    names: dict[int, list[str]] = {}
+    for name, step in pins(directory).items():
+        names.setdefault(step, []).append(name)
     listed = []
     for step in steps(directory):
-        row: dict[str, Any] = {"step": step, "pinned": names.get(step)}
+        folder = step_folder(directory, step)
+        row: dict[str, Any] = {"step": step, "pinned": names.get(step, [])}
         try:
-            manifest = Manifest.read(step_folder(directory, step))
-        except CheckpointError as error:
-            row["damaged"] = str(error)
-        else:
+            manifest = Manifest.read(folder)
             row |= {
-                "bytes": sum(entry.bytes for entry in manifest.files.values()),
+                "bytes": bytes_of(folder),
                 "identity": manifest.identity,
                 "metrics": manifest.metrics,
                 "time": manifest.provenance.get("time"),
             }
+        except (CheckpointError, OSError) as error:
+            if not folder.exists():  # its run goes on, and has deleted it
+                continue
+            row["damaged"] = str(error)
         listed.append(row)
-    writer = None if remote.is_remote(directory) else holder(directory)
-    return {"kind": "run", "path": path, "steps": listed, "writer": str(writer) if writer else None}
+    return {"kind": "run", "path": path, "steps": listed, "writer": _writer(directory)}
+
+
+def _writer(directory: Path) -> dict[str, Any] | None:
+    """Who has the lease, and whether that process lives; None for that where it cannot be told from here."""
+    who = None if remote.is_remote(directory) else holder(directory)
+    if who is None:
+        return None
+    lives = None
+    if who.host == platform.node():
+        try:
+            descriptor = lock(directory / LEASE)
+            lives = descriptor is None
+            if descriptor is not None:
+                os.close(descriptor)
+        except FileNotFoundError:  # given back just now
+            return None
+        except OSError:
+            pass
+    return {**asdict(who), "lives": lives, "said": str(who)}
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything that the headers of a checkpoint or file say."""
     manifest, model = checkpoint.manifest, checkpoint.model
-    files = {name: entry.bytes for name, entry in manifest.files.items()} if manifest else {}
-    tensor_files = {name: _tensors(checkpoint.tensors(name)) for name in manifest.tensors} if manifest else {}
     if manifest is not None:
         kind = "checkpoint" if manifest.step is not None else "model folder"
-        total = sum(files.values()) + bytes_of(checkpoint.path, [MANIFEST])
+        files = {name: _tensors(checkpoint.tensors(name)) for name in manifest.tensors}
     else:
-        kind = ".pth state dict" if not hasattr(model, "metadata") else ".safetensors file"
+        kind = ".safetensors file" if hasattr(model, "metadata") else ".pth state dict"
         kind += " written by Origo" if checkpoint.identity else ""
-        tensor_files = {checkpoint.path.name: _tensors(model)}
-        total = bytes_of(checkpoint.path.parent, [checkpoint.path.name])
+        files = {checkpoint.path.name: _tensors(model)}
+    totals = {name: _totals(tensors) for name, tensors in files.items()}
     return {
         "kind": kind,
         "path": checkpoint.path,
-        "bytes": total,
+        "bytes": bytes_of(checkpoint.path),
         "step": manifest.step if manifest else None,
         "metrics": manifest.metrics if manifest else {},
         "identity": checkpoint.identity,
         "architecture": checkpoint.architecture,
         "config": checkpoint.config,
         "provenance": dict(checkpoint.provenance),
-        "files": files,
-        "parameters": sum(math.prod(shape) for shape in model.shapes.values()),
-        "tensors": tensor_files,
+        "files": {name: entry.bytes for name, entry in manifest.files.items()} if manifest else {},
+        "parameters": sum(total["parameters"] for total in totals[model.path.name].values()),
+        "totals": totals,
+        "tensors": files,
     }
 
 
 def _tensors(file: TensorFile) -> dict[str, Any]:
+    """What each tensor is; the further names of a tied one are with the first."""
+    ties = _ties(file)
     further: dict[str, list[str]] = {}
-    for alias, name in file.aliases.items():
+    for alias, name in ties.items():
         further.setdefault(name, []).append(alias)
     return {
         name: {"dtype": file.dtypes[name], "shape": list(shape)} | ({"aliases": further[name]} if name in further else {})
         for name, shape in file.shapes.items()
+        if name not in ties
+    }
+
+
+def _ties(file: TensorFile) -> Mapping[str, str]:
+    """Further names -> first names. A .pth does not say which are tied: they are those that are the same memory."""
+    if hasattr(file, "metadata"):
+        return file.aliases
+    first: dict[Any, str] = {}
+    ties = {}
+    for name, kind in file.dtypes.items():
+        try:
+            same = None if kind == _VALUE else tensor_identity(file.tensor(name, verify=False))
+        except CheckpointError:  # saved from the meta device
+            continue
+        if same is not None and first.setdefault(same, name) != name:
+            ties[name] = first[same]
+    return ties
+
+
+def _totals(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int | None]]:
+    """By dtype, how many parameters and bytes."""
+    counts: dict[str, int] = {}
+    for entry in tensors.values():
+        if entry["dtype"] != _VALUE:
+            counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
+    kinds = {name: dtype_called(name) for name in counts}
+    return {
+        name: {"parameters": count, "bytes": None if (kind := kinds[name]) is None else count * kind.itemsize}
+        for name, count in counts.items()
     }
 
 
 def _print_run(told: Mapping[str, Any]) -> None:
-    print(f"{told['path']}: a run with {len(told['steps'])} checkpoints")
+    print_heading(f"{told['path']}: a run with {counted(len(told['steps']), 'checkpoint')}")
     rows = [("step", "written", "size", "identity", "")]
     for step in told["steps"]:
         notes = [f"{name} {value:.6g}" for name, value in step.get("metrics", {}).items()]
-        notes += [f"pinned as {step['pinned']}"] if step["pinned"] else []
+        notes += [f"pinned as {name}" for name in step["pinned"]]
         if "damaged" in step:
-            rows.append((str(step["step"]), "?", "?", "?", "damaged; origo verify says more"))
+            rows.append((str(step["step"]), "?", "?", "?", ", ".join(["damaged: see origo verify", *notes])))
         else:
             rows.append((str(step["step"]), age(step["time"]), size(step["bytes"]), step["identity"][:12], ", ".join(notes)))
-    print_table(rows)
-    if told["writer"]:
-        print(f"Written by {told['writer']}, or left so when that process died.")
+    if told["steps"]:
+        print_table(rows)
+    writer = told["writer"]
+    if writer:
+        lives = {True: "Being written by {}.", False: "Left by {}, which is gone.", None: "Written by {}, or left by it."}
+        print_heading(lives[writer["lives"]].format(writer["said"]), style="")
 
 
 def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     about = told["provenance"]
     parent = about.get("parent") or {}
-    print(f"{told['path']}: a {told['kind']}")
+    print_heading(f"{told['path']}: a {told['kind']}")
     facts = {
         "step": None if told["step"] is None else str(told["step"]),
         "metrics": ", ".join(f"{name} {value:.6g}" for name, value in told["metrics"].items()),
-        "size": f"{size(told['bytes'])}, {told['parameters'] / 1e6:,.2f}M parameters",
-        "identity": told["identity"] or "none: it was not written by Origo, or is a .pth, so its bytes cannot be checked",
+        "size": f"{size(told['bytes'])}, {counted(told['parameters'], 'parameter')}",
+        "identity": told["identity"] or "none: it holds no hashes (what origo.save writes as .safetensors does)",
         "goes on from": f"step {parent.get('step')}, {str(parent.get('identity'))[:12]}" if parent else None,
         "architecture": told["architecture"],
         "config": ", ".join(f"{name}={value}" for name, value in (told["config"] or {}).items()),
         "written": f"{about['time']} ({age(about['time'])}) on {about.get('host')}" if about.get("time") else None,
         "versions": ", ".join(f"{name} {about[name]}" for name in ("origo", "torch", "python") if name in about),
-        "git": about.get("git"),
+        "git": None if about.get("git") is None else str(about["git"]),
     }
     print_facts(facts)
     for file, tensors in told["tensors"].items():
-        total = sum(math.prod(entry["shape"]) for entry in tensors.values())
-        kinds = sorted({entry["dtype"] for entry in tensors.values()})
         held = f" ({size(told['files'][file])})" if file in told["files"] else ""
-        print(f"{file}{held}: {len(tensors)} tensors, {total:,} numbers, {', '.join(kinds)}")
+        totals = [
+            (f"{total['parameters']:,} {dtype}", "" if total["bytes"] is None else f"({size(total['bytes'])})")
+            for dtype, total in told["totals"][file].items()
+        ]
+        alone = f", {' '.join(totals[0])}" if len(totals) == 1 else ""
+        print_heading(f"{file}{held}: {counted(len(tensors), 'tensor')}{alone}")
+        if not alone:
+            print_table(totals)
         if file == checkpoint.model.path.name:
-            print_table(_folded(tensors))
+            said = {name: _said(entry) for name, entry in tensors.items()}
+            ties = {alias: name for name, entry in tensors.items() for alias in entry.get("aliases", [])}
+            print_table(tree(said, ties))
     for file, count in told["files"].items():
         if file not in told["tensors"]:
-            print(f"{file} ({size(count)})")
+            print_heading(f"{file} ({size(count)})", style="")
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-def _folded(tensors: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """One row for tensors that differ in one number of their names alone, as those of equal layers do."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for name, entry in tensors.items():
-        ties = "".join(f" = {alias}" for alias in entry.get("aliases", []))
-        pattern = _NUMBER.sub("*", name, count=1)
-        groups.setdefault((pattern, f"{entry['dtype']} {entry['shape']}", ties), []).append(name)
-    rows = []
-    for (pattern, what, ties), names in groups.items():
-        many = f"{len(names)} x" if len(names) > 1 else ""
-        rows.append((many, (pattern if many else names[0]) + ties, what))
-    return rows
+def _said(entry: Mapping[str, Any]) -> str:
+    return "a value, no tensor" if entry["dtype"] == _VALUE else f"{entry['dtype']} {entry['shape']}"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from origo.cli.report import print_json, print_table
-from origo.errors import CheckpointError, ConfigError
+from origo.cli.report import bytes_of, checkpoints_folder, print_json, print_table
+from origo.errors import CheckpointError, ConfigError, nearest
 from origo.store import remote
-from origo.store.layout import Manifest
 from origo.store.lease import Lease
-from origo.store.run import CHECKPOINTS, Retention, pin, prune, step_folder, steps, unpin
+from origo.store.run import Retention, metrics_of, pin, prune, step_folder, steps, unpin
 from origo.training.display import size
+
+INCOMPLETE = 2
 
 
 @dataclass(frozen=True)
@@ -44,48 +49,69 @@ def run(arguments: list[str]) -> int:
     """``origo prune``."""
     given = tyro.cli(_Arguments, prog="origo prune", args=arguments)
     path = remote.as_path(given.run)
-    directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    if not steps(directory):
-        raise CheckpointError(f"'{path}' is no run: there are no checkpoints in it.")
-    if given.pin >= 0 or given.as_:
-        if given.pin < 0 or not given.as_:
-            raise ConfigError("--pin takes a step and --as its name: give both, as in --pin 1000 --as before-lr-drop.")
-        pin(directory, given.pin, given.as_)
-        told: dict[str, Any] = {"pinned": {given.as_: given.pin}}
-        print_json(told) if given.json else print(f"Step {given.pin} stays, as {given.as_!r}.")
-        return 0
-    if given.unpin:
-        unpin(directory, given.unpin)
-        print_json({"unpinned": given.unpin}) if given.json else print(f"{given.unpin!r} is no pin any more.")
+    directory = checkpoints_folder(path)
+    if directory is None or not steps(directory):
+        raise CheckpointError(f"'{path}' is no run with checkpoints: there is nothing to delete or to pin.")
+    if given.pin >= 0 or given.as_ or given.unpin:
+        _change_pins(given, directory)
         return 0
     retention = Retention(given.keep_last, given.keep_every or None, given.keep_best or None)
-    reasons = retention.reasons(directory)
-    sizes = {step: _bytes(directory, step) for step in reasons}
-    lease = None if given.dry_run or remote.is_remote(directory) else Lease(directory)
+    _require_metric(directory, given.keep_best)
+    gone: list[int] = []
     notes: list[str] = []
-    try:
-        gone = [] if given.dry_run else prune(directory, retention, note=notes.append)
-    finally:
-        if lease is not None:
-            lease.release()
+    with _right_to_write(directory, not given.dry_run):
+        reasons = retention.reasons(directory)
+        sizes = {step: bytes_of(step_folder(directory, step)) for step in reasons}
+        if not given.dry_run:
+            gone = prune(directory, retention, note=notes.append)
     doomed = [step for step, reason in reasons.items() if reason is None]
     freed = sum(sizes[step] for step in (doomed if given.dry_run else gone))
     if given.json:
-        print_json(
-            {"kept": {s: r for s, r in reasons.items() if r}, "doomed": doomed, "deleted": gone, "bytes": freed, "notes": notes}
-        )
-        return 0
-    rows = []
-    for step, reason in reasons.items():
-        fate = "stays" if reason else "would go" if given.dry_run else "deleted" if step in gone else "could not be deleted"
-        rows.append((str(step), size(sizes[step]), fate, reason or ""))
-    print_table(rows)
-    print(f"{size(freed)} {'would be' if given.dry_run else 'are'} free.")
-    return 0
+        kept = {step: reason for step, reason in reasons.items() if reason is not None}
+        print_json({"kept": kept, "doomed": doomed, "deleted": gone, "sizes": sizes, "bytes": freed, "notes": notes})
+    else:
+        rows = [("step", "size", "", "")]
+        for step, reason in reasons.items():
+            fate = "stays" if reason else "would go" if given.dry_run else "deleted" if step in gone else "is still there"
+            rows.append((str(step), size(sizes[step]), fate, reason or ""))
+        print_table(rows)
+        print(f"{size(freed)} would be freed; nothing was deleted." if given.dry_run else f"{size(freed)} freed.")
+    for note in notes:
+        print(f"origo: {note}", file=sys.stderr)
+    return INCOMPLETE if notes else 0
 
 
-def _bytes(directory: Any, step: int) -> int:
+def _change_pins(given: _Arguments, directory: Path) -> None:
+    if (given.pin >= 0) != bool(given.as_):
+        raise ConfigError("--pin takes a step and --as its name: give both, as in --pin 1000 --as before-lr-drop.")
+    if given.unpin and given.as_:
+        raise ConfigError("--pin and --unpin are two things: give one of them, then the other.")
+    told: dict[str, Any]
+    if given.unpin:
+        unpin(directory, given.unpin)
+        told, said = {"unpinned": given.unpin}, f"{given.unpin!r} is no pin any more."
+    else:
+        pin(directory, given.pin, given.as_)
+        told, said = {"pinned": {given.as_: given.pin}}, f"Step {given.pin} stays, as {given.as_!r}."
+    print_json(told) if given.json else print(said)
+
+
+def _require_metric(directory: Path, best: str) -> None:
+    """Refuse a metric that no step has: what was meant to stay would be deleted."""
+    metric = best.rpartition(":")[0] or best
+    measured = [metrics_of(step_folder(directory, step)) for step in steps(directory)] if metric else []
+    known = sorted({name for metrics in measured for name in metrics or {}})
+    if metric and metric not in known:
+        has = f"they have {', '.join(known)}" if known else "they have none; leave --keep-best out"
+        raise ConfigError(f"No step in '{directory}' has a metric {metric!r}{nearest(metric, known)}: {has}.")
+
+
+@contextmanager
+def _right_to_write(directory: Path, needed: bool) -> Iterator[None]:
+    """The run's lease, so that nothing is deleted under a trainer that lives. On remote storage there are no leases."""
+    lease = Lease(directory) if needed and not remote.is_remote(directory) else None
     try:
-        return sum(entry.bytes for entry in Manifest.read(step_folder(directory, step)).files.values())
-    except CheckpointError:
-        return 0
+        yield
+    finally:
+        if lease is not None:
+            lease.release()

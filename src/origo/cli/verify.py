@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from origo.cli.report import print_json
+from origo.cli.report import as_step, bytes_of, checkpoints_folder, print_heading, print_json, shown
 from origo.errors import CheckpointError
 from origo.store import remote
-from origo.store.reader import Damage, read_checkpoint
-from origo.store.run import CHECKPOINTS, find_checkpoint, step_folder, steps
+from origo.store.layout import MANIFEST
+from origo.store.reader import read_checkpoint
+from origo.store.run import find_checkpoint, step_folder, steps
+from origo.training.display import size
 
 DAMAGED = 1
+
+_EVERY_BYTE, _ZIP, _STRUCTURE = "every byte", "checksums of the zip", "structure"
 
 
 @dataclass(frozen=True)
@@ -34,49 +41,86 @@ class _Arguments:
 def run(arguments: list[str]) -> int:
     """``origo verify``."""
     given = tyro.cli(_Arguments, prog="origo verify", args=arguments)
+    wanted = _wanted(remote.as_path(given.path), given.step)
     results = []
-    for path in _wanted(remote.as_path(given.path), given.step):
-        if sys.stderr.isatty():
-            print(f"reading {path} …", end="\r", file=sys.stderr, flush=True)
-        damages, checked = _check(path)
-        results.append({"path": path, "damages": damages, "checked": checked})
+    for number, (step, path) in enumerate(wanted, 1):
+        with _progress(path, f"{number} of {len(wanted)}"):
+            result = _check(path, step)
+        if result is None:
+            print(f"'{shown(path)}' was deleted meanwhile.", file=sys.stderr)
+            continue
+        results.append(result)
         if not given.json:
-            _say(path, damages, checked)
+            _say(result)
+    good = not any(result["damages"] for result in results)
     if given.json:
-        print_json({"good": not any(result["damages"] for result in results), "checked": results})
-    return DAMAGED if any(result["damages"] for result in results) else 0
+        print_json({"good": good, "checked": results})
+    return 0 if good else DAMAGED
 
 
-def _wanted(path: Path, step: str) -> list[Path]:
-    directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    available = steps(directory)
+def _wanted(path: Path, step: str) -> list[tuple[int | None, Path]]:
+    """What to check, with the number of a run's step."""
+    directory = checkpoints_folder(path)
+    if step == "latest" and directory is not None:  # the newest one itself, also where it is damaged
+        return [(number, step_folder(directory, number)) for number in steps(directory)[-1:]] or _nothing(path)
     if step:
-        number = int(step) if step.isdecimal() else step
-        return [find_checkpoint(path, number, verify=False).checkpoint.path]
-    return [step_folder(directory, number) for number in available] or [path]
+        found = find_checkpoint(path, as_step(step), verify=False).checkpoint
+        return [(found.manifest.step if found.manifest else None, found.path)]
+    if directory is not None:
+        return [(number, step_folder(directory, number)) for number in steps(directory)] or _nothing(path)
+    if path.is_dir() and not (path / MANIFEST).exists():
+        raise CheckpointError(f"The folder '{path}' holds no {MANIFEST} and no steps: name a run, a checkpoint or a file.")
+    return [(None, path)]
 
 
-def _check(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """What is damaged, and what could be checked."""
+def _nothing(path: Path) -> list[tuple[int | None, Path]]:
+    raise CheckpointError(f"The run '{path}' has no checkpoints yet: there is nothing to check.")
+
+
+def _check(path: Path, step: int | None) -> dict[str, Any] | None:
+    """What is damaged, and what could be checked; None for a step that its run has deleted meanwhile."""
+    checked = _STRUCTURE
     try:
         checkpoint = read_checkpoint(path)
+        found = [(damage.file, damage.tensor, damage.reason) for damage in checkpoint.damages()]
+        if checkpoint.manifest is not None or checkpoint.identity is not None:
+            checked = _EVERY_BYTE
+        elif not hasattr(checkpoint.model, "metadata") and zipfile.is_zipfile(path):
+            checked = _ZIP
     except CheckpointError as error:
-        if not path.exists():
+        if not path.exists() and step is None:
             raise
-        return [{"file": path.name, "tensor": None, "reason": str(error)}], "structure"
-    found: Iterator[Damage] = checkpoint.damages()
-    damages = [{"file": damage.file, "tensor": damage.tensor, "reason": damage.reason} for damage in found]
-    if checkpoint.manifest is not None or checkpoint.model.hashes:
-        return damages, "every byte"
-    return damages, "structure" if hasattr(checkpoint.model, "metadata") else "checksums of the zip"
+        found = [("" if path.is_dir() else path.name, None, str(error))]
+    if step is not None and not path.exists():
+        return None
+    damages = [{"step": step, "file": file or None, "tensor": tensor, "reason": reason} for file, tensor, reason in found]
+    return {"step": step, "path": path, "damages": damages, "checked": checked}
 
 
-def _say(path: Path, damages: list[dict[str, Any]], checked: str) -> None:
-    if damages:
-        print(f"DAMAGED  {path}")
-        for damage in damages:
-            print(f"  {damage['reason']}")
-    elif checked == "every byte":
-        print(f"good     {path}")
-    else:
-        print(f"good     {path} ({checked} only: it holds no hashes; what origo.save writes as .safetensors does)")
+@contextmanager
+def _progress(path: Path, which: str) -> Iterator[None]:
+    """A line on a terminal's standard error while something is read; it goes away again."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    line = f"reading {which}: {shown(path)} ({size(bytes_of(path)) if path.exists() else '?'}) …"
+    line = line[: shutil.get_terminal_size().columns - 1]  # one that went on below could not be wiped away
+    print(line, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+
+
+def _say(result: dict[str, Any]) -> None:
+    if result["damages"]:
+        print_heading(f"DAMAGED  {result['path']}", style="bold red")
+        for damage in result["damages"]:
+            print(f"  {shown(damage['reason'])}")
+        return
+    only = {
+        _EVERY_BYTE: "",
+        _ZIP: " (the checksums of its zip: it holds no hashes of tensors)",
+        _STRUCTURE: " (its structure only: it holds no hashes, so its values cannot be checked)",
+    }
+    print(f"good     {shown(result['path'])}{only[result['checked']]}")
