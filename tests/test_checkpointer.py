@@ -576,10 +576,11 @@ def test_an_interrupted_wait_still_waits_the_next_time(tmp_path: Path, monkeypat
     held = Held(monkeypatch)
     checkpointer.save(1, {"model": model})
     assert held.started.wait(30)
-    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs behind its back ignores it
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         checkpointer.wait()
+    signal.signal(signal.SIGINT, before)
     assert checkpointer._task.busy
     threading.Timer(0.3, held.go.set).start()
     with torch.no_grad():
