@@ -119,20 +119,6 @@ def start(*arguments: object, cwd: Path, kill_at: Path) -> subprocess.Popen[byte
     return process
 
 
-def test_an_interrupt_keeps_the_step_and_the_same_command_continues(origo: Run, book: Path, tmp_path: Path) -> None:
-    command = ("train", "--data", book, *EAGER, "--steps", 400, "--save-every", 20, "--eval-every", 400)
-    process = start(*command, cwd=tmp_path, kill_at=tmp_path / "runs/book/checkpoints/step-000000020")
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate()
-    assert process.returncode == 130, out
-    last = steps(tmp_path / "runs/book/checkpoints")[-1]
-    assert f"Stopped after step {last}; all of it is kept" in out.decode()
-    assert json.loads((tmp_path / "runs/book/run.json").read_text())["status"] == "interrupted"
-    done = origo(*command)
-    assert done.returncode == 0, done.stderr
-    assert f"Continuing after step {last} of 400" in done.stdout
-
-
 def test_a_finished_run_can_be_trained_longer(origo: Run, book: Path, tmp_path: Path) -> None:
     assert origo("train", "--data", book, *EAGER, "--steps", 10).returncode == 0
     longer = origo("train", "--name", "book", "--steps", 20)

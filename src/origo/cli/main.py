@@ -1,7 +1,8 @@
 """``origo``: picks the command, and turns errors into one sentence and an exit code.
 
 Exit codes: 0 done; 1 the answer is no (``verify``: damaged; ``diff``: different); 2 something of the user's is in the way (said
-in a sentence on standard error); 130 stopped by Ctrl-C, with everything kept.
+in a sentence on standard error). Of ``train``, stopped with everything kept: 130 by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75
+by its ``--time-limit``.
 """
 
 from __future__ import annotations

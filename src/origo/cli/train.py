@@ -13,7 +13,6 @@ from shlex import quote
 
 import tyro
 
-from origo.cli.main import INTERRUPTED
 from origo.store.layout import MODEL
 from origo.training.display import Display, size
 from origo.training.loop import Outcome, train
@@ -45,9 +44,10 @@ def run(arguments: list[str]) -> int:
     outcome = train(_parse(arguments), display)
     if outcome.status != FINISHED:
         display.note(
-            f"Stopped after step {outcome.step}; all of it is kept in '{outcome.checkpoint}'. The same command continues."
+            f"Stopped after step {outcome.step} ({outcome.reason}); all of it is kept in '{outcome.checkpoint}'. "
+            "The same command continues."
         )
-        return INTERRUPTED
+        return outcome.exit_code
     _summarise(outcome, display)
     return 0
 

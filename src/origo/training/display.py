@@ -64,6 +64,10 @@ class Display:
         """A line that stays and should be read."""
         self.note(text, style="yellow")
 
+    def fail(self, text: str) -> None:
+        """A line that stays: something was lost, or is about to be."""
+        self.note(text, style="bold red")
+
     def quote(self, title: str, text: str) -> None:
         """A sample of generated text, indented below its title."""
         self.note(title, style="bold")

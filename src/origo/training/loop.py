@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from origo.checkpointer import Checkpointer
 from origo.data.batches import TrainingBatches
 from origo.data.tokenizer import Tokenizer
 from origo.data.tokens import TokenData
-from origo.errors import CheckpointError, RunError
+from origo.errors import CheckpointError, RunError, StorageError
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.snapshot import stored_values
@@ -33,7 +34,7 @@ from origo.training.display import Display, Standing
 from origo.training.evaluation import held_out_loss
 from origo.training.metering import Meter
 from origo.training.optimizer import build_optimizer, learning_rate
-from origo.training.options import TrainOptions
+from origo.training.options import TrainOptions, duration
 from origo.training.plot import plot_losses
 from origo.training.precision import Compute, choose_compute
 from origo.training.preparation import prepare_data
@@ -59,6 +60,9 @@ class Outcome:
     """None where there was nothing left to train."""
     proof: Proof | None = None
     """None where the run was interrupted."""
+    exit_code: int = 0
+    """Why it was interrupted, for whoever started it; see :class:`StopRequest`."""
+    reason: str = ""
 
 
 def train(options: TrainOptions, display: Display) -> Outcome:
@@ -67,10 +71,27 @@ def train(options: TrainOptions, display: Display) -> Outcome:
     Raises:
         OrigoError: something of the user's or of the surroundings prevents it; said in a sentence.
     """
+    began = time.monotonic()
     folder = RunFolder(options.run_path)
+    checkpointer = Checkpointer(
+        folder.checkpoints,
+        keep_last=options.run.keep_last,
+        keep_every=options.run.keep_every or None,
+        keep_best="val_loss" if options.run.keep_best else None,
+    )
+    with checkpointer:
+        outcome = _train(options, folder, checkpointer, display, began)
+    for note in checkpointer.notes:
+        display.warn(note)
+    return outcome
+
+
+def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer, display: Display, began: float) -> Outcome:
     before = folder.description()
     if before is not None:
         changes = require_same_run(before["options"], options, folder.path)
+        if before["status"] != FINISHED:
+            checkpointer.acquire()  # before looking what is there: another process may be adding to it
         found = newest_good(folder.checkpoints)
         for path, reason in found.skipped if found else ():
             display.warn(f"Passed over '{path}': {reason}")
@@ -83,10 +104,11 @@ def train(options: TrainOptions, display: Display) -> Outcome:
         folder.require_writable()
     compute = choose_compute(options.run.device, options.run.precision)
     tokenizer, tokens = prepare_data(options, found.checkpoint if found else None, display)
-    trainer = Trainer(options, folder, compute, tokenizer, tokens, display)
+    checkpointer.acquire()
+    trainer = Trainer(options, folder, checkpointer, compute, tokenizer, tokens, display)
     if found is not None:
         trainer.restore(found.checkpoint)
-    return trainer.run()
+    return trainer.run(began)
 
 
 class Trainer:
@@ -96,12 +118,14 @@ class Trainer:
         self,
         options: TrainOptions,
         folder: RunFolder,
+        checkpointer: Checkpointer,
         compute: Compute,
         tokenizer: Tokenizer,
         tokens: TokenData,
         display: Display,
     ) -> None:
-        self.options, self.folder, self.compute, self.display = options, folder, compute, display
+        self.options, self.folder, self.checkpointer = options, folder, checkpointer
+        self.compute, self.display = compute, display
         self.tokenizer, self.tokens = tokenizer, tokens
         self.config: GPTConfig = options.model.config(tokenizer.vocab_size)
         steps = options.optimization
@@ -119,13 +143,8 @@ class Trainer:
         self.measured_step = self.kept_step = -1  # the last steps whose held-out loss was measured, and that were kept
         self.checkpoint: Path | None = None  # the newest one
         self.meter = Meter(steps.batch_size * self.config.context_length)
-        run = options.run
-        self.checkpointer = Checkpointer(
-            folder.checkpoints,
-            keep_last=run.keep_last,
-            keep_every=run.keep_every or None,
-            keep_best="val_loss" if run.keep_best else None,
-        )
+        self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, not written yet
+        self.written = True  # whether what is only looked at could be written the last time
 
     @property
     def parameters(self) -> int:
@@ -146,16 +165,8 @@ class Trainer:
         self.first_held_out, self.held_out = progress["first_held_out"], progress["held_out"]
         self.losses = [torch.tensor(loss, device=self.compute.device) for loss in progress["losses"]]
 
-    def run(self) -> Outcome:
-        """Train to the end, or to an interruption."""
-        self.checkpointer.acquire()
-        with self.checkpointer:
-            outcome = self._run()
-        for note in self.checkpointer.notes:
-            self.display.warn(note)
-        return outcome
-
-    def _run(self) -> Outcome:
+    def run(self, began: float) -> Outcome:
+        """Train to the end, or to an interruption; ``began`` is when the time limit began, of :func:`time.monotonic`."""
         run, steps = self.options.run, self.options.optimization.steps
         self.display.note(
             f"Model: {self.options.model.preset}, {self.parameters / 1e6:.1f}M parameters, context "
@@ -175,7 +186,8 @@ class Trainer:
             self._log(first_loss, started_at)
         elif self.step < steps:
             self.display.note(f"Continuing after step {self.step} of {steps}.")
-        with self.display.training(), StopRequest() as stop:
+        limit = duration(run.time_limit) if run.time_limit else None
+        with self.display.training(), StopRequest(limit, began) as stop:
             while self.step < steps and not stop.requested:
                 measured = (self.step + 1) % run.eval_every == 0 or self.step + 1 == steps
                 logged = (self.step + 1) % run.log_every == 0 or measured
@@ -190,11 +202,12 @@ class Trainer:
                     self._log(self._mean_loss(), started_at, measured=measured)
                 if self.step % run.save_every == 0 or self.step == steps:
                     self._keep(started_at)
+                if self.checkpointer.progress is not None:
+                    stop.reserve = self.checkpointer.progress.seconds
+        self._keep_for_sure(started_at)
         if self.step < steps:
-            self._keep(started_at)
-            self.checkpointer.wait()
             self._describe(INTERRUPTED)
-            return self._outcome(INTERRUPTED, compilation, None)
+            return self._outcome(INTERRUPTED, compilation, None, stop)
         proof = self._prove()
         self._describe(FINISHED)
         return self._outcome(FINISHED, compilation, proof)
@@ -255,7 +268,7 @@ class Trainer:
         )
         self.measured_step = self.step
         text = write_sample(self.model, self.tokenizer, self.tokens.held_out)
-        self.folder.add_sample(self.step, text)
+        self._write(lambda: self.folder.add_sample(self.step, text))
         steps = options.steps
         if self.step and self.step < steps and self.step % max(1, steps // 3 // run.eval_every * run.eval_every) == 0:
             self.display.quote(
@@ -274,14 +287,65 @@ class Trainer:
         }
         if measured:
             row["val_loss"] = round(self.held_out, 6)
-        self.folder.add_metrics(row)
+        self.rows.append(row)
+        self._write(self._write_rows)
         if measured:
-            plot_losses(self.folder.read_metrics(), self.folder.loss_plot, self.folder.path.name)
+            self._write(lambda: plot_losses(self.folder.read_metrics(), self.folder.loss_plot, self.folder.path.name))
         left = (self.options.optimization.steps - self.step) * self.meter.tokens_per_step / rate if rate else math.nan
         standing = Standing(self.step, self.options.optimization.steps, loss, self.held_out, rate, left)
         self.display.standing(standing, keep=measured)
 
+    def _write_rows(self) -> None:
+        self.folder.add_metrics(self.rows)
+        self.rows.clear()
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write what is only to be looked at: a full disk does not stop training for it."""
+        try:
+            write()
+            self.written = True
+        except StorageError as error:
+            if self.written:
+                self.display.fail(f"{error} Training goes on, and this is tried again each time.")
+            self.written = False
+
     def _keep(self, started_at: float) -> None:
+        """Keep this step, if there is anything new. What cannot be kept is told, and training goes on."""
+        try:
+            self.checkpointer.wait()  # what the last one says, rather than in the place of this one
+        except (StorageError, CheckpointError) as error:
+            self._not_kept(error)
+        try:
+            self._save(started_at)
+        except (StorageError, CheckpointError) as error:
+            self._not_kept(error)
+
+    def _not_kept(self, error: Exception) -> None:
+        self.kept_step = -1
+        try:
+            found = self.checkpointer.steps
+        except StorageError:  # the folder itself cannot be reached
+            found = []
+        self.checkpoint = step_folder(self.folder.checkpoints, found[-1]) if found else None
+        left = f"step {found[-1]} is the newest that is kept" if found else "no step is kept yet"
+        self.display.fail(f"A checkpoint was not kept: {error} Training goes on, and tries again when the next is due; {left}.")
+
+    def _keep_for_sure(self, started_at: float) -> None:
+        """Keep the last step, and wait until it is on the disk.
+
+        Raises:
+            StorageError, CheckpointError: it cannot be kept.
+        """
+        self._keep(started_at)
+        try:
+            self.checkpointer.wait()
+        except (StorageError, CheckpointError) as error:
+            self._not_kept(error)
+        if self.kept_step != self.step:  # once more, with the reason if it fails again
+            self._save(started_at)
+            self.checkpointer.wait()
+
+    def _save(self, started_at: float) -> None:
         """Write a checkpoint of the model and of everything that decides what comes next, if there is anything new."""
         if self.kept_step == self.step:
             return
@@ -336,9 +400,14 @@ class Trainer:
             "model": self.config.to_dict(),
             "token_cache": str(self.tokens.path),
         }
-        self.folder.describe(self.options, status, **facts)
+        if status == RUNNING:  # without it the run could not be continued
+            self.folder.describe(self.options, status, **facts)
+        else:
+            self._write(lambda: self.folder.describe(self.options, status, **facts))
 
-    def _outcome(self, status: str, compilation: Compilation | None, proof: Proof | None) -> Outcome:
+    def _outcome(
+        self, status: str, compilation: Compilation | None, proof: Proof | None, stop: StopRequest | None = None
+    ) -> Outcome:
         assert self.checkpoint is not None
         return Outcome(
             status,
@@ -351,6 +420,8 @@ class Trainer:
             self.meter.mean_tokens_per_second(),
             compilation,
             proof,
+            stop.exit_code if stop else 0,
+            stop.reason if stop else "",
         )
 
 

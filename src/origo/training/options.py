@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,12 +144,16 @@ class RunOptions:
     """Compile the model in place (torch.compile); where that cannot work, the run says why and goes on without."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the computation; weights and optimizer state are fp32. auto: bf16 where the machine computes in it."""
+    time_limit: Annotated[str | None, arg(metavar="TIME", help_behavior_hint="(default: none)")] = None
+    """Stop, with everything kept, before this much time has passed, as 3h55m: for batch schedulers. Exit code 75."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
 
     def check(self) -> None:
         """Raise a ConfigError for a value that cannot work."""
         _require_positive(self, "eval_every", "eval_batches", "save_every", "keep_last", "log_every")
+        if self.time_limit is not None:
+            duration(self.time_limit)
         if self.name is not None and (not self.name or Path(self.name).name != self.name or self.name.startswith(".")):
             raise ConfigError(f"--name must be a plain folder name, not {self.name!r}; --runs-dir says where it is put.")
 
@@ -199,6 +204,24 @@ class TrainOptions:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def duration(text: str) -> float:
+    """Seconds of a time as people write it.
+
+    Raises:
+        ConfigError: it is none.
+
+    >>> duration("3h55m"), duration("1d"), duration("90")
+    (14100.0, 86400.0, 90.0)
+    """
+    given = text.replace(" ", "")
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", given + "s" * given.isdecimal(), re.ASCII)
+    seconds = sum(int(count or 0) * unit for count, unit in zip(parts.groups(), units.values(), strict=True)) if parts else 0
+    if not 0 < seconds < 1e9:
+        raise ConfigError(f"--time-limit is a time as 3h55m, 90m or 1d12h, not {text!r}.")
+    return float(seconds)
 
 
 def flag(name: str) -> str:

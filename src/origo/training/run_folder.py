@@ -9,7 +9,9 @@ runs/NAME/run.json        options, model, status
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 _CHANGEABLE = {
     *("data", "text_field"),  # how it is spelled; whether it is the same text is seen by the tokens
     *("steps", "cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "log_every"),
-    *("compile", "precision", "device"),
+    *("compile", "precision", "device", "time_limit", "keep_every", "keep_best"),
 }
 
 
@@ -102,11 +104,18 @@ class RunFolder:
         """Write the tokenizer beside the run's description, as every checkpoint has it too."""
         replace_file(self.path / "tokenizer.json", text)
 
-    def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one row."""
+    def add_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows: all of them, or none."""
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            with self.metrics.open("ab", buffering=0) as file:
+                end = file.tell()
+                lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+                try:
+                    if file.write(lines) != len(lines):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
         except OSError as error:
             raise storage_error("write the metrics", self.metrics, error) from error
 
