@@ -2,7 +2,7 @@
 #   make train   set up, then train a GPT on the text that Python carries (a few minutes on two cores)
 #   make test    set up, then every test
 #   make check   lint, format, types, import rules
-#   make prove   the proofs in full: thousands of random models, a kill at every system call, every flipped bit (half an hour)
+#   make prove   the proofs in full: thousands of random models, a kill at every system call, every flipped bit, runs killed 50 times (an hour)
 #   make bench   every benchmark, against the real peers in the same run
 #   make venv    the set-up alone: .venv/bin/origo and .venv/bin/python
 
@@ -27,7 +27,7 @@ check: venv
 
 prove: venv
 	$(VENV)/bin/python -m pytest tests/naming/test_any_nesting.py tests/state/test_tree.py --hypothesis-profile=prove --durations=0 $(ARGS)
-	ORIGO_PROVE=1 $(VENV)/bin/python -m pytest tests/store --hypothesis-profile=prove --durations=0 -s $(ARGS)
+	ORIGO_PROVE=1 $(VENV)/bin/python -m pytest tests/store tests/training/test_resume.py --hypothesis-profile=prove --durations=0 -s $(ARGS)
 
 bench: venv
 	for claim in bench/[a-z]*.py; do $(VENV)/bin/python $$claim $(ARGS) || exit 1; done

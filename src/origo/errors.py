@@ -47,6 +47,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on the CPU."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
 def storage_error(action: str, path: Path | str, error: OSError) -> StorageError:
     """Put an ``OSError`` into a sentence.
 

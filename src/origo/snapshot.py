@@ -200,6 +200,11 @@ def stored_values(checkpoint: Checkpoint) -> dict[str, Any]:
     return _Stored(checkpoint).values()
 
 
+def stored_objects(checkpoint: Checkpoint) -> list[str]:
+    """The names of all that a checkpoint has: models, optimizers, whatever had a ``state_dict()``, plain values."""
+    return list(_Stored(checkpoint).objects)
+
+
 class _Stored:
     """What a checkpoint's ``trainer.json`` says, decoded where it is asked for."""
 

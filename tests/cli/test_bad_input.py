@@ -31,7 +31,7 @@ TABLE: dict[str, tuple[Prepare, str, str]] = {
     "a negative batch": (lambda _: None, "--batch-size -1", "--batch-size must be more than 0"),
     "heads that do not divide": (lambda _: None, "--n-heads 5", "cannot be split over n_heads=5"),
     "too large a seed": (lambda _: None, f"--seed {2**63}", "--seed must be below 2^63"),
-    "a model larger than any memory": (lambda _: None, "--emb-dim 2000000", "Out of memory: lower --batch-size"),
+    "a model larger than any memory": (lambda _: None, "--emb-dim 2000000", "Out of memory: lower --micro-batch"),
     "all held out": (lambda _: None, "--held-out 1", "--held-out must be between 0 and 1"),
     "a tiny vocabulary": (lambda _: None, "--vocab-size 100", "at least 257 tokens"),
     "a path for a name": (lambda _: None, "--name ../x", "--name must be a plain folder name"),

@@ -13,13 +13,14 @@ import os
 import sys
 from importlib.metadata import version
 
-from origo.errors import ConfigError, OrigoError, nearest
+from origo.errors import ConfigError, OrigoError, is_out_of_memory, nearest
 
 INTERRUPTED = 130
 
 # Each command is a module here with a function `run(arguments) -> exit code`; only the one that is called is imported.
 _COMMANDS = {
     "train": "train a GPT on text, and keep it under its own names",
+    "check-resume": "try out whether a run of these options, killed at random, ends with the same bits",
     "generate": "continue a text with a trained GPT",
     "inspect": "say what a file or folder is: steps, tensors, configuration, where it comes from",
     "verify": "read every byte of a run, a checkpoint or a file, and check it",
@@ -44,16 +45,20 @@ def main(arguments: list[str] | None = None) -> int:
         command = arguments[0]
         if command not in _COMMANDS:
             raise ConfigError(f"There is no command {command!r}{nearest(command, _COMMANDS)}: see origo --help.")
-        code: int = importlib.import_module(f"origo.cli.{command}").run(arguments[1:])
+        code: int = importlib.import_module(f"origo.cli.{command.replace('-', '_')}").run(arguments[1:])
         sys.stdout.flush()
         return code
     except OrigoError as error:
         print(f"origo: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        print("origo: Out of memory: lower --batch-size or --context-length, or take a smaller --preset.", file=sys.stderr)
+        print(
+            "origo: Out of memory: lower --micro-batch or --context-length, give --gradient-checkpointing, or take a smaller "
+            "--preset.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("origo: stopped.", file=sys.stderr)
@@ -61,11 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on the CPU."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def _overview() -> str:

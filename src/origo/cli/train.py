@@ -7,16 +7,18 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
+from typing import Annotated
 
 import tyro
 
+from origo.cli.config import arguments_of
 from origo.store.layout import MODEL
 from origo.training.display import Display, size
 from origo.training.loop import Outcome, train
-from origo.training.options import DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
+from origo.training.options import LENGTHS, DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
 from origo.training.run_folder import FINISHED, RunFolder
 
 
@@ -32,6 +34,8 @@ class _Arguments:
     model: ModelOptions
     optimization: OptimizationOptions
     run: RunOptions
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml", help_behavior_hint="(default: none)")] = None
+    """A TOML file with any of these options; what is given on the command line goes before it."""
 
     @property
     def options(self) -> TrainOptions:
@@ -41,7 +45,7 @@ class _Arguments:
 def run(arguments: list[str]) -> int:
     """``origo train``."""
     display = Display()
-    outcome = train(_parse(arguments), display)
+    outcome = train(parse_options(arguments), display)
     if outcome.status != FINISHED:
         display.note(
             f"Stopped after step {outcome.step} ({outcome.reason}); all of it is kept in '{outcome.checkpoint}'. "
@@ -52,17 +56,26 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> TrainOptions:
+def parse_options(arguments: list[str]) -> TrainOptions:
     """The options given; of a run that exists, completed with its own."""
 
-    def parse(defaults: TrainOptions) -> TrainOptions:
+    def parse(defaults: TrainOptions, given: list[str]) -> _Arguments:
         known = _Arguments(defaults.data, defaults.model, defaults.optimization, defaults.run)
-        config = (tyro.conf.OmitArgPrefixes,)
-        return tyro.cli(_Arguments, prog="origo train", args=arguments, default=known, config=config).options
+        return tyro.cli(_Arguments, prog="origo train", args=given, default=known, config=(tyro.conf.OmitArgPrefixes,))
 
-    options = parse(TrainOptions())
+    first = parse(TrainOptions(), arguments)
+    if first.config is not None:
+        arguments = [*arguments_of(first.config), *arguments]  # the last one of two counts
+        first = parse(TrainOptions(), arguments)
+    options = first.options
     description = RunFolder(options.run_path).description()
-    return options if description is None else parse(TrainOptions.from_dict(description["options"]))
+    if description is None:
+        return options
+    stored = TrainOptions.from_dict(description["options"])
+    if any(getattr(options.optimization, name) is not None for name in LENGTHS):  # one takes the place of another
+        stored = replace(stored, optimization=replace(stored.optimization, steps=None, epochs=None, tokens=None))
+    stored = replace(stored, run=replace(stored.run, data_changed="refuse", time_limit=None))  # each for one time only
+    return parse(stored, arguments).options
 
 
 def _summarise(outcome: Outcome, display: Display) -> None:
@@ -84,6 +97,11 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     if outcome.compilation is not None and outcome.tokens_per_second:
         how = "compiling and the first step took" if outcome.compilation.compiled else "not compiled; the first step took"
         rows.append(("speed", f"{outcome.tokens_per_second:,.0f} tokens/s; {how} {outcome.compilation.seconds:.1f} s"))
+    if outcome.left_out:
+        back = f"; {outcome.roll_backs} roll-backs" if outcome.roll_backs else ""
+        rows.append(
+            ("left out", f"{outcome.left_out} steps whose loss or gradient was no good{back}: see {outcome.folder.metrics}")
+        )
     if outcome.proof is not None:
         difference = abs(outcome.proof.held_out - outcome.proof.expected)
         rows.append(

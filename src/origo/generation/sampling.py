@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from origo.errors import ConfigError
+from origo.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -56,4 +56,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
         # A token stays when those before it have not reached top_p yet; so the first one always does.
         beyond = probability.cumsum(dim=-1) - probability >= sampling.top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    try:
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    except RuntimeError as error:
+        raise CheckpointError("The model's output is not a number: its weights are spoilt; take an earlier step.") from error

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from origo.models.config import GPTConfig
 
@@ -135,6 +136,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute_activations = False
+        """Whether a block keeps its input alone for the way back: less memory, a third more work."""
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
@@ -183,7 +186,10 @@ class GPT(nn.Module):
         positions = torch.arange(start, end, device=tokens.device)
         x = self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions))  # [batch, time, emb]
         for block in self.trf_blocks:
-            x = block(x, cache)
+            if self.recompute_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         logits: Tensor = self.out_head(self.final_norm(x))  # [batch, time, vocab]
         if cache is not None:
             cache.length = end

@@ -24,13 +24,16 @@ class Compilation:
     """Why the model runs without, where it was to be compiled."""
 
 
-def compile_in_place(model: nn.Module, wanted: bool, dry_run: Callable[[], None]) -> Compilation:
+def compile_in_place(
+    model: nn.Module, wanted: bool, dry_run: Callable[[], None], *, reraise: Callable[[Exception], bool] = lambda _: False
+) -> Compilation:
     """Compile and run one step without effect, so that whatever is wrong shows before training starts.
 
     Args:
         model: compiled with fixed shapes.
         wanted: False for the dry run alone.
         dry_run: one forward and backward pass at the shape of training.
+        reraise: which errors compiling is not the cause of.
 
     Raises:
         Exception: what ``dry_run`` raises without compilation too.
@@ -44,6 +47,8 @@ def compile_in_place(model: nn.Module, wanted: bool, dry_run: Callable[[], None]
             return Compilation(True, time.perf_counter() - start)
         except Exception as error:  # whatever a compiler can raise must not cost the user the run
             uncompile(model)
+            if reraise(error):
+                raise
             reason = _short(error)
     dry_run()
     return Compilation(False, time.perf_counter() - start, reason)

@@ -1,6 +1,6 @@
 """The loop: from options to a trained, kept and proven model.
 
-    text -> tokens -> batch i, a pure function of (seed, i) -> loss -> optimizer -> checkpoint -> proof
+    text -> tokens -> batch i, a pure function of (seed, i) -> step -> checkpoint -> proof
 
 A run is continued from its newest good checkpoint with everything that decides what comes next: weights, optimizer state,
 step, and the state of every random number generator.
@@ -24,16 +24,17 @@ from origo.data.tokens import TokenData
 from origo.errors import CheckpointError, RunError, StorageError
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
-from origo.snapshot import stored_values
+from origo.snapshot import stored_objects, stored_values
 from origo.state.rng import seed_all
 from origo.store.layout import TOKENIZER
 from origo.store.reader import Checkpoint
-from origo.store.run import newest_good, step_folder
-from origo.training.compilation import Compilation, compile_in_place
+from origo.store.run import newest_good
+from origo.training.compilation import Compilation
 from origo.training.display import Display, Standing
 from origo.training.evaluation import held_out_loss
+from origo.training.guard import TOO_MANY
+from origo.training.keeping import Keeper
 from origo.training.metering import Meter
-from origo.training.optimizer import build_optimizer, learning_rate
 from origo.training.options import TrainOptions, duration
 from origo.training.plot import plot_losses
 from origo.training.precision import Compute, choose_compute
@@ -41,7 +42,13 @@ from origo.training.preparation import prepare_data
 from origo.training.proof import Proof, prove
 from origo.training.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, require_same_run
 from origo.training.sample import write_sample
+from origo.training.schedule import make_schedule
 from origo.training.signals import StopRequest
+from origo.training.start import starting_point
+from origo.training.step import Batch, Result, Stepper
+
+_MOST_ROLL_BACKS = 3
+"""To one checkpoint, each leaving out more of the text, before the run stops with a diagnosis."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,9 @@ class Outcome:
     exit_code: int = 0
     """Why it was interrupted, for whoever started it; see :class:`StopRequest`."""
     reason: str = ""
+    left_out: int = 0
+    """Steps that were not applied."""
+    roll_backs: int = 0
 
 
 def train(options: TrainOptions, display: Display) -> Outcome:
@@ -95,7 +105,7 @@ def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer,
         found = newest_good(folder.checkpoints)
         for path, reason in found.skipped if found else ():
             display.warn(f"Passed over '{path}': {reason}")
-        if found is not None and before["status"] == FINISHED and _step_of(found.checkpoint) >= options.optimization.steps:
+        if found is not None and before["status"] == FINISHED and not changes and _step_of(found.checkpoint) >= before["step"]:
             return _finished(folder, found.checkpoint)
         for change in changes:
             display.note(f"Changed since the run was started: {change}.")
@@ -103,11 +113,17 @@ def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer,
         found = None
         folder.require_writable()
     compute = choose_compute(options.run.device, options.run.precision)
-    tokenizer, tokens = prepare_data(options, found.checkpoint if found else None, display)
-    checkpointer.acquire()
+    compute.repeat_exactly(options.run.deterministic)
+    start, source = None, found.checkpoint if found else None
+    if found is None and options.model.start_from is not None:
+        options, start = starting_point(options)
+        source = start.checkpoint if options.data.tokenizer is None else None
+    tokenizer, tokens = prepare_data(options, source, display)
     trainer = Trainer(options, folder, checkpointer, compute, tokenizer, tokens, display)
     if found is not None:
-        trainer.restore(found.checkpoint)
+        trainer.go_on_from(found.checkpoint)
+    elif start is not None:
+        start.load_into(trainer.model)
     return trainer.run(began)
 
 
@@ -128,22 +144,28 @@ class Trainer:
         self.compute, self.display = compute, display
         self.tokenizer, self.tokens = tokenizer, tokens
         self.config: GPTConfig = options.model.config(tokenizer.vocab_size)
-        steps = options.optimization
+        self.schedule = make_schedule(options.optimization, self.config.context_length, len(tokens.train))
+        self.micro_batches = self.schedule.micro_batches(options.optimization.micro_batch)
+        seed = options.optimization.seed
         self.batches = TrainingBatches(
-            tokens.train, self.config.context_length, steps.batch_size, steps.seed, options.data.corpus.description
+            tokens.train, self.config.context_length, self.schedule.batch_size, seed, options.data.corpus.description
         )
-        seed_all(steps.seed)
+        seed_all(seed)
         self.model = GPT(self.config).to(compute.device)
-        self.optimizer = build_optimizer(self.model, steps)
+        self.stepper = Stepper(self.model, options.optimization, compute)
+        self.keeper = Keeper(checkpointer, folder.checkpoints, display)
         self.step = 0  # steps done
         self.seconds = 0.0  # that they and everything between them took
-        self.losses: list[torch.Tensor] = []  # of the steps since the last row of metrics.jsonl
-        self.first_held_out = math.nan
-        self.held_out = math.nan
-        self.measured_step = self.kept_step = -1  # the last steps whose held-out loss was measured, and that were kept
-        self.checkpoint: Path | None = None  # the newest one
-        self.meter = Meter(steps.batch_size * self.config.context_length)
+        self.pending: list[Result] = []  # of the steps since the last row of metrics.jsonl
+        self.first_held_out = self.held_out = self.best = math.nan  # held-out losses
+        self.best_step = self.measured_step = -1
+        self.stale = 0  # measurements since the best one
+        self.skipped: list[list[int]] = []  # batches that are left out, as [first, how many]
+        self.left_out = self.roll_backs = 0
+        self.roll_backs_here = 0  # to the newest checkpoint
+        self.meter = Meter(self.schedule.tokens_per_step)
         self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, not written yet
+        self.rows_written = 0
         self.written = True  # whether what is only looked at could be written the last time
 
     @property
@@ -151,152 +173,249 @@ class Trainer:
         """Number of weights."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint."""
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Continue a run that another process began.
+
+        Raises:
+            RunError: its text is another one now.
+        """
         progress = stored_values(checkpoint)["progress"]
         if progress["tokens"] != self.tokens.path.name:
-            raise RunError(
-                f"The text of the run '{self.folder.path}' has changed since it was started, so it cannot go on as it was: "
-                "bring the text back, or start a new run under another --name."
-            )
-        self.checkpointer.restore_from(checkpoint, {"model": self.model, "optimizer": self.optimizer})
-        self.checkpoint, self.kept_step = checkpoint.path, _step_of(checkpoint)
-        self.step, self.seconds = self.kept_step, progress["seconds"]
+            if self.options.run.data_changed == "refuse":
+                raise RunError(
+                    f"The text of the run '{self.folder.path}' has changed since it was started, so it cannot go on as it was: "
+                    "bring the text back, start a new run under another --name, or go on with --data-changed accept."
+                )
+            self.display.warn("The text has changed; going on with the new one, as --data-changed says.")
+        for name, now in self._surroundings().items():
+            if (then := progress[name]) != now:
+                self.display.warn(f"Not bit for bit as without the interruption, going on: {name} was {then}, is {now}.")
+        if self.options.optimization.micro_batch == "auto":  # another split of a batch adds up in another order
+            self.micro_batches = [size for size in self.micro_batches if size <= progress["micro_batch"]]
+        self.restore(checkpoint)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put everything back to where it was at a checkpoint."""
+        progress = stored_values(checkpoint)["progress"]
+        stored = stored_objects(checkpoint)  # of another precision there may be no scaler
+        self.checkpointer.restore_from(checkpoint, {k: v for k, v in self.stepper.state.items() if k in stored})
+        self.step = self.keeper.kept_step = _step_of(checkpoint)
+        self.keeper.checkpoint = checkpoint.path
+        self.seconds, self.rows, self.rows_written = progress["seconds"], progress["unwritten"], progress["rows"]
         self.first_held_out, self.held_out = progress["first_held_out"], progress["held_out"]
-        self.losses = [torch.tensor(loss, device=self.compute.device) for loss in progress["losses"]]
+        self.best, self.best_step, self.stale = progress["best"], progress["best_step"], progress["stale"]
+        self.skipped, self.left_out, self.roll_backs = progress["skipped"], progress["left_out"], progress["roll_backs"]
+        self.pending = [Result(*map(torch.tensor, values)) for values in progress["pending"]]
+
+    @property
+    def settled(self) -> bool:
+        """Whether the held-out loss has not become better for long enough."""
+        patience = self.options.optimization.patience
+        return bool(patience) and self.stale >= patience
 
     def run(self, began: float) -> Outcome:
         """Train to the end, or to an interruption; ``began`` is when the time limit began, of :func:`time.monotonic`."""
-        run, steps = self.options.run, self.options.optimization.steps
+        run, steps = self.options.run, self.schedule.steps
         self.display.note(
             f"Model: {self.options.model.preset}, {self.parameters / 1e6:.1f}M parameters, context "
             f"{self.config.context_length}; {self.compute}"
         )
-        if self.step < steps:
-            compilation, first_loss = self._compile()
+        if self.step < steps and not self.settled:
+            compilation, first_loss = self._prepare()
         else:  # stopped after its last step, or asked for fewer than it has
             compilation, first_loss = None, math.nan
+        self.checkpointer.acquire()  # the first thing that leaves a trace of a new run
         self._describe(RUNNING)
-        self.folder.drop_metrics_after(self.step if self.step else -1)
+        self.folder.keep_metrics(self.rows_written)
         self.folder.keep_tokenizer(self.tokenizer.to_json())
         started_at = time.perf_counter() - self.seconds
         if self.step == 0:
             self._measure()
             self.first_held_out = self.held_out
-            self._log(first_loss, started_at)
+            self._log(first_loss, started_at, measured=True)
         elif self.step < steps:
             self.display.note(f"Continuing after step {self.step} of {steps}.")
         limit = duration(run.time_limit) if run.time_limit else None
+        due = False  # a checkpoint
         with self.display.training(), StopRequest(limit, began) as stop:
-            while self.step < steps and not stop.requested:
+            while self.step < steps and not self.settled and not stop.requested:
                 measured = (self.step + 1) % run.eval_every == 0 or self.step + 1 == steps
                 logged = (self.step + 1) % run.log_every == 0 or measured
                 with self.meter.step():
-                    self.losses.append(self._train_step())
+                    self.pending.append(self.stepper(self._batch(self.step), self.schedule.learning_rate(self.step), self.step))
                     if logged and self.compute.device.type == "cuda":
                         torch.cuda.synchronize()  # the time of the steps since the last row, not of their launches
                 self.step += 1
+                if logged and int(self.stepper.guard.streak) >= TOO_MANY:
+                    self._roll_back()
+                    continue
                 if measured:
                     self._measure()
                 if logged:
-                    self._log(self._mean_loss(), started_at, measured=measured)
-                if self.step % run.save_every == 0 or self.step == steps:
-                    self._keep(started_at)
+                    self._log(None, started_at, measured=measured)
+                due = due or self.step % run.save_every == 0 or self.step == steps
+                if due and not int(self.stepper.guard.streak):  # in a streak, nobody knows yet whether this is worth keeping
+                    due, self.roll_backs_here = False, 0
+                    self.keeper.keep(self.step, lambda: self._state(started_at), self._metrics())
                 if self.checkpointer.progress is not None:
                     stop.reserve = self.checkpointer.progress.seconds
-        self._keep_for_sure(started_at)
-        if self.step < steps:
+        self.keeper.keep_for_sure(self.step, lambda: self._state(started_at), self._metrics())
+        if self.step < steps and not self.settled:
             self._describe(INTERRUPTED)
             return self._outcome(INTERRUPTED, compilation, None, stop)
+        if self.step < steps:
+            self.display.note(f"Stopped after step {self.step}: {self.stale} measurements without a better held-out loss.")
         proof = self._prove()
         self._describe(FINISHED)
         return self._outcome(FINISHED, compilation, proof)
 
-    def _compile(self) -> tuple[Compilation, float]:
-        """Compile, and the loss of the next batch as things stand."""
-        inputs, targets = self._batch(self.step)
-        losses: list[float] = []
-
-        def dry_run() -> None:
-            devices = [self.compute.device] if self.compute.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
-                with self.compute.autocast():
-                    loss = self.model(inputs, targets)
-                loss.backward()
-            self.optimizer.zero_grad()
-            losses.append(loss.item())
-
-        title = "Compiling" if self.options.run.compile else "First step"
-        with self.display.activity(title) as activity:
-            compilation = compile_in_place(self.model, self.options.run.compile, dry_run)
+    def _prepare(self) -> tuple[Compilation, float]:
+        """Compile, find the size of micro-batch that fits, and the loss of the next batch as things stand."""
+        with self.display.activity("Compiling" if self.options.run.compile else "First step") as activity:
+            compilation, loss = self.stepper.prepare(self._batch(self.step), self.micro_batches, self.options.run.compile)
             activity.result = "in place; every name stays as it is" if compilation.compiled else "without compilation"
+            if self.stepper.micro_batch < self.schedule.batch_size:
+                parts = self.schedule.batch_size // self.stepper.micro_batch
+                activity.result += f"; {parts} micro-batches of {self.stepper.micro_batch} a step"
         if compilation.reason:
             self.display.warn(f"torch.compile does not work here, going on without: {compilation.reason}")
-        return compilation, losses[-1]
+        return compilation, loss
 
-    def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = self.batches[number]
+    def _batch(self, step: int) -> Batch:
+        inputs, targets = self.batches[self._batch_number(step)]
         return inputs.to(self.compute.device), targets.to(self.compute.device)
 
-    def _train_step(self) -> torch.Tensor:
-        """One optimizer step; its loss, a 0-d tensor that nobody has waited for yet."""
-        options = self.options.optimization
-        rate = learning_rate(self.step, options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        inputs, targets = self._batch(self.step)
-        with self.compute.autocast():
-            loss: torch.Tensor = self.model(inputs, targets)
-        loss.backward()
-        if options.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
+    def _batch_number(self, step: int) -> int:
+        """The batch of a step: the same number, but for those that a roll-back has left out."""
+        number = step
+        for first, count in self.skipped:  # in ascending order
+            if number >= first:
+                number += count
+        return number
 
-    def _mean_loss(self) -> float:
-        """The mean of the losses since the last call."""
-        mean = _require_finite(self.losses, self.step, self.folder)
-        self.losses.clear()
-        return mean
+    def _roll_back(self) -> None:
+        """The weights themselves are spoilt: go back to the newest checkpoint, and go on behind the text that did it.
+
+        Raises:
+            RunError: that does not help.
+        """
+        failed, found = self.step, None
+        last = self.pending[-1]
+        self.keeper.settle()
+        found = newest_good(self.folder.checkpoints)
+        spoilt = [name for name, weights in self.model.named_parameters() if not weights.isfinite().all()]
+        seen = (
+            f"{TOO_MANY} steps in a row up to step {failed} could not be applied (loss {float(last.loss):.4g}, gradient norm "
+            f"{float(last.norm):.4g}, learning rate {self.schedule.learning_rate(failed - 1):.3g}"
+            f"{f', weights that are not finite: {len(spoilt)} tensors, the first {spoilt[0]}' if spoilt else ''})"
+        )
+        if found is None or self.roll_backs_here >= _MOST_ROLL_BACKS:
+            kept = _step_of(found.checkpoint) if found else None
+            tried = f", and {self.roll_backs_here} roll-backs to step {kept} did not help" if found else ""
+            where = f"it goes on from step {kept}" if found else "no checkpoint was kept before"
+            self._describe(INTERRUPTED)
+            raise RunError(
+                f"Training has become unstable: {seen}{tried}. Lower --learning-rate or raise --warmup-steps, and run the same "
+                f"command again ({where}); if it is always the same text, look at what is in it."
+            )
+        first, end = self._batch_number(_step_of(found.checkpoint)), self._batch_number(failed)
+        skipped, left_out = [*self.skipped, [first, end - first]], self.left_out + TOO_MANY
+        roll_backs = self.roll_backs + 1
+        self.restore(found.checkpoint)
+        self.folder.keep_metrics(self.rows_written)
+        self.skipped, self.left_out, self.roll_backs = skipped, left_out, roll_backs
+        self.roll_backs_here += 1
+        self.rows.append({"event": "roll-back", "step": self.step, "from": failed, "batches": [first, end - first]})
+        self.display.fail(
+            f"{seen[0].upper()}{seen[1:]}: back to step {self.step}, and on without batches {first} to {end - 1}."
+        )
 
     def _measure(self) -> None:
         """The held-out loss, and a sample of text."""
-        run, options = self.options.run, self.options.optimization
-        self.held_out = held_out_loss(
-            self.model, self.tokens.held_out, self.config.context_length, options.batch_size, run.eval_batches, self.compute
-        )
+        run = self.options.run
+        self.held_out = self._held_out_loss(self.model)
         self.measured_step = self.step
-        text = write_sample(self.model, self.tokenizer, self.tokens.held_out)
+        if math.isnan(self.held_out):
+            self.display.warn(f"The held-out loss after step {self.step} is not a number; training goes on.")
+        if not self.held_out >= self.best and not math.isnan(self.held_out):
+            self.best, self.best_step, self.stale = self.held_out, self.step, 0
+        elif self.step:
+            self.stale += 1
+        try:
+            text = write_sample(self.model, self.tokenizer, self.tokens.held_out)
+        except CheckpointError:  # of weights that are spoilt, which is told elsewhere
+            return
         self._write(lambda: self.folder.add_sample(self.step, text))
-        steps = options.steps
+        steps = self.schedule.steps
         if self.step and self.step < steps and self.step % max(1, steps // 3 // run.eval_every * run.eval_every) == 0:
             self.display.quote(
                 f"Sample after step {self.step}, of a text that was held out (what was given is in brackets):", text
             )
 
-    def _log(self, loss: float, started_at: float, *, measured: bool = True) -> None:
+    def _held_out_loss(self, model: GPT) -> float:
+        size = self.stepper.micro_batch or self.micro_batches[0]
+        return held_out_loss(
+            model, self.tokens.held_out, self.config.context_length, size, self._eval_batches(size), self.compute
+        )
+
+    def _eval_batches(self, size: int) -> int:
+        """As many as hold the same text, however a batch is split."""
+        return self.options.run.eval_batches * self.schedule.batch_size // size
+
+    def _log(self, first_loss: float | None, started_at: float, *, measured: bool) -> None:
+        """Rows of metrics.jsonl, the picture, the line in the terminal.
+
+        Args:
+            first_loss: before the first step; None for the mean of the steps since the last row.
+        """
+        good = [result for result in self.pending if not result.bad]
+        for back, result in enumerate(reversed(self.pending)):
+            if result.bad:
+                self._tell_left_out(self.step - 1 - back, result)
+        loss = first_loss if first_loss is not None else _mean([result.loss for result in good])
+        norm = _mean([result.norm for result in good])
+        self.pending.clear()
         rate = self.meter.tokens_per_second()
         row: dict[str, Any] = {
             "step": self.step,
             "tokens": self.step * self.meter.tokens_per_step,
-            "train_loss": round(loss, 6),
-            "lr": learning_rate(max(0, self.step - 1), self.options.optimization),
+            "train_loss": _finite(loss),
+            "grad_norm": _finite(norm),
+            "lr": self.schedule.learning_rate(max(0, self.step - 1)),
             "tokens_per_second": round(rate, 1),
             "seconds": round(time.perf_counter() - started_at, 3),
         }
         if measured:
-            row["val_loss"] = round(self.held_out, 6)
+            row["val_loss"] = _finite(self.held_out)
+            if self.stepper.average is not None:
+                row["ema_val_loss"] = _finite(self._held_out_loss(self.stepper.average.model))
         self.rows.append(row)
         self._write(self._write_rows)
         if measured:
             self._write(lambda: plot_losses(self.folder.read_metrics(), self.folder.loss_plot, self.folder.path.name))
-        left = (self.options.optimization.steps - self.step) * self.meter.tokens_per_step / rate if rate else math.nan
-        standing = Standing(self.step, self.options.optimization.steps, loss, self.held_out, rate, left)
+        left = (self.schedule.steps - self.step) * self.meter.tokens_per_step / rate if rate else math.nan
+        standing = Standing(self.step, self.schedule.steps, loss, self.held_out, rate, left)
         self.display.standing(standing, keep=measured)
+
+    def _tell_left_out(self, step: int, result: Result) -> None:
+        loss, norm = float(result.loss), float(result.norm)
+        reason = "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
+        self.left_out += 1
+        self.rows.append(
+            {
+                "event": "left-out",
+                "step": step + 1,
+                "batch": self._batch_number(step),
+                "reason": reason,
+                "loss": _finite(loss),
+                "grad_norm": _finite(norm),
+            }
+        )
+        self.display.warn(f"Step {step + 1} was not applied: loss {loss:.4g}, gradient norm {norm:.4g} ({reason}).")
 
     def _write_rows(self) -> None:
         self.folder.add_metrics(self.rows)
+        self.rows_written += len(self.rows)
         self.rows.clear()
 
     def _write(self, write: Callable[[], None]) -> None:
@@ -309,85 +428,58 @@ class Trainer:
                 self.display.fail(f"{error} Training goes on, and this is tried again each time.")
             self.written = False
 
-    def _keep(self, started_at: float) -> None:
-        """Keep this step, if there is anything new. What cannot be kept is told, and training goes on."""
-        try:
-            self.checkpointer.wait()  # what the last one says, rather than in the place of this one
-        except (StorageError, CheckpointError) as error:
-            self._not_kept(error)
-        try:
-            self._save(started_at)
-        except (StorageError, CheckpointError) as error:
-            self._not_kept(error)
-
-    def _not_kept(self, error: Exception) -> None:
-        self.kept_step = -1
-        try:
-            found = self.checkpointer.steps
-        except StorageError:  # the folder itself cannot be reached
-            found = []
-        self.checkpoint = step_folder(self.folder.checkpoints, found[-1]) if found else None
-        left = f"step {found[-1]} is the newest that is kept" if found else "no step is kept yet"
-        self.display.fail(f"A checkpoint was not kept: {error} Training goes on, and tries again when the next is due; {left}.")
-
-    def _keep_for_sure(self, started_at: float) -> None:
-        """Keep the last step, and wait until it is on the disk.
-
-        Raises:
-            StorageError, CheckpointError: it cannot be kept.
-        """
-        self._keep(started_at)
-        try:
-            self.checkpointer.wait()
-        except (StorageError, CheckpointError) as error:
-            self._not_kept(error)
-        if self.kept_step != self.step:  # once more, with the reason if it fails again
-            self._save(started_at)
-            self.checkpointer.wait()
-
-    def _save(self, started_at: float) -> None:
-        """Write a checkpoint of the model and of everything that decides what comes next, if there is anything new."""
-        if self.kept_step == self.step:
-            return
-        _require_finite(self.losses, self.step, self.folder)
+    def _state(self, started_at: float) -> tuple[dict[str, Any], dict[str, str]]:
+        """All that decides what comes next."""
+        self._write(self.folder.sync_metrics)  # the rows that the checkpoint counts are there before it is
         self.seconds = time.perf_counter() - started_at
         progress = {
             "seconds": self.seconds,
             "tokens": self.tokens.path.name,
             "first_held_out": self.first_held_out,
             "held_out": self.held_out,
-            "losses": [loss.item() for loss in self.losses],
+            "best": self.best,
+            "best_step": self.best_step,
+            "stale": self.stale,
+            "pending": [[result.loss.item(), result.norm.item(), result.bad.item()] for result in self.pending],
+            "skipped": self.skipped,
+            "left_out": self.left_out,
+            "roll_backs": self.roll_backs,
+            "rows": self.rows_written,
+            "unwritten": self.rows,
+            "micro_batch": self.stepper.micro_batch or self.micro_batches[0],
+            **self._surroundings(),
         }
-        self.checkpointer.save(
-            self.step,
-            {"model": self.model, "optimizer": self.optimizer, "progress": progress},
-            {"val_loss": self.held_out} if self.measured_step == self.step else {},
-            files={TOKENIZER: self.tokenizer.to_json()},
-        )
-        while self.checkpointer.notes:
-            self.display.warn(self.checkpointer.notes.pop(0))
-        self.checkpoint = step_folder(self.folder.checkpoints, self.step)
-        self.kept_step = self.step
+        return {**self.stepper.state, "progress": progress}, {TOKENIZER: self.tokenizer.to_json()}
+
+    def _surroundings(self) -> dict[str, str]:
+        """What the last bit of a result depends on, besides the options."""
+        where = f"{self.compute}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        return {"torch": str(torch.__version__), "machine": where}
+
+    def _metrics(self) -> dict[str, float]:
+        measured = self.measured_step == self.step and math.isfinite(self.held_out)
+        return {"val_loss": self.held_out} if measured else {}
 
     def _prove(self) -> Proof:
-        assert self.checkpoint is not None
-        self.checkpointer.wait()
+        checkpoint = self.keeper.checkpoint
+        assert checkpoint is not None
         if self.measured_step != self.step:  # by another process, which may have measured otherwise
             self._measure()
+        size = self.stepper.micro_batch or self.micro_batches[0]
         with self.display.activity("Proof") as activity:
             proof = prove(
-                self.checkpoint,
+                checkpoint,
                 self.held_out,
                 self.tokens.path,
-                batch_size=self.options.optimization.batch_size,
-                eval_batches=self.options.run.eval_batches,
+                batch_size=size,
+                eval_batches=self._eval_batches(size),
                 device=str(self.compute.device),
-                precision="fp32" if self.compute.dtype == torch.float32 else "bf16",
+                precision=self.compute.precision,
             )
             activity.result = "a fresh process without torch.compile opened the checkpoint"
         if not proof.holds:
             raise CheckpointError(
-                f"A fresh process finds a held-out loss of {proof.held_out:.6f} in '{self.checkpoint}', the trained model has "
+                f"A fresh process finds a held-out loss of {proof.held_out:.6f} in '{checkpoint}', the trained model has "
                 f"{proof.expected:.6f}: the checkpoint is not what was trained. Please report this."
             )
         return proof
@@ -395,8 +487,11 @@ class Trainer:
     def _describe(self, status: str) -> None:
         facts = {
             "step": self.step,
+            "steps": self.schedule.steps,
             "parameters": self.parameters,
             "held_out": None if math.isnan(self.held_out) else self.held_out,
+            "best": None if math.isnan(self.best) else self.best,
+            "best_step": self.best_step,
             "model": self.config.to_dict(),
             "token_cache": str(self.tokens.path),
         }
@@ -408,11 +503,11 @@ class Trainer:
     def _outcome(
         self, status: str, compilation: Compilation | None, proof: Proof | None, stop: StopRequest | None = None
     ) -> Outcome:
-        assert self.checkpoint is not None
+        assert self.keeper.checkpoint is not None
         return Outcome(
             status,
             self.folder,
-            self.checkpoint,
+            self.keeper.checkpoint,
             self.step,
             self.parameters,
             self.first_held_out,
@@ -422,24 +517,19 @@ class Trainer:
             proof,
             stop.exit_code if stop else 0,
             stop.reason if stop else "",
+            self.left_out,
+            self.roll_backs,
         )
 
 
-def _require_finite(losses: list[torch.Tensor], step: int, folder: RunFolder) -> float:
-    """The mean of some losses, NaN of none.
+def _mean(values: list[torch.Tensor]) -> float:
+    """NaN of none."""
+    return float(torch.stack(values).mean()) if values else math.nan
 
-    Raises:
-        RunError: it is not a number, so what was trained since the last checkpoint is of no use.
-    """
-    if not losses:
-        return math.nan
-    mean = float(torch.stack(losses).mean())
-    if not math.isfinite(mean):
-        raise RunError(
-            f"The loss is not a finite number any more at step {step}: lower --learning-rate or raise --warmup-steps, under "
-            f"another --name. The checkpoints in '{folder.checkpoints}' are from before."
-        )
-    return mean
+
+def _finite(value: float) -> float | None:
+    """For JSON, which has no other numbers."""
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def _step_of(checkpoint: Checkpoint) -> int:

@@ -1,35 +1,61 @@
-"""AdamW with decay for matrices only, and a learning rate that rises linearly and falls as a cosine."""
+"""The optimizers: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest."""
 
 from __future__ import annotations
 
-import math
+import copy
 
 import torch
 from torch import nn
 
+from origo.errors import ConfigError
+from origo.models.gpt import GPT
 from origo.training.options import OptimizationOptions
 
 
-def build_optimizer(model: nn.Module, options: OptimizationOptions) -> torch.optim.AdamW:
-    """AdamW over all parameters, in two groups: matrices with weight decay, biases and norms without."""
+def build_optimizers(model: GPT, options: OptimizationOptions) -> list[torch.optim.Optimizer]:
+    """Optimizers over all parameters: matrices with weight decay, biases and norms without.
+
+    Raises:
+        ConfigError: this torch has no Muon.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizers: list[torch.optim.Optimizer] = []
+    if options.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(f"torch {torch.__version__} has no Muon: install torch 2.9 or later, or take --optimizer adamw.")
+        # The embeddings and the head are matrices too, but their rows are tokens, each with a gradient of its own size.
+        hidden = [parameter for parameter in model.trf_blocks.parameters() if parameter.dim() == 2]
+        # Scaled so that an update has AdamW's size, the two share a learning rate (Liu et al., 2025, "Muon is scalable").
+        optimizers.append(
+            torch.optim.Muon(
+                hidden, lr=options.learning_rate, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+        taken = {id(parameter) for parameter in hidden}
+        parameters = [parameter for parameter in parameters if id(parameter) not in taken]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     # beta2 0.95 rather than 0.999: GPT-3's choice, which forgets the large gradients of the first steps in time.
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
+    return [*optimizers, torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)]
 
 
-def learning_rate(step: int, options: OptimizationOptions) -> float:
-    """The rate of one step, counted from 0.
+class Average:
+    """An exponential moving average of a model's weights, as a model of its own.
 
-    >>> options = OptimizationOptions(steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
-    >>> [round(learning_rate(step, options), 2) for step in (0, 9, 10, 55, 100)]
-    [0.1, 1.0, 1.0, 0.55, 0.1]
+    Args:
+        model: a copy of it is filled, on the same device.
+        decay: the share that stays at each step; less in the first ones (``(1 + n) / (10 + n)``), or the average would remember
+            the random weights of the beginning for ``1 / (1 - decay)`` steps.
     """
-    if step < options.warmup_steps:
-        return options.learning_rate * (step + 1) / options.warmup_steps
-    progress = min(1.0, (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps))
-    share = options.min_learning_rate + (1 - options.min_learning_rate) * 0.5 * (1 + math.cos(math.pi * progress))
-    return options.learning_rate * share
+
+    def __init__(self, model: GPT, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after a step, counted from 0."""
+        share = 1 - min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), share)

@@ -20,8 +20,14 @@ from origo.data.corpus import Corpus
 from origo.errors import ConfigError
 from origo.models.config import GPTConfig
 
+_NOT_OF_THE_SHAPE = ("preset", "start_from")
+
 # How a value that may be left out is shown on the help page.
 _PRESETS = "(default: the preset's)"
+DEFAULT_STEPS = 1100
+LENGTHS = ("steps", "epochs", "tokens")
+"""The options that say how long to train, each in its own unit."""
+
 _PresetInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_PRESETS)]
 _PresetFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=_PRESETS)]
 _PresetBool = Annotated[bool | None, arg(metavar="{True,False}", help_behavior_hint=_PRESETS)]
@@ -78,6 +84,8 @@ class ModelOptions:
     """Give the query, key and value projections a bias."""
     tie_embeddings: _PresetBool = None
     """Use the token embedding as the output head too."""
+    start_from: Annotated[str | None, arg(name="from", metavar="RUN|CHECKPOINT", help_behavior_hint="(default: none)")] = None
+    """Start from the weights of another run or file, in a new run: its shape and tokenizer are taken over."""
 
     def check(self) -> None:
         """Raise a ConfigError for a value that cannot work."""
@@ -85,7 +93,11 @@ class ModelOptions:
 
     def config(self, vocab_size: int) -> GPTConfig:
         """The model's configuration for a tokenizer of that size."""
-        given = {name: value for name, value in dataclasses.asdict(self).items() if name != "preset" and value is not None}
+        given = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _NOT_OF_THE_SHAPE and value is not None
+        }
         return GPTConfig.preset(self.preset, **{**given, "vocab_size": vocab_size})
 
 
@@ -93,27 +105,63 @@ class ModelOptions:
 class OptimizationOptions:
     """How to train it."""
 
-    steps: int = 1100
+    steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint=f"(default: {DEFAULT_STEPS})")] = None
     """Optimizer steps of the whole run."""
+    epochs: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(in the place of --steps)")] = None
+    """Length of the run as passes over the text."""
+    tokens: Annotated[str | None, arg(metavar="COUNT", help_behavior_hint="(in the place of --steps)")] = None
+    """Length of the run in tokens, as 10M."""
     batch_size: int = 8
     """Sequences in a step."""
+    tokens_per_step: Annotated[str | None, arg(metavar="COUNT", help_behavior_hint="(in the place of --batch-size)")] = None
+    """Tokens in a step, as 32k; the nearest whole number of sequences is taken."""
+    micro_batch: Annotated[str, arg(metavar="INT|auto")] = "auto"
+    """Sequences that go through the model at once; their gradients add up to a step. auto: as many as fit into memory."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the blocks' matrices, AdamW for the rest, at the same learning rate."""
     learning_rate: float = 1.5e-3
     """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How it goes on after the warm-up. wsd: constant, and a linear decay at the end."""
     min_learning_rate: float = 0.1
-    """Where the cosine ends, as a share of the peak."""
+    """Where it ends, as a share of the peak."""
     warmup_steps: int = 50
     """Steps in which the learning rate rises to its peak."""
+    decay_share: float = 0.2
+    """Share of the steps in which wsd decays."""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices; biases and norms have none."""
+    """Decay of matrices; biases and norms have none."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 to leave it as it is."""
+    ema: float = 0.0
+    """Keep a moving average of the weights too, with this decay (0.999); 0 for none."""
+    spike_sigma: float = 8.0
+    """A step whose loss or gradient norm is this many standard deviations above the mean of the last ones is not applied; 0 to
+    leave out only those that are not finite."""
+    patience: int = 0
+    """Stop after so many measurements without a better held-out loss; 0 never."""
+    gradient_checkpointing: bool = False
+    """Compute each block's activations again on the way back: less memory, a third more work."""
     seed: int = 0
     """Of the weights, the order of the data, and dropout."""
 
     def check(self) -> None:
         """Raise a ConfigError for a value that cannot work."""
-        _require_positive(self, "steps", "batch_size", "learning_rate")
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(map(flag, given))} each say how long to train: give one of them.")
+        _require_positive(self, *(name for name in given if name != "tokens"), "batch_size", "learning_rate")
         _require_not_negative(self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed")
+        _require_not_negative(self, "spike_sigma", "patience")
+        for name in ("tokens", "tokens_per_step"):
+            if (value := getattr(self, name)) is not None:
+                count(value, flag(name))
+        if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch)):
+            raise ConfigError(f"--micro-batch is a number of sequences or auto, not {self.micro_batch!r}.")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"--ema must be at least 0 and below 1, not {self.ema}.")
+        if not 0 <= self.decay_share <= 1:
+            raise ConfigError(f"--decay-share must be between 0 and 1, not {self.decay_share}.")
         if self.seed >= 2**63:
             raise ConfigError(f"--seed must be below 2^63, not {self.seed}.")
 
@@ -142,8 +190,12 @@ class RunOptions:
     """Steps from one line of metrics.jsonl to the next."""
     compile: bool = True
     """Compile the model in place (torch.compile); where that cannot work, the run says why and goes on without."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the computation; weights and optimizer state are fp32. auto: bf16 where the machine computes in it."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time on a GPU too, where it has faster ones that do not."""
+    data_changed: Literal["refuse", "accept"] = "refuse"
+    """Whether a run may go on although its text is another one than before."""
     time_limit: Annotated[str | None, arg(metavar="TIME", help_behavior_hint="(default: none)")] = None
     """Stop, with everything kept, before this much time has passed, as 3h55m: for batch schedulers. Exit code 75."""
     device: str = "auto"
@@ -224,9 +276,26 @@ def duration(text: str) -> float:
     return float(seconds)
 
 
+def count(text: str, what: str) -> int:
+    """A number of tokens as people write it.
+
+    Raises:
+        ConfigError: it is none; ``what`` names the option.
+
+    >>> count("32k", "--tokens-per-step"), count("1.5B", "--tokens"), count("1_000", "--tokens")
+    (32000, 1500000000, 1000)
+    """
+    units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+    parts = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([kmbt]?)", text.strip().lower(), re.ASCII)
+    number = round(float(parts[1]) * units[parts[2]]) if parts else 0
+    if not 0 < number < 2**62:
+        raise ConfigError(f"{what} is a number of tokens as 10M, 32k or 1_000_000, not {text!r}.")
+    return number
+
+
 def flag(name: str) -> str:
     """A field's name as it is typed."""
-    return "--" + name.replace("_", "-")
+    return "--from" if name == "start_from" else "--" + name.replace("_", "-")
 
 
 def _require_positive(options: Any, *names: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from origo.errors import ConfigError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,25 @@ class Compute:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def repeat_exactly(self, wanted: bool) -> None:
+        """Give the same bits each time: always on the CPU, elsewhere where it is wanted and may cost something.
+
+        Compiled, the gradient of an embedding is otherwise summed up by several threads in the order in which they come.
+        """
+        if not wanted and self.device.type != "cpu":
+            return
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before it is first used
+        torch.use_deterministic_algorithms(True, warn_only=not wanted)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
+
+    @property
+    def precision(self) -> str:
+        """As ``--precision`` names it."""
+        return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
+
     def __str__(self) -> str:
-        names = {torch.float32: "fp32", torch.bfloat16: "bf16 compute, fp32 weights"}
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
-        return f"{where}, {names[self.dtype]}"
+        return f"{where}, {self.precision if self.precision == 'fp32' else f'{self.precision} compute, fp32 weights'}"
 
 
 def choose_compute(device: str, precision: str) -> Compute:
@@ -46,7 +64,7 @@ def choose_compute(device: str, precision: str) -> Compute:
         ) from error
     if precision == "auto":
         precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
-    return Compute(chosen, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return Compute(chosen, _DTYPES[precision])
 
 
 def _computes_in_bf16(device: torch.device) -> bool:

@@ -24,12 +24,14 @@ from origo.training.options import TrainOptions, flag
 
 RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 
-# What may differ when a run is continued: none of these changes what has been trained so far.
-_CHANGEABLE = {
+CHANGEABLE = {
     *("data", "text_field"),  # how it is spelled; whether it is the same text is seen by the tokens
-    *("steps", "cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "log_every"),
-    *("compile", "precision", "device", "time_limit", "keep_every", "keep_best"),
+    *("cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "keep_every", "keep_best"),
+    *("log_every", "compile", "precision", "deterministic", "device", "time_limit", "data_changed"),
+    *("steps", "epochs", "tokens", "learning_rate", "schedule", "min_learning_rate", "warmup_steps", "decay_share"),
+    *("micro_batch", "grad_clip", "spike_sigma", "patience", "gradient_checkpointing"),
 }
+"""What may differ when a run is continued: how it goes on, and not what has been trained so far."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,24 @@ class RunFolder:
                 break
         return rows
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Take out the rows of steps that will be trained again."""
-        kept: Iterable[dict[str, Any]] = [row for row in self.read_metrics() if row["step"] <= step]
-        replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    def keep_metrics(self, count: int) -> None:
+        """Take out all rows after the first ``count``: their steps will be trained again."""
+        replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in self.read_metrics()[:count]))
+
+    def sync_metrics(self) -> None:
+        """Return when the rows are on the disk."""
+        try:
+            with self.metrics.open("ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise storage_error("write the metrics", self.metrics, error) from error
 
     def add_sample(self, step: int, text: str) -> None:
         """Keep a sample of what the model writes."""
         replace_file(self.path / "samples" / f"step-{step:09d}.txt", text)
+
+
+_NOT_WORTH_TELLING = ("--cache-dir", "--name", "--runs-dir", "--data-changed", "--time-limit", "--keep")
 
 
 def require_same_run(stored: Mapping[str, Mapping[str, Any]], options: TrainOptions, path: Path) -> list[str]:
@@ -158,13 +170,13 @@ def require_same_run(stored: Mapping[str, Mapping[str, Any]], options: TrainOpti
             if before == value:
                 continue
             change = f"{flag(name)} was {_shown(before)}, is {_shown(value)}"
-            (changed if name in _CHANGEABLE else refused).append(change)
+            (changed if name in CHANGEABLE else refused).append(change)
     if refused:
         raise RunError(
             f"The run '{path}' was started with other options ({'; '.join(refused)}): give the ones it was started with to "
             "continue it, or another --name to start a new one."
         )
-    return [change for change in changed if not change.startswith(("--cache-dir", "--name", "--runs-dir"))]
+    return [change for change in changed if not change.startswith(_NOT_WORTH_TELLING)]
 
 
 def _shown(value: Any) -> str:

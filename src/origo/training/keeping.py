@@ -1,0 +1,74 @@
+"""Checkpoints of a run that goes on whatever the disk says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from origo.checkpointer import Checkpointer
+from origo.errors import CheckpointError, StorageError
+from origo.store.run import step_folder
+from origo.training.display import Display
+
+State = Callable[[], tuple[dict[str, Any], dict[str, str]]]
+"""What is to be kept, and further texts by file name; asked for only when it is."""
+
+
+class Keeper:
+    """Keeps steps, and tells which were not kept."""
+
+    def __init__(self, checkpointer: Checkpointer, folder: Path, display: Display) -> None:
+        self._checkpointer, self._folder, self._display = checkpointer, folder, display
+        self.kept_step = -1
+        """The last step that was kept, or is being written."""
+        self.checkpoint: Path | None = None
+        """Its folder."""
+
+    def keep(self, step: int, state: State, metrics: dict[str, float]) -> None:
+        """Keep a step, if it is a new one. What cannot be kept is told, and training goes on."""
+        self.settle()  # what the last one says, rather than in the place of this one
+        try:
+            self._save(step, state, metrics)
+        except (StorageError, CheckpointError) as error:
+            self._not_kept(error)
+
+    def settle(self) -> None:
+        """Wait for what is being written, and tell if it was not."""
+        try:
+            self._checkpointer.wait()
+        except (StorageError, CheckpointError) as error:
+            self._not_kept(error)
+
+    def keep_for_sure(self, step: int, state: State, metrics: dict[str, float]) -> None:
+        """Keep the last step, and wait until it is on the disk.
+
+        Raises:
+            StorageError, CheckpointError: it cannot be kept.
+        """
+        self.keep(step, state, metrics)
+        self.settle()
+        if self.kept_step != step:  # once more, with the reason if it fails again
+            self._save(step, state, metrics)
+            self._checkpointer.wait()
+
+    def _save(self, step: int, state: State, metrics: dict[str, float]) -> None:
+        if self.kept_step == step:
+            return
+        objects, texts = state()
+        self._checkpointer.save(step, objects, metrics, files=texts)
+        while self._checkpointer.notes:
+            self._display.warn(self._checkpointer.notes.pop(0))
+        self.kept_step, self.checkpoint = step, step_folder(self._folder, step)
+
+    def _not_kept(self, error: Exception) -> None:
+        self.kept_step = -1
+        try:
+            found = self._checkpointer.steps
+        except StorageError:  # the folder itself cannot be reached
+            found = []
+        self.checkpoint = step_folder(self._folder, found[-1]) if found else None
+        left = f"step {found[-1]} is the newest that is kept" if found else "no step is kept yet"
+        self._display.fail(
+            f"A checkpoint was not kept: {error} Training goes on, and tries again when the next is due; {left}."
+        )

@@ -1,0 +1,167 @@
+"""One optimizer step, on a batch that may go through the model in parts; nothing in it waits for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from origo.errors import is_out_of_memory
+from origo.models.gpt import GPT
+from origo.training.compilation import Compilation, compile_in_place
+from origo.training.guard import Guard
+from origo.training.optimizer import Average, build_optimizers
+from origo.training.options import OptimizationOptions
+from origo.training.precision import Compute
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, both [sequences, context_length] int64
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a step; 0-d tensors that nobody has waited for yet."""
+
+    loss: Tensor
+    """Mean cross-entropy in nats a token."""
+    norm: Tensor
+    """Of the gradient, before it was clipped."""
+    bad: Tensor
+    """bool: whether it was left out, as if there had been no step."""
+
+
+class Stepper:
+    """The model and all that changes with a step: optimizers, moving average, scaler, guard.
+
+    Args:
+        model: on the device that computes.
+    """
+
+    def __init__(self, model: GPT, options: OptimizationOptions, compute: Compute) -> None:
+        self.model, self.compute = model, compute
+        self._options = options
+        self.optimizers = build_optimizers(model, options)
+        self.average = Average(model, options.ema) if options.ema else None
+        fp16 = compute.dtype == torch.float16
+        self._scaler = torch.amp.GradScaler(compute.device.type, enabled=fp16)
+        self.guard = Guard(options.spike_sigma, compute.device)
+        self.micro_batch = 0
+        """Sequences that go through the model at once; set by :meth:`prepare`."""
+        model.recompute_activations = options.gradient_checkpointing
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, by name."""
+        kept: dict[str, Any] = {"model": self.model, "optimizer": self.optimizers, "guard": self.guard}
+        if self.average is not None:
+            kept["ema"] = self.average.model
+        if self._scaler.is_enabled():
+            kept["scaler"] = self._scaler
+        return kept
+
+    def prepare(self, batch: Batch, sizes: Iterable[int], compiled: bool) -> tuple[Compilation, float]:
+        """Compile, and go through one step without effect, so that whatever is wrong shows before training starts.
+
+        Args:
+            sizes: of micro-batch, to be tried in this order until one fits into memory.
+
+        Returns:
+            What came of compiling, and the loss of the batch's first part.
+
+        Raises:
+            RuntimeError: none of them fits.
+        """
+        candidates = list(sizes)
+        for size in candidates:
+            self.micro_batch = size
+            try:
+                return self._dry_run((batch[0][:size], batch[1][:size]), compiled)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or size == candidates[-1]:
+                    raise
+                self.model.zero_grad()
+            if self.compute.device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise AssertionError("there is always a size to try")
+
+    def _dry_run(self, batch: Batch, compiled: bool) -> tuple[Compilation, float]:
+        # What the optimizer will take, so that its first step does not fail where the dry run did not.
+        held = [torch.empty_like(parameter) for parameter in self.model.parameters() for _ in range(2)]
+        losses: list[float] = []
+
+        def once() -> None:
+            devices = [self.compute.device] if self.compute.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                loss = self._loss(batch)
+                loss.backward()
+            losses.append(loss.item())
+            self.model.zero_grad()
+
+        compilation = compile_in_place(self.model, compiled, once, reraise=is_out_of_memory)
+        del held
+        return compilation, losses[-1]
+
+    def __call__(self, batch: Batch, rate: float, number: int) -> Result:
+        """Take a step.
+
+        Args:
+            batch: all of its sequences.
+            rate: learning rate.
+            number: of the step, from 0.
+        """
+        parts = list(zip(batch[0].split(self.micro_batch), batch[1].split(self.micro_batch), strict=True))
+        losses = []
+        for part in parts:
+            loss = self._loss(part)
+            self._scaler.scale(loss / len(parts) if len(parts) > 1 else loss).backward()
+            losses.append(loss.detach())
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if self._scaler.is_enabled():
+            for optimizer in self.optimizers:
+                self._scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._options.grad_clip or torch.inf)
+        bad = self.guard.judge(loss, norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        if self.compute.device.type == "cuda":
+            self._step_unless(bad)
+        elif not bad:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        if self._scaler.is_enabled():
+            self._scaler.update()
+        self.model.zero_grad()
+        if self.average is not None:
+            self.average.update(self.model, number)
+        return Result(loss, norm, bad)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with self.compute.autocast():
+            loss: Tensor = self.model(*batch)
+        return loss
+
+    def _step_unless(self, bad: Tensor) -> None:
+        """Step where ``bad`` is false, decided on the device."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+                optimizer.step()
+            else:
+                self._undo(optimizer, optimizer.step, bad)
+
+    @staticmethod
+    @torch.no_grad()
+    def _undo(optimizer: torch.optim.Optimizer, step: Callable[[], Any], bad: Tensor) -> None:
+        """Step, and put back what was there where ``bad`` is true: for an optimizer that cannot be told on the device."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not optimizer.state:  # Muon makes its momentum at the first step, as zeros
+            for parameter in parameters:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        live = [*parameters, *(optimizer.state[parameter]["momentum_buffer"] for parameter in parameters)]
+        before = [tensor.clone() for tensor in live]
+        step()
+        for tensor, old in zip(live, before, strict=True):
+            tensor.copy_(torch.where(bad, old, tensor))

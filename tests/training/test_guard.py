@@ -1,0 +1,184 @@
+"""Bad steps are left out, spoilt weights rolled back, and what does not get better ends with a diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from origo import GPT
+from origo.training.guard import TOO_MANY, Guard
+from origo.training.options import OptimizationOptions
+from origo.training.precision import Compute
+from origo.training.step import Batch, Result, Stepper
+from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
+from tests.conftest import Run
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+RUN = (*EAGER, "--steps", 60, "--save-every", 20, "--eval-every", 30, "--log-every", 5)
+
+
+def judge(guard: Guard, loss: float, norm: float = 1.0) -> bool:
+    return bool(guard.judge(torch.tensor(loss), torch.tensor(norm)))
+
+
+def test_what_is_not_finite_is_bad_from_the_first_step() -> None:
+    guard = Guard(8.0, CPU.device)
+    assert not judge(guard, 9.0)
+    assert judge(guard, float("nan"))
+    assert judge(guard, 9.0, float("inf"))
+    assert int(guard.streak) == 2
+    assert not judge(guard, 9.0)
+    assert int(guard.streak) == 0
+
+
+def test_a_spike_is_bad_and_a_new_level_is_not() -> None:
+    noise = torch.Generator().manual_seed(1)
+    values = (3 + 0.1 * torch.randn(300, generator=noise)).tolist()
+    guard = Guard(8.0, CPU.device)
+    assert not any(judge(guard, value) for value in values)
+    assert judge(guard, 9.0)
+    assert judge(guard, 3.0, norm=40.0)
+    off = Guard(0.0, CPU.device)
+    assert not any(judge(off, value) for value in [*values, 9.0])
+    higher = [judge(guard, value + 6) for value in values]
+    assert sum(higher) < TOO_MANY, "it has come to stay, so training goes on"
+    assert not any(higher[TOO_MANY:])
+    assert not any(judge(Guard(8.0, CPU.device), 2.0) for _ in range(300)), "where nothing varies"
+
+
+def test_it_goes_on_as_it_was() -> None:
+    one, other = Guard(8.0, CPU.device), Guard(8.0, CPU.device)
+    for value in range(100):
+        judge(one, 3 + value % 7 / 10)
+    other.load_state_dict({name: tensor.clone() for name, tensor in one.state_dict().items()})
+    for value in (3.0, 3.6, 5.0, 9.0):
+        assert judge(one, value) == judge(other, value)
+    assert_equal_bits(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_a_gpu_leaves_out_changes_nothing(tiny: GPT, optimizer: str) -> None:
+    """On a GPU nobody waits for the answer, so the optimizer has to read it there; here it is called the same way."""
+    options = OptimizationOptions(optimizer=optimizer)  # type: ignore[arg-type]
+    stepper = Stepper(tiny, options, CPU)
+    waiting = Stepper(GPT(tiny.config), options, CPU)
+    waiting.model.load_state_dict(tiny.state_dict())
+    generator = torch.Generator().manual_seed(0)
+
+    def gradients(value: float) -> None:
+        for mine, theirs in zip(tiny.parameters(), waiting.model.parameters(), strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator) * value
+            theirs.grad = mine.grad.clone()
+
+    for value, bad in ((1.0, False), (torch.nan, True), (1.0, False)):
+        gradients(value)
+        stepper._step_unless(torch.tensor(bad))
+        if not bad:
+            for each in waiting.optimizers:
+                each.step()
+        assert_equal_bits(tiny.state_dict(), waiting.model.state_dict())
+    for mine, theirs in zip(stepper.optimizers, waiting.optimizers, strict=True):
+        for one, other in zip(mine.state.values(), theirs.state.values(), strict=True):
+            assert_equal_bits(one, other)
+
+
+Poison = Callable[[Callable[[int], bool]], None]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Poison:
+    """Make the loss of some steps NaN; steps are counted over all that the process takes."""
+
+    def poison(which: Callable[[int], bool]) -> None:
+        taken = 0
+        plain = Stepper.__call__
+
+        def step(self: Stepper, batch: Batch, rate: float, number: int) -> Result:
+            nonlocal taken
+            taken += 1
+            if not which(taken):
+                return plain(self, batch, rate, number)
+            with monkeypatch.context() as patch:
+                loss = self._loss
+                patch.setattr(self, "_loss", lambda part: loss(part) * torch.nan)
+                return plain(self, batch, rate, number)
+
+        monkeypatch.setattr(Stepper, "__call__", step)
+
+    return poison
+
+
+def test_a_poisoned_batch_is_survived(origo: Run, book: Path, tmp_path: Path, poisoned: Poison) -> None:
+    poisoned(lambda step: step in (7, 40))
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = metrics(tmp_path / "runs/book")
+    assert [(row["step"], row["batch"], row["reason"]) for row in rows if "event" in row] == [
+        (7, 6, "not finite"),
+        (40, 39, "not finite"),
+    ]
+    assert all(row["train_loss"] is not None for row in rows if "event" not in row), "the others of its interval count"
+    assert "Step 7 was not applied: loss nan" in done.stdout
+    assert "2 steps whose loss or gradient was no good" in done.stdout
+    for name, tensor in checkpoint(tmp_path / "runs/book", 60).items():
+        assert tensor.isfinite().all(), name
+
+
+def test_spoilt_weights_are_rolled_back(origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Stepper.__call__
+    spoil = [33]
+
+    def step(self: Stepper, batch: Batch, rate: float, number: int) -> Result:
+        result = plain(self, batch, rate, number)
+        if number in spoil:
+            spoil.remove(number)
+            with torch.no_grad():
+                self.model.final_norm.weight[0] = torch.inf
+        return result
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "back to step 20, and on without batches 20 to 44" in done.stdout
+    assert "weights that are not finite: 1 tensors, the first final_norm.weight" in done.stdout
+    rows = metrics(tmp_path / "runs/book")
+    (event,) = [row for row in rows if "event" in row]
+    assert event == {"event": "roll-back", "step": 20, "from": 45, "batches": [20, 25]}
+    assert [row["step"] for row in rows if "event" not in row] == list(range(0, 61, 5)), "no row is missing, none is twice"
+    longer = origo("train", "--name", "book", "--steps", 65)
+    assert longer.returncode == 0, longer.stderr
+    (last,) = [row for row in metrics(tmp_path / "runs/book") if row["step"] == 65]
+    assert last["train_loss"] is not None
+
+
+def test_what_does_not_get_better_ends_with_a_diagnosis(origo: Run, book: Path, tmp_path: Path, poisoned: Poison) -> None:
+    poisoned(lambda step: step > 25)
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 2
+    assert "Training has become unstable: 10 steps in a row up to step 30 could not be applied (loss nan" in done.stderr
+    assert "3 roll-backs to step 20 did not help. Lower --learning-rate" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert origo("verify", tmp_path / "runs/book").returncode == 0
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(origo: Run, book: Path, poisoned: Poison) -> None:
+    poisoned(lambda step: True)
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 2
+    assert "no checkpoint was kept before" in done.stderr
+
+
+def test_a_held_out_loss_that_is_no_number_is_told(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from origo.training import loop
+
+    plain, calls = loop.held_out_loss, iter((1.0, torch.nan, 1.0, 1.0))
+    monkeypatch.setattr(loop, "held_out_loss", lambda *given: plain(*given) * next(calls))
+    done = origo("train", "--data", book, *RUN, "--keep-best")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The held-out loss after step 30 is not a number; training goes on." in done.stdout
+    assert [row["val_loss"] for row in metrics(tmp_path / "runs/book") if row["step"] == 30] == [None]
