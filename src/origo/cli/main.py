@@ -22,6 +22,8 @@ _COMMANDS = {
     "train": "train a GPT on text, and keep it under its own names",
     "check-resume": "try out whether a run of these options, killed at random, ends with the same bits",
     "generate": "continue a text with a trained GPT",
+    "runs": "list the runs in a folder: how far each is, and how well it does",
+    "plot": "draw the losses of several runs into one picture",
     "inspect": "say what a file or folder is: steps, tensors, configuration, where it comes from",
     "verify": "read every byte of a run, a checkpoint or a file, and check it",
     "diff": "compare two models: equal, or what differs and by how much",

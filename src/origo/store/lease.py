@@ -132,6 +132,14 @@ def holder(folder: Path) -> Holder | None:
         return None
 
 
+def writer_of(folder: Path) -> Holder | None:
+    """Who writes here now, as far as can be told without disturbing anybody: a process of another host is taken to live."""
+    last = holder(folder)
+    if last is None or last.host != platform.node():
+        return last
+    return last if _lives(last.pid) or last.pid == os.getpid() else None
+
+
 def _locked(folder: Path, path: Path) -> int | None:
     """The lease's file, locked; None where there are no locks."""
     while True:

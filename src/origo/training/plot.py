@@ -1,47 +1,120 @@
-"""loss.png: the training and the held-out loss over the steps, with the tokens above."""
+"""Pictures of runs: loss.png, redrawn as a run goes on, and several runs beside each other."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from origo.store.filesystem import replace_file
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the rows of a metrics.jsonl.
+Rows = Sequence[Mapping[str, Any]]
+"""Of a metrics.jsonl."""
+
+TRAIN, HELD_OUT, RATE, EVENT = "#8fb3d9", "#c1440e", "#7a7a7a", "#d9a400"
+_COLOURS = ("#c1440e", "#1f6f8b", "#5a8f29", "#8a4fbf", "#b8860b", "#444444", "#d1669b", "#2f9e8f")
+UNITS = {"steps": "step", "tokens": "tokens", "seconds": "seconds"}
+"""What may be below a picture, and the field of a row that it is."""
+
+
+def plot_losses(rows: Rows, path: Path, title: str) -> None:
+    """Draw one run: losses above, the learning rate below, over the steps, with the tokens on top.
 
     Args:
-        rows: with ``step``, ``tokens``, ``train_loss`` and, where it was measured, ``val_loss``.
+        rows: with ``step``, ``tokens``, ``train_loss`` and, where it was measured, ``val_loss``; those with an ``event`` are
+            marked at the bottom.
         path: of the picture; replaced as a whole.
         title: above it.
     """
     from matplotlib.figure import Figure  # 0.3 s to import: only where a picture is drawn
 
-    train = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss") is not None]
-    held_out = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 5.2), dpi=120, layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    for field, name, style in (
+        ("train_loss", "training", {"color": TRAIN, "linewidth": 1}),
+        ("val_loss", "held-out", {"color": HELD_OUT, "linewidth": 1.8, "marker": "o", "markersize": 3.5}),
+        ("ema_val_loss", "held-out, average", {"color": HELD_OUT, "linewidth": 1.2, "linestyle": "--"}),
+    ):
+        if points := _points(rows, "step", field):
+            axes.plot(*zip(*points, strict=True), label=f"{name} ({points[-1][1]:.3f})", **style)
+    if events := [row["step"] for row in rows if "event" in row]:
+        transform = axes.get_xaxis_transform()  # x in steps, y from 0 at the bottom to 1
+        axes.plot(events, [0.01] * len(events), "^", color=EVENT, transform=transform, label=f"left out ({len(events)})")
+    if axes.has_data():
+        axes.legend(frameon=False)
+    if rates := _points(rows, "step", "lr"):
+        below.plot(*zip(*rates, strict=True), color=RATE, linewidth=1.2)
+    axes.set(ylabel="loss, nats per token", title=title)
+    below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    per_step = next((row["tokens"] / row["step"] for row in reversed(rows) if row.get("tokens") and row["step"]), 0)
+    if per_step:
+        above = axes.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
+        above.set_xlabel("tokens")
+        above.xaxis.set_major_formatter(_short)
+    for each in (axes, below):
+        _tidy(each)
+    _save(figure, path)
+
+
+def plot_runs(runs: Mapping[str, Rows], path: Path, unit: str) -> None:
+    """Draw several runs in one picture: the held-out loss of each, and its training loss behind it.
+
+    Args:
+        runs: rows by name.
+        path: of the picture; its ending is the format.
+        unit: one of :data:`UNITS`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    if train:
-        axes.plot(*zip(*train, strict=True), color="#8fb3d9", linewidth=1, label=f"training ({train[-1][1]:.3f})")
-    if held_out:
-        label = f"held-out ({held_out[-1][1]:.3f})"
-        axes.plot(*zip(*held_out, strict=True), color="#c1440e", linewidth=1.8, marker="o", markersize=3.5, label=label)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    for number, (name, rows) in enumerate(runs.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        line = "--" if number >= len(_COLOURS) else "-"
+        if train := _points(rows, UNITS[unit], "train_loss"):
+            axes.plot(*zip(*train, strict=True), color=colour, linewidth=0.8, alpha=0.35, linestyle=line)
+        if held_out := _points(rows, UNITS[unit], "val_loss"):
+            best = min(loss for _, loss in held_out)
+            axes.plot(
+                *zip(*held_out, strict=True),
+                color=colour,
+                linewidth=1.8,
+                linestyle=line,
+                marker="o",
+                markersize=3.5,
+                label=f"{name} (best {best:.3f})",
+            )
+    axes.set(xlabel=unit, ylabel="loss, nats per token", title="held-out loss; thin: training")
+    if unit == "tokens":
+        axes.xaxis.set_major_formatter(_short)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    _tidy(axes)
+    _save(figure, path)
+
+
+def _points(rows: Rows, x: str, y: str) -> list[tuple[float, float]]:
+    return [(row[x], row[y]) for row in rows if row.get(x) is not None and row.get(y) is not None]
+
+
+def _short(value: float, _: object) -> str:
+    """``2_000_000`` as ``2M``."""
+    return f"{value / 1e6:g}M" if value >= 1e5 else f"{value / 1e3:g}k" if value else "0"
+
+
+def _tidy(axes: Axes) -> None:
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if train or held_out:
-        axes.legend(frameon=False)
-    if rows and rows[-1]["step"] > 0:
-        tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
-        above = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
-        above.set_xlabel("tokens")
-        above.xaxis.set_major_formatter(
-            lambda value, _: f"{value / 1e6:g}M" if value >= 1e5 else f"{value / 1e3:g}k" if value else "0"
-        )
+
+
+def _save(figure: Figure, path: Path) -> None:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture, format=path.suffix[1:])
     replace_file(path, picture.getvalue())

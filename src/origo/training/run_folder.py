@@ -126,7 +126,11 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise storage_error("read the metrics", self.metrics, error) from error
+        for line in lines:
             try:
                 rows.append(json.loads(line))
             except ValueError:
