@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from origo.training.display import Display, Standing, clock, size
+from origo.training.display import Display, Standing, _Block, clock, size, trend
 from origo.training.plot import plot_losses
 
 
@@ -35,10 +36,57 @@ def test_a_pipe_gets_plain_lines_and_only_those_that_matter() -> None:
     ]
 
 
-def test_a_terminal_gets_a_live_line() -> None:
+def test_a_terminal_gets_a_live_block() -> None:
     out = shown(terminal=True)
     assert "\x1b[" in out
     assert "loss 3.500" in out
+
+
+def block(width: int) -> list[str]:
+    """What the live block shows at last."""
+    full = Standing(
+        *(1234, 20_000, 4.25, 4.1, 8152.0, 5025.0, 4.05, 1200, [4.4, 4.3, 4.35, 4.25], 8011.0, 0.38),
+        "the matmul rate measured here",
+        *(1_250_000_000, "compiled in 10 s, 1 times more", time.monotonic() - 95, 1100, time.monotonic() - 20, 12, 1),
+        sample="[the lamp] was the river\n" * 40,
+    )
+    out = io.StringIO()
+    rendered = _Block()
+    rendered.standing = full
+    Console(file=out, force_terminal=False, width=width, highlight=False, emoji=False).print(rendered)
+    return out.getvalue().splitlines()
+
+
+def test_the_block_fits_80_columns() -> None:
+    lines = block(80)
+    assert [line.rstrip() for line in lines[1:6]] == [
+        "step 1,234 of 20,000  6%  1:35 so far  ETA 1:23:45",
+        "loss 4.250 █▃▆▁ ↓  held-out 4.100  best 4.050 after step 1,200",
+        "8,152 tokens/s in steps  mean 8,011  38% of the matmul rate measured here",
+        "1.2 GB memory  compiled in 10 s, 1 times more  step 1,100 kept 0:20 ago",
+        "12 steps left out, 1 roll-backs",
+    ]
+    assert all(line.startswith("│ [the lamp]") or "│" in line for line in lines[6:])
+    assert len(lines) == 9
+
+
+@pytest.mark.parametrize("width", [10, 40, 80, 131, 132, 160, 250])
+def test_the_block_never_wraps(width: int) -> None:
+    lines = block(width)
+    assert all(len(line) <= width for line in lines)
+    assert len(lines) <= 9
+    assert (len(lines) <= 6) == (width >= 132), "in two columns where there is room"
+
+
+def test_a_run_without_figures_has_a_block_too() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    rendered = _Block()
+    console.print(rendered)
+    rendered.standing = Standing(0, 10, sample="\n")
+    console.print(rendered)
+    assert "loss nan" in out.getvalue()
+    assert trend([3.0, float("nan"), 3.0]).endswith("→")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (95, "1:35"), (3599.6, "1:00:00"), (36_000, "10:00:00")])

@@ -6,6 +6,7 @@ Evaluation and sampling call the same model without compilation (:mod:`origo.mod
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ def compile_in_place(
             reason = _short(error)
     dry_run()
     return Compilation(False, time.perf_counter() - start, reason)
+
+
+def graphs_compiled() -> int:
+    """How many graphs this process has compiled so far; more of them during training are recompilations."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # where nothing is compiled, importing it would cost a second
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
 def uncompile(model: nn.Module) -> None:

@@ -1,30 +1,58 @@
-"""What a person sees while a run goes on: a live line in a terminal, and lines that stay there, in a pipe and in a log file."""
+"""What a person sees while a run goes on: a live block in a terminal, and lines that stay, in a pipe and in a log file."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
+
+_SAMPLE_LINES = 3
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDE = 132  # columns from which the sample goes beside the figures
 
 
 @dataclass
 class Standing:
-    """How far training is."""
+    """How far training is, and how it does."""
 
     step: int
     steps: int
-    loss: float = float("nan")
-    held_out: float = float("nan")
+    loss: float = math.nan
+    held_out: float = math.nan
     tokens_per_second: float = 0.0
-    seconds_left: float = float("nan")
+    """Of the training steps alone."""
+    seconds_left: float = math.nan
+    best: float = math.nan
+    best_step: int = -1
+    losses: Sequence[float] = ()
+    """The last training losses, for their trend."""
+    mean_tokens_per_second: float = 0.0
+    utilisation: float = 0.0
+    """Share of the operations that ``utilisation_of`` stands for."""
+    utilisation_of: str = ""
+    memory: int = 0
+    compiled: str = ""
+    began_at: float = 0.0
+    """Of :func:`time.monotonic`."""
+    kept_step: int = -1
+    kept_at: float = 0.0
+    left_out: int = 0
+    roll_backs: int = 0
+    sample: str = ""
 
     def __str__(self) -> str:
         parts = [f"step {self.step:>{len(str(self.steps))}}/{self.steps}", f"loss {self.loss:.3f}"]
@@ -35,6 +63,91 @@ class Standing:
         if self.seconds_left == self.seconds_left:
             parts.append(f"ETA {clock(self.seconds_left)}")
         return "  ".join(parts)
+
+    def facts(self, now: float) -> list[list[str]]:
+        """Lines of what is worth looking at, each of parts that stay together."""
+        steps = [f"step {self.step:,} of {self.steps:,}", f"{self.step / max(1, self.steps):.0%}"]
+        if self.began_at:
+            steps.append(f"{clock(now - self.began_at)} so far")
+        if self.seconds_left == self.seconds_left:
+            steps.append(f"ETA {clock(self.seconds_left)}")
+        losses = [f"loss {self.loss:.3f} {trend(self.losses)}".rstrip()]
+        if self.held_out == self.held_out:
+            losses.append(f"held-out {self.held_out:.3f}")
+        if self.best == self.best:
+            losses.append(f"best {self.best:.3f} after step {self.best_step:,}")
+        speed = []
+        if self.tokens_per_second:
+            speed = [f"{self.tokens_per_second:,.0f} tokens/s in steps", f"mean {self.mean_tokens_per_second:,.0f}"]
+            if self.utilisation:
+                speed.append(f"{self.utilisation:.0%} of {self.utilisation_of}")
+        rest = [f"{size(self.memory)} memory"] if self.memory else []
+        if self.compiled:
+            rest.append(self.compiled)
+        if self.kept_step >= 0:
+            rest.append(f"step {self.kept_step:,} kept {clock(now - self.kept_at)} ago")
+        return [line for line in (steps, losses, speed, rest) if line]
+
+    @property
+    def trouble(self) -> str:
+        """What went wrong on the way, and was mended."""
+        said = f"{self.left_out} steps left out" if self.left_out else ""
+        return f"{said}, {self.roll_backs} roll-backs" if self.roll_backs else said
+
+
+def trend(losses: Sequence[float], width: int = 16) -> str:
+    """The last values as bars, and whether they fall.
+
+    >>> trend([4.0, 3.5, 3.2, 3.0])
+    '█▅▂▁ ↓'
+    """
+    recent = [loss for loss in losses if math.isfinite(loss)][-width:]
+    if len(recent) < 2:
+        return ""
+    low, high = min(recent), max(recent)
+    bars = "".join(_BARS[round((loss - low) / (high - low or 1) * (len(_BARS) - 1))] for loss in recent)
+    half = len(recent) // 2
+    before, after = sum(recent[:half]) / half, sum(recent[half:]) / (len(recent) - half)
+    return f"{bars} {'↓' if after < before else '↑' if after > before else '→'}"
+
+
+class _Block:
+    """The live block; rendered anew at each refresh, so that times go on between two steps."""
+
+    def __init__(self) -> None:
+        self.standing: Standing | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        standing, width = self.standing, options.max_width
+        if standing is None:
+            return
+        wide = width >= _WIDE
+        column = width // 2 if wide else width
+        yield ProgressBar(total=max(1, standing.steps), completed=standing.step, width=width)
+        yield Segment.line()
+        left = [Text("  ".join(_fitting(parts, column))) for parts in standing.facts(time.monotonic())]
+        if standing.trouble:
+            left.append(Text(standing.trouble, style="yellow"))
+        sample = " ".join(standing.sample.split())
+        lines = textwrap.wrap(sample, max(10, column - 4), max_lines=_SAMPLE_LINES, placeholder=" …") if sample else []
+        right = [Text(f"│ {line}", style="dim") for line in lines]
+        if wide:
+            table = Table.grid()
+            table.add_column(width=column)
+            table.add_column()
+            table.add_row(Text("\n").join(left), Text("\n").join(right))
+            yield table
+        else:
+            for text in (*left, *right):
+                text.truncate(width, overflow="ellipsis")
+                yield text
+
+
+def _fitting(parts: list[str], width: int) -> list[str]:
+    """As many parts as go into a line."""
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        parts = parts[:-1]
+    return parts
 
 
 class _Console(Console):
@@ -54,7 +167,7 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or _Console(highlight=False, soft_wrap=True, emoji=False)
-        self._live: Progress | None = None
+        self._block = _Block()
 
     def note(self, text: str, style: str = "") -> None:
         """A line that stays."""
@@ -89,16 +202,12 @@ class Display:
         if not self.console.is_terminal:
             yield
             return
-        columns = (BarColumn(bar_width=16), TextColumn("{task.fields[text]}", markup=False))
-        with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as self._live:
-            self._live.add_task("", text="")
+        with Live(self._block, console=self.console, transient=True, refresh_per_second=4):
             yield
-        self._live = None
 
     def standing(self, standing: Standing, *, keep: bool) -> None:
         """Show how far training is; ``keep`` makes it a line that stays."""
-        if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=standing.step, total=standing.steps, text=str(standing))
+        self._block.standing = standing
         if keep:
             self.note(str(standing))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ class Keeper:
         self._checkpointer, self._folder, self._display = checkpointer, folder, display
         self.kept_step = -1
         """The last step that was kept, or is being written."""
+        self.kept_at = 0.0
+        """When, of :func:`time.monotonic`."""
         self.checkpoint: Path | None = None
         """Its folder."""
 
@@ -59,7 +62,7 @@ class Keeper:
         self._checkpointer.save(step, objects, metrics, files=texts)
         while self._checkpointer.notes:
             self._display.warn(self._checkpointer.notes.pop(0))
-        self.kept_step, self.checkpoint = step, step_folder(self._folder, step)
+        self.kept_step, self.kept_at, self.checkpoint = step, time.monotonic(), step_folder(self._folder, step)
 
     def _not_kept(self, error: Exception) -> None:
         self.kept_step = -1

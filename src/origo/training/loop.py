@@ -29,12 +29,12 @@ from origo.state.rng import seed_all
 from origo.store.layout import TOKENIZER
 from origo.store.reader import Checkpoint
 from origo.store.run import newest_good
-from origo.training.compilation import Compilation
+from origo.training.compilation import Compilation, graphs_compiled
 from origo.training.display import Display, Standing
 from origo.training.evaluation import held_out_loss
 from origo.training.guard import TOO_MANY
 from origo.training.keeping import Keeper
-from origo.training.metering import Meter
+from origo.training.metering import Meter, Peak, memory_in_use, peak_of, training_flops_per_token
 from origo.training.options import TrainOptions, duration
 from origo.training.plot import plot_losses
 from origo.training.precision import Compute, choose_compute
@@ -47,6 +47,7 @@ from origo.training.signals import StopRequest
 from origo.training.start import starting_point
 from origo.training.step import Batch, Result, Stepper
 
+_TREND = 16  # rows whose losses are shown as bars
 _MOST_ROLL_BACKS = 3
 """To one checkpoint, each leaving out more of the text, before the run stops with a diagnosis."""
 
@@ -166,6 +167,12 @@ class Trainer:
         self.meter = Meter(self.schedule.tokens_per_step)
         self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, not written yet
         self.rows_written = 0
+        self.compilation: Compilation | None = None
+        self.graphs = 0  # compiled before training
+        self.peak: Peak | None = None
+        self.losses: list[float] = []  # of the last rows
+        self.sample = ""  # the newest one
+        self.began_at = time.monotonic()
         self.written = True  # whether what is only looked at could be written the last time
 
     @property
@@ -277,6 +284,8 @@ class Trainer:
             if self.stepper.micro_batch < self.schedule.batch_size:
                 parts = self.schedule.batch_size // self.stepper.micro_batch
                 activity.result += f"; {parts} micro-batches of {self.stepper.micro_batch} a step"
+        self.compilation = compilation if compilation.compiled else None
+        self.graphs, self.peak = graphs_compiled(), peak_of(self.compute)
         if compilation.reason:
             self.display.warn(f"torch.compile does not work here, going on without: {compilation.reason}")
         return compilation, loss
@@ -345,6 +354,7 @@ class Trainer:
             text = write_sample(self.model, self.tokenizer, self.tokens.held_out)
         except CheckpointError:  # of weights that are spoilt, which is told elsewhere
             return
+        self.sample = text
         self._write(lambda: self.folder.add_sample(self.step, text))
         steps = self.schedule.steps
         if self.step and self.step < steps and self.step % max(1, steps // 3 // run.eval_every * run.eval_every) == 0:
@@ -393,9 +403,34 @@ class Trainer:
         self._write(self._write_rows)
         if measured:
             self._write(lambda: plot_losses(self.folder.read_metrics(), self.folder.loss_plot, self.folder.path.name))
-        left = (self.schedule.steps - self.step) * self.meter.tokens_per_step / rate if rate else math.nan
-        standing = Standing(self.step, self.schedule.steps, loss, self.held_out, rate, left)
-        self.display.standing(standing, keep=measured)
+        self.display.standing(self._standing(loss, rate), keep=measured)
+
+    def _standing(self, loss: float, rate: float) -> Standing:
+        self.losses = [*self.losses, loss][-_TREND:]
+        again = graphs_compiled() - self.graphs
+        seconds = self.compilation.seconds if self.compilation else 0.0
+        return Standing(
+            self.step,
+            self.schedule.steps,
+            loss,
+            self.held_out,
+            rate,
+            (self.schedule.steps - self.step) * self.meter.tokens_per_step / rate if rate else math.nan,
+            self.best,
+            self.best_step,
+            self.losses,
+            self.meter.mean_tokens_per_second(),
+            rate * training_flops_per_token(self.config) / self.peak.flops if self.peak else 0.0,
+            self.peak.source if self.peak else "",
+            memory_in_use(self.compute.device),
+            f"compiled in {seconds:.0f} s{f', {again} times more' if again else ''}" if seconds else "",
+            self.began_at,
+            self.keeper.kept_step,
+            self.keeper.kept_at,
+            self.left_out,
+            self.roll_backs,
+            self.sample,
+        )
 
     def _tell_left_out(self, step: int, result: Result) -> None:
         loss, norm = float(result.loss), float(result.norm)

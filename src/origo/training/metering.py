@@ -1,10 +1,31 @@
-"""How fast training is: the time of the steps alone, without evaluation, sampling, saving and compiling."""
+"""How fast training is: the time of the steps alone, without evaluation, sampling, saving and compiling; against what the
+machine could do."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from origo.models.config import GPTConfig
+from origo.training.precision import Compute
+
+# Dense bf16 and fp16 products a second, from the vendor's data sheets.
+_DOCUMENTED = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+_SIDE = 1024  # of the matrices that are multiplied to measure
+_MEASURED_FOR = 0.3  # seconds
 
 
 class Meter:
@@ -39,3 +60,63 @@ class Meter:
     def mean_tokens_per_second(self) -> float:
         """Over all steps; 0 where there were none."""
         return self.tokens_per_step * self._steps / self._seconds if self._steps else 0.0
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that a device can do."""
+
+    flops: float
+    """Floating-point operations a second in matrix products; a multiplication and an addition are two."""
+    source: str
+    """Where the figure is from."""
+
+
+def training_flops_per_token(config: GPTConfig) -> float:
+    """Operations of matrix products, forward and backward, for each token.
+
+    Six for each weight that is multiplied (the embeddings are looked up; the head counts once, tied or not), and 12 x layers x
+    width x context for attention: the whole square, though half of it is masked, as the field counts (PaLM, appendix B).
+
+    >>> round(training_flops_per_token(GPTConfig.preset("gpt2-small")) / 1e6)
+    854
+    """
+    weights = 12 * config.n_layers * config.emb_dim**2 + config.vocab_size * config.emb_dim
+    return 6.0 * weights + 12.0 * config.n_layers * config.emb_dim * config.context_length
+
+
+def peak_of(compute: Compute) -> Peak:
+    """A GPU's documented figure where it is known, else what a product of two matrices reaches here, now."""
+    if compute.device.type == "cuda" and compute.dtype != torch.float32:
+        name = torch.cuda.get_device_name(compute.device)
+        for known, flops in _DOCUMENTED.items():
+            if known in name:
+                return Peak(flops, f"{known}'s documented peak")
+    return Peak(_measured(compute), "the matmul rate measured here")
+
+
+def _measured(compute: Compute) -> float:
+    matrix = torch.ones(_SIDE, _SIDE, device=compute.device, dtype=compute.dtype)
+
+    def once() -> float:
+        start = time.perf_counter()
+        matrix @ matrix
+        if compute.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    ends, best = time.perf_counter() + _MEASURED_FOR, once()
+    while time.perf_counter() < ends:
+        best = min(best, once())
+    return 2.0 * _SIDE**3 / best
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, or what this process has resident now; 0 where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * 4096

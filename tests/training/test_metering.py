@@ -1,0 +1,48 @@
+"""Figures that a person reads: operations, rates, memory."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from origo import GPT
+from origo.training.metering import Meter, memory_in_use, peak_of, training_flops_per_token
+from origo.training.precision import Compute
+from tests.conftest import TINY
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    model = GPT(TINY)
+    tokens = torch.randint(0, TINY.vocab_size, (2, TINY.context_length))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).backward()
+    # The head computes with its rows padded to a multiple of 64; the CPU's attention is not counted by torch.
+    padding = 6 * TINY.emb_dim * (-TINY.vocab_size % 64)
+    counted = counter.get_total_flops() / tokens.numel() - padding
+    attention = 12 * TINY.n_layers * TINY.emb_dim * TINY.context_length
+    assert counted == training_flops_per_token(TINY) - attention
+
+
+def test_the_peak_is_measured_where_it_is_not_documented() -> None:
+    peak = peak_of(CPU)
+    assert 1e8 < peak.flops < 1e14
+    assert peak.source == "the matmul rate measured here"
+
+
+def test_memory_is_what_is_resident() -> None:
+    before = memory_in_use(CPU.device)
+    held = torch.ones(50_000_000)
+    assert memory_in_use(CPU.device) - before > 0.9 * held.nbytes
+
+
+def test_rates_are_of_the_steps_alone() -> None:
+    meter = Meter(1000)
+    assert meter.tokens_per_second() == meter.mean_tokens_per_second() == 0
+    with meter.step():
+        pass
+    first = meter.tokens_per_second()
+    assert first > 0
+    assert meter.tokens_per_second() == 0, "none since the last call"
+    assert meter.mean_tokens_per_second() == first
