@@ -46,6 +46,7 @@ from origo.training.schedule import make_schedule
 from origo.training.signals import StopRequest
 from origo.training.start import starting_point
 from origo.training.step import Batch, Result, Stepper
+from origo.training.tracking import make_tracker, require_tracker
 
 _TREND = 16  # rows whose losses are shown as bars
 _MOST_ROLL_BACKS = 3
@@ -98,6 +99,7 @@ def train(options: TrainOptions, display: Display) -> Outcome:
 
 
 def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer, display: Display, began: float) -> Outcome:
+    require_tracker(options.run.track)
     before = folder.description()
     if before is not None:
         changes = require_same_run(before["options"], options, folder.path)
@@ -170,6 +172,7 @@ class Trainer:
         self.compilation: Compilation | None = None
         self.graphs = 0  # compiled before training
         self.peak: Peak | None = None
+        self.tracker = make_tracker(None, folder.path, {}, 0)
         self.losses: list[float] = []  # of the last rows
         self.sample = ""  # the newest one
         self.began_at = time.monotonic()
@@ -235,6 +238,7 @@ class Trainer:
         self._describe(RUNNING)
         self.folder.keep_metrics(self.rows_written)
         self.folder.keep_tokenizer(self.tokenizer.to_json())
+        self.tracker = make_tracker(run.track, self.folder.path, self.options.to_dict(), self.step + 1 if self.step else 0)
         started_at = time.perf_counter() - self.seconds
         if self.step == 0:
             self._measure()
@@ -266,6 +270,7 @@ class Trainer:
                     self.keeper.keep(self.step, lambda: self._state(started_at), self._metrics())
                 if self.checkpointer.progress is not None:
                     stop.reserve = self.checkpointer.progress.seconds
+        self.tracker.close()
         self.keeper.keep_for_sure(self.step, lambda: self._state(started_at), self._metrics())
         if self.step < steps and not self.settled:
             self._describe(INTERRUPTED)
@@ -355,6 +360,7 @@ class Trainer:
         except CheckpointError:  # of weights that are spoilt, which is told elsewhere
             return
         self.sample = text
+        self.tracker.sample(self.step, text)
         self._write(lambda: self.folder.add_sample(self.step, text))
         steps = self.schedule.steps
         if self.step and self.step < steps and self.step % max(1, steps // 3 // run.eval_every * run.eval_every) == 0:
@@ -450,6 +456,8 @@ class Trainer:
 
     def _write_rows(self) -> None:
         self.folder.add_metrics(self.rows)
+        for row in self.rows:
+            self.tracker.row(row)
         self.rows_written += len(self.rows)
         self.rows.clear()
 

@@ -198,6 +198,8 @@ class RunOptions:
     """Whether a run may go on although its text is another one than before."""
     time_limit: Annotated[str | None, arg(metavar="TIME", help_behavior_hint="(default: none)")] = None
     """Stop, with everything kept, before this much time has passed, as 3h55m: for batch schedulers. Exit code 75."""
+    track: Annotated[Literal["tensorboard", "wandb"] | None, arg(help_behavior_hint="(default: none)")] = None
+    """Send the figures there too; both are extras: pip install 'origo[tensorboard]'."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
 

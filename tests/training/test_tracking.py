@@ -1,0 +1,47 @@
+"""What TensorBoard's own reader finds in what a run has written."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.cli.test_train import EAGER, metrics, start
+from tests.conftest import Run
+
+
+def scalars(run: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_reads_back_what_was_measured(origo: Run, book: Path, tmp_path: Path) -> None:
+    command = ("train", "--data", book, *EAGER, "--track", "tensorboard", "--save-every", 8, "--eval-every", 10)
+    killed = start(*command, "--steps", 10**6, cwd=tmp_path, kill_at=tmp_path / "runs/book/checkpoints/step-000000024")
+    killed.kill()
+    killed.wait()
+    kept = metrics(tmp_path / "runs/book")[-1]["step"]
+    done = origo("train", "--name", "book", "--steps", kept + 7)
+    assert done.returncode == 0, done.stderr
+    rows = metrics(tmp_path / "runs/book")
+    events = scalars(tmp_path / "runs/book")
+    for field, name in (("train_loss", "loss/training"), ("val_loss", "loss/held-out"), ("lr", "learning rate")):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in found] == [row["step"] for row in rows if field in row], "none twice, none missing"
+        assert [value for _, value in found] == pytest.approx([row[field] for row in rows if field in row])
+    assert "sample/text_summary" in events.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_library_that_is_not_there_is_named(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    done = origo("train", "--data", book, *EAGER, "--steps", 2, "--track", name)
+    assert done.returncode == 2
+    assert f"--track {name} needs its library: pip install 'origo[{name}]'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
