@@ -4,13 +4,14 @@
 #   make check   lint, format, types, import rules
 #   make prove   the proofs in full: thousands of random models, a kill at every system call, every flipped bit, runs killed 50 times (an hour)
 #   make bench   every benchmark, against the real peers in the same run
+#   make reference  docs/options.md, from the options in the code
 #   make venv    the set-up alone: .venv/bin/origo and .venv/bin/python
 
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: train test check prove bench format venv clean
+.PHONY: train test check prove bench reference format venv clean
 .DELETE_ON_ERROR:
 
 train: venv
@@ -31,6 +32,9 @@ prove: venv
 
 bench: venv
 	for claim in bench/[a-z]*.py; do $(VENV)/bin/python $$claim $(ARGS) || exit 1; done
+
+reference: venv
+	$(VENV)/bin/python -m origo.cli.reference > docs/options.md
 
 format: venv
 	$(VENV)/bin/ruff check --fix

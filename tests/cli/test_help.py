@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from origo.cli.reference import reference
 from tests.conftest import Run
 
 
@@ -27,3 +30,8 @@ def test_every_option_is_explained(origo_process: Run, command: str) -> None:
         if line.startswith("--"):
             explanation = line.partition("  ")[2].strip() or lines[index + 1]
             assert len(explanation) > 10, line
+
+
+def test_the_option_reference_is_that_of_the_code() -> None:
+    page = Path(__file__).parents[2] / "docs" / "options.md"
+    assert page.read_text(encoding="utf-8") == reference(), "make reference writes it anew"
