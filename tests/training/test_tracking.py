@@ -35,6 +35,20 @@ def test_tensorboard_reads_back_what_was_measured(origo: Run, book: Path, tmp_pa
     assert "sample/text_summary" in events.Tags()["tensors"]
 
 
+def test_a_library_that_fails_does_not_stop_training(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from origo.training import tracking
+
+    def fail(*_: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tracking._TensorBoard, "rows", fail)
+    done = origo("train", "--data", book, *EAGER, "--steps", 12, "--track", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--track tensorboard failed, going on without: ConnectionError: no network") == 1
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_library_that_is_not_there_is_named(
     origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -46,7 +46,7 @@ from origo.training.schedule import make_schedule
 from origo.training.signals import StopRequest
 from origo.training.start import starting_point
 from origo.training.step import Batch, Result, Stepper
-from origo.training.tracking import make_tracker, require_tracker
+from origo.training.tracking import Tracker, make_tracker, require_tracker
 
 _TREND = 16  # rows whose losses are shown as bars
 _MOST_ROLL_BACKS = 3
@@ -215,7 +215,8 @@ class Trainer:
         self.first_held_out, self.held_out = progress["first_held_out"], progress["held_out"]
         self.best, self.best_step, self.stale = progress["best"], progress["best_step"], progress["stale"]
         self.skipped, self.left_out, self.roll_backs = progress["skipped"], progress["left_out"], progress["roll_backs"]
-        self.pending = [Result(*map(torch.tensor, values)) for values in progress["pending"]]
+        device = self.compute.device
+        self.pending = [Result(*(torch.tensor(value, device=device) for value in values)) for values in progress["pending"]]
 
     @property
     def settled(self) -> bool:
@@ -270,8 +271,8 @@ class Trainer:
                     self.keeper.keep(self.step, lambda: self._state(started_at), self._metrics())
                 if self.checkpointer.progress is not None:
                     stop.reserve = self.checkpointer.progress.seconds
-        self.tracker.close()
         self.keeper.keep_for_sure(self.step, lambda: self._state(started_at), self._metrics())
+        self._track(lambda tracker: tracker.close())
         if self.step < steps and not self.settled:
             self._describe(INTERRUPTED)
             return self._outcome(INTERRUPTED, compilation, None, stop)
@@ -360,7 +361,7 @@ class Trainer:
         except CheckpointError:  # of weights that are spoilt, which is told elsewhere
             return
         self.sample = text
-        self.tracker.sample(self.step, text)
+        self._track(lambda tracker: tracker.sample(self.step, text))
         self._write(lambda: self.folder.add_sample(self.step, text))
         steps = self.schedule.steps
         if self.step and self.step < steps and self.step % max(1, steps // 3 // run.eval_every * run.eval_every) == 0:
@@ -456,10 +457,17 @@ class Trainer:
 
     def _write_rows(self) -> None:
         self.folder.add_metrics(self.rows)
-        for row in self.rows:
-            self.tracker.row(row)
+        self._track(lambda tracker: tracker.rows(self.rows))
         self.rows_written += len(self.rows)
         self.rows.clear()
+
+    def _track(self, tell: Callable[[Tracker], None]) -> None:
+        """Tell another library; one that fails is told no more, and training goes on."""
+        try:
+            tell(self.tracker)
+        except Exception as error:  # of a network, a disk, or its own
+            self.display.fail(f"--track {self.options.run.track} failed, going on without: {type(error).__name__}: {error}")
+            self.tracker = make_tracker(None, self.folder.path, {}, 0)
 
     def _write(self, write: Callable[[], None]) -> None:
         """Write what is only to be looked at: a full disk does not stop training for it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,8 +26,8 @@ _NAMES = {
 class Tracker(Protocol):
     """Where rows of metrics.jsonl go, besides that file."""
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        """Take a row; one with an ``event`` is not a measurement."""
+    def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take rows; one with an ``event`` is not a measurement."""
 
     def sample(self, step: int, text: str) -> None:
         """Take a sample of what the model writes."""
@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 class _Nowhere:
-    def row(self, row: Mapping[str, Any]) -> None:
+    def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         pass
 
     def sample(self, step: int, text: str) -> None:
@@ -56,9 +56,10 @@ class _TensorBoard:
         if first_step == 0:
             self._writer.add_text("options", f"```json\n{json.dumps(options, indent=2)}\n```", 0)
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        for name, value in _measured(row).items():
-            self._writer.add_scalar(name, value, row["step"])
+    def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        for row in rows:
+            for name, value in _measured(row).items():
+                self._writer.add_scalar(name, value, row["step"])
 
     def sample(self, step: int, text: str) -> None:
         self._writer.add_text("sample", text, step)
@@ -83,9 +84,10 @@ class _WeightsAndBiases:
             config=dict(options),
         )
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        if found := _measured(row):
-            self._run.log(found, step=row["step"])
+    def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        for row in rows:
+            if found := _measured(row):
+                self._run.log(found, step=row["step"])
 
     def sample(self, step: int, text: str) -> None:
         self._run.summary["sample"] = text
