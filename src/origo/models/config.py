@@ -1,6 +1,6 @@
 """The architecture of a GPT as a value: frozen, checked when made, JSON both ways.
 
-The field names are those of the configuration dict in "Build a Large Language Model From Scratch", so
+The first field names are those of the configuration dict in "Build a Large Language Model From Scratch", so
 ``GPTConfig(**GPT_CONFIG_124M)`` reads it as it is. A file ``config.json`` beside the weights holds exactly these fields.
 """
 
@@ -57,15 +57,21 @@ class GPTConfig:
     """Give the query, key and value projections a bias, as OpenAI's GPT-2 has."""
     tie_embeddings: bool = False
     """Use the token embedding as the output head too, as OpenAI's GPT-2 does."""
+    bias: bool = True
+    """Give the norms and the other linear layers a bias. nanoGPT's models may have none."""
+    gelu: str = "tanh"
+    """Which form of GELU: "tanh", the approximation that GPT-2 was trained with, or "erf", the exact one, as in nanoGPT."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
-        for name in ("qkv_bias", "tie_embeddings"):
+        for name in ("qkv_bias", "tie_embeddings", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
+        if self.gelu not in ("tanh", "erf"):
+            raise ConfigError(f"gelu must be tanh or erf, not {self.gelu!r}.")
         if isinstance(self.drop_rate, bool) or not isinstance(self.drop_rate, int | float):
             raise ConfigError(f"drop_rate must be a number, not {self.drop_rate!r}.")
         if not 0 <= self.drop_rate < 1:

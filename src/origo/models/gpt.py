@@ -1,7 +1,7 @@
 """The GPT, from token ids to logits, readable top to bottom.
 
 A decoder-only transformer as in "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): learned
-positions, pre-norm blocks, tanh GELU. Module and parameter names are those of the optimised ``GPTModel`` in "Build a Large
+positions, pre-norm blocks, GELU. Module and parameter names are those of the optimised ``GPTModel`` in "Build a Large
 Language Model From Scratch", so a state dict saved by that code loads strictly, and one saved from here loads there:
 
     tok_emb pos_emb drop_emb trf_blocks.N.{norm1, att.{qkv, proj}, norm2, ff.layers.{0, 2}} final_norm out_head
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         self.drop_rate = config.drop_rate
         self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.emb_dim, config.emb_dim)
+        self.proj = nn.Linear(config.emb_dim, config.emb_dim, bias=config.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # [batch, time, emb] -> the same
         batch, time, emb = x.shape
@@ -83,9 +83,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(config.emb_dim, 4 * config.emb_dim),
-            nn.GELU(approximate="tanh"),  # the form that GPT-2's weights were trained with
-            nn.Linear(4 * config.emb_dim, config.emb_dim),
+            nn.Linear(config.emb_dim, 4 * config.emb_dim, bias=config.bias),
+            nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none"),
+            nn.Linear(4 * config.emb_dim, config.emb_dim, bias=config.bias),
         )
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, time, emb] -> the same
@@ -97,9 +97,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.emb_dim)
+        self.norm1 = nn.LayerNorm(config.emb_dim, bias=config.bias)
         self.att = Attention(config, layer)
-        self.norm2 = nn.LayerNorm(config.emb_dim)
+        self.norm2 = nn.LayerNorm(config.emb_dim, bias=config.bias)
         self.ff = FeedForward(config)
         self.drop_resid = nn.Dropout(config.drop_rate)
 
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.emb_dim)
+        self.final_norm = nn.LayerNorm(config.emb_dim, bias=config.bias)
         self.out_head = Head(config.emb_dim, config.vocab_size, bias=False)
         self.reset_parameters()
         if config.tie_embeddings:

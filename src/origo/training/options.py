@@ -30,6 +30,7 @@ LENGTHS = ("steps", "epochs", "tokens")
 
 _PresetInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_PRESETS)]
 _PresetFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=_PRESETS)]
+_PresetStr = Annotated[str | None, arg(metavar="tanh|erf", help_behavior_hint=_PRESETS)]
 _PresetBool = Annotated[bool | None, arg(metavar="{True,False}", help_behavior_hint=_PRESETS)]
 
 
@@ -84,6 +85,10 @@ class ModelOptions:
     """Give the query, key and value projections a bias."""
     tie_embeddings: _PresetBool = None
     """Use the token embedding as the output head too."""
+    bias: _PresetBool = None
+    """Give the norms and the other linear layers a bias."""
+    gelu: _PresetStr = None
+    """Form of GELU: tanh, as in GPT-2, or erf, the exact one."""
     start_from: Annotated[str | None, arg(name="from", metavar="RUN|CHECKPOINT", help_behavior_hint="(default: none)")] = None
     """Start from the weights of another run or file, in a new run: its shape and tokenizer are taken over."""
 
