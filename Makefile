@@ -42,13 +42,14 @@ format: venv
 
 venv: $(READY)
 
-# The book's package is a reference for parity tests; what it declares to need (TensorFlow, JupyterLab) is for its notebooks.
+# The book's package and LitGPT are references for the tests. What the book's declares to need (TensorFlow, JupyterLab) is for its
+# notebooks, and LitGPT asks for an older huggingface_hub than transformers does.
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Origo needs Python 3.11 or later; $(PYTHON) is older. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llms-from-scratch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llms-from-scratch litgpt
 	@touch $@
 
 clean:

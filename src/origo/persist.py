@@ -19,6 +19,9 @@ import torch
 from torch import nn
 
 from origo.errors import CheckpointError, ConfigError
+from origo.interop.opening import open_any, warn_of
+from origo.interop.translation import format_of, translated
+from origo.models.config import GPTConfig
 from origo.models.registry import build_model, describe_model
 from origo.naming.causes import diagnose
 from origo.naming.mismatch import MismatchError, compare
@@ -26,9 +29,8 @@ from origo.naming.recovery import recover_names
 from origo.naming.wrappers import AVERAGE_COUNTER, require_module, unwrap
 from origo.state.model import DtypePolicy, LoadReport, describe, load_state_dict, state_dict, whole_state, with_memory
 from origo.store.layout import CONFIG, MODEL
-from origo.store.reader import Checkpoint
+from origo.store.reader import Checkpoint, TensorFile
 from origo.store.remote import as_path
-from origo.store.run import find_checkpoint
 from origo.store.writer import write_folder, write_pth, write_safetensors
 
 
@@ -76,20 +78,28 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(
-    path: str | Path, into: nn.Module, *, strict: bool = True, dtype: DtypePolicy = "exact", verify: bool = True
+    path: str | Path,
+    into: nn.Module,
+    *,
+    strict: bool = True,
+    dtype: DtypePolicy = "exact",
+    verify: bool = True,
+    part: str | None = None,
 ) -> LoadReport:
     """Copy saved weights into a model, plain or wrapped.
 
     Args:
-        path: what ``save`` wrote, a run or checkpoint of ``origo train``, any .safetensors file, or a state dict from
-            ``torch.save``. Names that wrappers polluted (``_orig_mod.…``, ``module.…``) are matched to the model's own and
-            listed in the report's ``renamed``.
+        path: what ``save`` wrote, a run or checkpoint of ``origo train``, or another program's (docs/formats.md): any
+            .safetensors file or state dict, sharded or within something else. Names that wrappers polluted (``_orig_mod.…``,
+            ``module.…``) are matched to the model's own and listed in the report's ``renamed``. A GPT-2 in one layout (the
+            book's, nanoGPT's, transformers') loads into a model of any other.
         into: the model; its tensors keep their identity, so an optimizer over them stays valid. Those on the meta device are
             given memory on the CPU, so that a large model is never there twice; build its optimizer afterwards.
         strict: refuse names that are missing or unexpected.
         dtype: ``"exact"`` refuses tensors of another dtype, ``"cast"`` converts and reports them.
         verify: check each tensor against its stored hash (BLAKE3, about 4 GB a second and core) before it is used. Sizes and
             structure are checked in any case.
+        part: of a file with several models (``"state_dict_ema"``), which.
 
     Raises:
         CheckpointError: the file is missing, damaged, or would run code.
@@ -101,19 +111,29 @@ def load(
     {'_orig_mod.weight': 'weight', '_orig_mod.bias': 'bias'}
     """
     require_module(into)
-    return _load_into(_found(path, verify=verify), into, strict=strict, dtype=dtype, verify=verify)
+    return _load_into(_found(path, verify=verify, part=part), into, strict=strict, dtype=dtype, verify=verify)
 
 
 def load_model(
-    path: str | Path, *, step: int | str = "latest", device: str | torch.device = "cpu", compile: bool = False
+    path: str | Path,
+    *,
+    step: int | str = "latest",
+    device: str | torch.device = "cpu",
+    compile: bool = False,
+    part: str | None = None,
+    n_heads: int | None = None,
 ) -> nn.Module:
     """Build a model from what was saved, structure and weights, in evaluation mode.
 
     Args:
-        path: a run, a checkpoint, a model folder or a .safetensors file that ``save`` wrote.
+        path: a run, a checkpoint, a model folder or a .safetensors file that ``save`` wrote; or another program's GPT-2, as the
+            book's ``model.pth``, nanoGPT's ``ckpt.pt`` or a folder of transformers (docs/formats.md).
         step: of a run, ``"latest"`` (the newest good one) or a number.
         device: where to put it.
         compile: compile it in place (``model.compile()``), which changes no name.
+        part: of a file with several models (``"state_dict_ema"``), which.
+        n_heads: attention heads, for a file of another program's that does not say; otherwise heads of size 64 are assumed,
+            with a warning.
 
     Raises:
         CheckpointError: it is missing or damaged, or holds weights without a configuration.
@@ -123,11 +143,15 @@ def load_model(
     >>> load_model("model.safetensors").config.vocab_size
     100
     """
-    return load_checkpoint(_found(path, step), device=device, compile=compile)
+    checkpoint = _found(path, step, part=part, n_heads=n_heads)
+    warn_of(checkpoint)
+    return load_checkpoint(checkpoint, device=device, compile=compile)
 
 
-def open_checkpoint(path: str | Path, *, step: int | str = "latest") -> Checkpoint:
+def open_checkpoint(path: str | Path, *, step: int | str = "latest", part: str | None = None) -> Checkpoint:
     """Open anything that :func:`load` takes, without reading its tensors.
+
+    Names are clean: without what wrappers put into them, and of a GPT-2 of another program's, those of ``origo.GPT``.
 
     The result has ``.names``, ``.config``, ``.tensor(name)`` (one tensor, read and checked now) and ``.verify()`` (every byte).
 
@@ -140,12 +164,20 @@ def open_checkpoint(path: str | Path, *, step: int | str = "latest") -> Checkpoi
     (['weight', 'bias'], torch.Size([1, 2]))
     >>> checkpoint.verify()
     """
-    return _found(path, step)
+    return _found(path, step, part=part)
 
 
 def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", compile: bool = False) -> nn.Module:
     """:func:`load_model` of a checkpoint that is open already."""
     if checkpoint.config is None or checkpoint.architecture is None:
+        origin = checkpoint.origin
+        if origin is not None and origin.problem is not None:
+            raise CheckpointError(origin.problem)
+        if origin is not None and origin.not_ours is not None:
+            raise CheckpointError(
+                f"'{checkpoint.path}' is {origin.kind}, of which no origo.GPT can be built: {origin.not_ours}. Build "
+                "its own model and use origo.load(path, into=model), or write it as plain safetensors (origo convert)."
+            )
         raise CheckpointError(
             f"'{checkpoint.path}' holds weights without the structure they belong to: build the model and use "
             "origo.load(path, into=model), or register its class (origo.register_architecture) before saving it."
@@ -172,8 +204,8 @@ def _load_into(
     verify: bool,
     device: str | torch.device = "cpu",
 ) -> LoadReport:
-    state: dict[str, Any] = checkpoint.model.state(verify=verify)
     known = state_dict(model)
+    state: dict[str, Any] = _stored(checkpoint, model, known).state(verify=verify)
     spare = [name for name in (AVERAGE_COUNTER,) if name in state and name not in known]  # the model itself is all there
     for name in spare:
         del state[name]
@@ -198,6 +230,39 @@ def _load_into(
             raise error.with_configuration(sentence) from None
         raise
     return replace(report, renamed=renamed, unexpected=[*report.unexpected, *spare])
+
+
+def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) -> TensorFile:
+    """The tensors to load: as they are stored where they fit so, and otherwise in the model's layout, where both are GPTs."""
+    if checkpoint.origin is None:
+        return checkpoint.model
+    raw: TensorFile = checkpoint.origin.contents.tensors
+    renamed = recover_names(raw.names, known)
+    fits = {renamed.get(name, name) for name in raw.names} - {AVERAGE_COUNTER} == known.keys() - {AVERAGE_COUNTER}
+    if fits or checkpoint.origin.shape is None:
+        return raw
+    shapes = {name: tuple(value.shape) for name, value in known.items() if isinstance(value, torch.Tensor)}
+    format = format_of(shapes)
+    if format is None or (
+        format is checkpoint.origin.format and not checkpoint.origin.dropped and len(raw.names) >= len(known)
+    ):
+        return raw
+    config: GPTConfig = checkpoint.origin.shape
+    live = getattr(unwrap(model), "config", None)
+    if isinstance(live, GPTConfig):
+        _require_same_computation(checkpoint, config, live)
+    return translated(checkpoint.model, config, format, shapes)
+
+
+def _require_same_computation(checkpoint: Checkpoint, stored: GPTConfig, live: GPTConfig) -> None:
+    """What no tensor's shape shows."""
+    sure = not checkpoint.origin.notes and checkpoint.origin.problem is None
+    for name in ("n_heads", "gelu") if sure else ("gelu",):
+        if (was := getattr(stored, name)) != (now := getattr(live, name)):
+            raise ConfigError(
+                f"'{checkpoint.path}' was trained with {name}={was}, and this model computes with {name}={now}: its values "
+                "would load, and mean something else. Build the model with that, or use origo.load_model(path)."
+            )
 
 
 def _renamed(state: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
@@ -225,9 +290,16 @@ def _other_configuration(checkpoint: Checkpoint, model: nn.Module) -> str | None
     return f"Saved with {was}; this model has {now}: build it with the stored values, or use origo.load_model(path)."
 
 
-def _found(path: str | os.PathLike[str], step: int | str = "latest", *, verify: bool = True) -> Checkpoint:
+def _found(
+    path: str | os.PathLike[str],
+    step: int | str = "latest",
+    *,
+    verify: bool = True,
+    part: str | None = None,
+    n_heads: int | None = None,
+) -> Checkpoint:
     """The checkpoint that a path means; tells of damaged ones that were passed over."""
-    found = find_checkpoint(_path(path), step, verify=verify)
+    found = open_any(_path(path), step, verify=verify, part=part, n_heads=n_heads)
     for skipped, reason in found.skipped:
         warnings.warn(f"Passed over '{skipped}': {reason}", stacklevel=3)
     return found.checkpoint

@@ -124,7 +124,9 @@ def test_a_checkpoint_is_described_with_its_layers_folded(origo: Run, run_folder
 def test_single_models_are_told_apart(origo: Run, tmp_path: Path, ending: str) -> None:
     library.save(nn.Linear(2, 1), tmp_path / f"x{ending}")
     text = origo("inspect", tmp_path / f"x{ending}").stdout
-    says = {".safetensors": "a .safetensors file written by Origo", ".pth": "a .pth state dict", "": "a model folder"}[ending]
+    says = {".safetensors": "a .safetensors file written by Origo", ".pth": "a file of torch.save", "": "a model folder"}[
+        ending
+    ]
     assert says in text
     assert "float32 [1, 2]" in text
     assert ("none: it holds no hashes" in text) == (ending == ".pth")
@@ -135,7 +137,7 @@ def test_files_of_other_programs(origo: Run, tmp_path: Path) -> None:
 
     save_file({"w": torch.ones(3), "h": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "stock.safetensors")
     everything = told(origo, "inspect", "stock.safetensors")
-    assert everything["kind"] == ".safetensors file"
+    assert everything["kind"] == "a .safetensors file"
     assert everything["identity"] is None
     assert everything["totals"]["stock.safetensors"] == {
         "float32": {"parameters": 3, "bytes": 12}, "bfloat16": {"parameters": 2, "bytes": 4}

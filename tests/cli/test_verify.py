@@ -112,7 +112,7 @@ def test_a_terminal_sees_how_far_it_is(origo: Run, run_folder: Path, monkeypatch
     [
         (("absent",), "nothing at 'absent'"),
         (("run", "--step", "77"), "no step 77"),
-        (("empty",), "holds no manifest.json and no steps"),
+        (("empty",), "holds no weights"),
         (("young",), "has no checkpoints yet"),
     ],
 )

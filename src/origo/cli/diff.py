@@ -14,11 +14,11 @@ import tyro
 from torch import Tensor
 
 from origo.cli.report import as_step, checkpoints_folder, counted, print_heading, print_json, print_table, shown
+from origo.interop.opening import open_any
 from origo.naming.recovery import recover_names
 from origo.store import remote
 from origo.store.layout import MODEL
 from origo.store.reader import Checkpoint
-from origo.store.run import find_checkpoint
 from origo.store.tensorfile import as_bytes
 
 DIFFERENT = 1
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     pair = []
     for path, step in ((given.a, given.step_a), (given.b, given.step_b)):
         checkpoints_folder(remote.as_path(path))  # where a storage cannot be reached, says so
-        found = find_checkpoint(path, as_step(step))
+        found = open_any(path, as_step(step))
         for skipped, reason in found.skipped:
             print(f"Passed over '{skipped}': {reason}", file=sys.stderr)
         pair.append(found.checkpoint)
@@ -92,6 +92,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
     told: dict[str, Any] = {
         "equal": True,
         "identity": [a.identity, b.identity],
+        "found": [each.origin.kind if each.origin is not None else None for each in (a, b)],
         "config": _different_fields(a.config, b.config),
         "renamed": {},
         "only_a": [],
@@ -106,7 +107,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
             each.verify([MODEL] if each.manifest else None)
         return told
     renamed = _renames(a.names, b.names)
-    told["renamed"] = renamed
+    told["renamed"] = {**_cleaned(a=a, b=b), **renamed}
     first, second = _originals(a, renamed.get("a", {})), _originals(b, renamed.get("b", {}))
     told["only_a"] = [name for name in first if name not in second]
     told["only_b"] = [name for name in second if name not in first]
@@ -148,6 +149,15 @@ def _renames(a: Sequence[str], b: Sequence[str]) -> dict[str, dict[str, str]]:
         if renamed:
             return {which: renamed}
     return {}
+
+
+def _cleaned(**checkpoints: Checkpoint) -> dict[str, dict[str, str]]:
+    """Names that were cleaned when the file was opened."""
+    renamed = {}
+    for which, checkpoint in checkpoints.items():
+        if checkpoint.origin is not None and checkpoint.origin.wrappers:
+            renamed[which] = checkpoint.origin.renamed()
+    return renamed
 
 
 def _originals(checkpoint: Checkpoint, renames: Mapping[str, str]) -> dict[str, str]:
@@ -223,6 +233,9 @@ def _print(told: Mapping[str, Any], a: str, b: str) -> None:
         identity = told["identity"][0]
         same = f" (identity {identity[:12]})" if identity is not None and identity == told["identity"][1] else ""
         print_heading(f"The same weights{same}: every name, shape, dtype and value.")
+    for which, kind in zip("AB", told["found"], strict=True):
+        if kind is not None:
+            print(shown(f"{which} is {kind}."))
     for which, names in told["renamed"].items():
         print(f"Names of {which.upper()} that wrappers had changed were put right, {len(names)}:")
         _print_some([(name, f"-> {right}") for name, right in names.items()])

@@ -9,15 +9,16 @@ from typing import Annotated
 
 import tyro
 
+from origo.cli.report import as_step
 from origo.data.tokenizer import Tokenizer
 from origo.errors import CheckpointError, ConfigError, TokenizerError
 from origo.generation.generate import generate
 from origo.generation.sampling import Sampling
+from origo.interop.opening import open_any
 from origo.models.gpt import GPT
 from origo.persist import load_checkpoint
 from origo.store.layout import TOKENIZER
 from origo.store.reader import Checkpoint
-from origo.store.run import find_checkpoint
 from origo.training.precision import choose_compute
 
 
@@ -26,7 +27,7 @@ class _Arguments:
     """Continue a text with a trained GPT, token by token as they come."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
-    """A run, a checkpoint, a model folder, or a .safetensors file that origo.save wrote."""
+    """A run, a checkpoint, a file or folder; also another program's GPT-2: model.pth, ckpt.pt, a folder of transformers."""
     prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none, a new document)")] = ""
     """The text to continue."""
     max_new_tokens: int = 200
@@ -38,6 +39,10 @@ class _Arguments:
     """Of a run, which step: its number, or the name it is pinned under."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME", help_behavior_hint="")] = None
     """A tokenizer.json or hub name, where the model's folder holds none."""
+    part: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model)")] = None
+    """Of a file with several models, which."""
+    n_heads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: heads of size 64)")] = None
+    """Attention heads, where the file does not say."""
     device: str = "cpu"
     """cpu, cuda, mps, or auto."""
 
@@ -45,10 +50,17 @@ class _Arguments:
 def run(arguments: list[str]) -> int:
     """``origo generate``."""
     given = tyro.cli(_Arguments, prog="origo generate", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
-    found = find_checkpoint(given.model, int(given.step) if given.step.isdecimal() else given.step)
+    found = open_any(given.model, as_step(given.step), part=given.part, n_heads=given.n_heads)
     for path, reason in found.skipped:
         print(f"Passed over '{path}': {reason}", file=sys.stderr)
+    for note in found.checkpoint.origin.notes if found.checkpoint.origin is not None else []:
+        print(note, file=sys.stderr)
     tokenizer = _tokenizer(given, found.checkpoint)
+    if tokenizer.vocab_size > (rows := (found.checkpoint.config or {}).get("vocab_size", tokenizer.vocab_size)):
+        raise TokenizerError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model {rows:,}: name the one that it was trained with, "
+            "with --tokenizer."
+        )
     model = load_checkpoint(found.checkpoint, device=choose_compute(given.device, "fp32").device)
     if not isinstance(model, GPT):
         raise CheckpointError(f"'{given.model}' is a {type(model).__name__}; only a GPT generates text here.")

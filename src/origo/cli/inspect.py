@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from origo.cli.convert import found_facts
 from origo.cli.report import (
     age,
     as_step,
@@ -25,12 +26,12 @@ from origo.cli.report import (
 )
 from origo.cli.tree import tree
 from origo.errors import CheckpointError
-from origo.state.model import tensor_identity
+from origo.interop.opening import open_any
 from origo.store import remote
 from origo.store.layout import Manifest
 from origo.store.lease import LEASE, holder, lock
 from origo.store.reader import Checkpoint, TensorFile
-from origo.store.run import find_checkpoint, pins, step_folder, steps
+from origo.store.run import pins, step_folder, steps
 from origo.store.tensorfile import dtype_called
 from origo.training.display import size
 
@@ -45,6 +46,8 @@ class _Arguments:
     """A path, or a remote one (s3://…)."""
     step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: the run's list of steps)")] = ""
     """Of a run, one step: its number, the name it is pinned under, or latest."""
+    part: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model)")] = None
+    """Of a file with several models, which."""
     json: bool = False
     """One JSON object instead."""
 
@@ -58,7 +61,7 @@ def run(arguments: list[str]) -> int:
         told = describe_run(path, directory)
         print_json(told) if given.json else _print_run(told)
         return 0
-    checkpoint = find_checkpoint(path, as_step(given.step or "latest"), verify=False).checkpoint
+    checkpoint = open_any(path, as_step(given.step or "latest"), verify=False, part=given.part).checkpoint
     told = describe(checkpoint)
     print_json(told) if given.json else _print_checkpoint(told, checkpoint)
     return 0
@@ -110,14 +113,17 @@ def _writer(directory: Path) -> dict[str, Any] | None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything that the headers of a checkpoint or file say."""
-    manifest, model = checkpoint.manifest, checkpoint.model
-    if manifest is not None:
-        kind = "checkpoint" if manifest.step is not None else "model folder"
+    manifest, model, origin = checkpoint.manifest, checkpoint.model, checkpoint.origin
+    main = model.path.name
+    if origin is not None:  # what is there, under the names that it has there
+        main, kind = checkpoint.path.name, origin.kind
+        files = {main: _tensors(origin.contents.tensors)}
+    elif manifest is not None:
+        kind = "a checkpoint" if manifest.step is not None else "a model folder"
         files = {name: _tensors(checkpoint.tensors(name)) for name in manifest.tensors}
     else:
-        kind = ".safetensors file" if hasattr(model, "metadata") else ".pth state dict"
-        kind += " written by Origo" if checkpoint.identity else ""
-        files = {checkpoint.path.name: _tensors(model)}
+        kind = "a .safetensors file written by Origo" if checkpoint.identity else "a .safetensors file"
+        files = {main: _tensors(model)}
     totals = {name: _totals(tensors) for name, tensors in files.items()}
     return {
         "kind": kind,
@@ -130,15 +136,16 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "config": checkpoint.config,
         "provenance": dict(checkpoint.provenance),
         "files": {name: entry.bytes for name, entry in manifest.files.items()} if manifest else {},
-        "parameters": sum(total["parameters"] for total in totals[model.path.name].values()),
+        "parameters": sum(total["parameters"] for total in totals[main].values()),
         "totals": totals,
         "tensors": files,
+        "found": origin.told() if origin is not None else None,
     }
 
 
 def _tensors(file: TensorFile) -> dict[str, Any]:
     """What each tensor is; the further names of a tied one are with the first."""
-    ties = _ties(file)
+    ties = file.aliases
     further: dict[str, list[str]] = {}
     for alias, name in ties.items():
         further.setdefault(name, []).append(alias)
@@ -147,22 +154,6 @@ def _tensors(file: TensorFile) -> dict[str, Any]:
         for name, shape in file.shapes.items()
         if name not in ties
     }
-
-
-def _ties(file: TensorFile) -> Mapping[str, str]:
-    """Further names -> first names. A .pth does not say which are tied: they are those that are the same memory."""
-    if hasattr(file, "metadata"):
-        return file.aliases
-    first: dict[Any, str] = {}
-    ties = {}
-    for name, kind in file.dtypes.items():
-        try:
-            same = None if kind == _VALUE else tensor_identity(file.tensor(name, verify=False))
-        except CheckpointError:  # saved from the meta device
-            continue
-        if same is not None and first.setdefault(same, name) != name:
-            ties[name] = first[same]
-    return ties
 
 
 def _totals(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int | None]]:
@@ -199,7 +190,7 @@ def _print_run(told: Mapping[str, Any]) -> None:
 def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     about = told["provenance"]
     parent = about.get("parent") or {}
-    print_heading(f"{told['path']}: a {told['kind']}")
+    print_heading(f"{told['path']}: {told['kind']}")
     facts = {
         "step": None if told["step"] is None else str(told["step"]),
         "metrics": ", ".join(f"{name} {value:.6g}" for name, value in told["metrics"].items()),
@@ -212,6 +203,8 @@ def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         "versions": ", ".join(f"{name} {about[name]}" for name in ("origo", "torch", "python") if name in about),
         "git": None if about.get("git") is None else str(about["git"]),
     }
+    if told["found"] is not None and told["found"]["format"] is not None:
+        facts |= _found_facts(told["found"], told["config"])
     print_facts(facts)
     for file, tensors in told["tensors"].items():
         held = f" ({size(told['files'][file])})" if file in told["files"] else ""
@@ -223,13 +216,27 @@ def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         print_heading(f"{file}{held}: {counted(len(tensors), 'tensor')}{alone}")
         if not alone:
             print_table(totals)
-        if file == checkpoint.model.path.name:
+        if file in (checkpoint.model.path.name, checkpoint.path.name):
             said = {name: _said(entry) for name, entry in tensors.items()}
             ties = {alias: name for name, entry in tensors.items() for alias in entry.get("aliases", [])}
             print_table(tree(said, ties))
     for file, count in told["files"].items():
         if file not in told["tensors"]:
             print_heading(f"{file} ({size(count)})", style="")
+
+
+def _found_facts(found: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """How another program's checkpoint was understood, and what can be done with it."""
+    facts = {name: value for name, value in found_facts(found).items() if name != "found"}
+    rules = ", ".join(f"{word} {count}" for word, count in found["rules"].items())
+    if config is not None:
+        done = f" ({rules})" if rules else ""
+        facts["as ours"] = f"a GPT: origo.load_model, generate, train --from and convert take it{done}"
+    elif found["not_ours"] or found["problem"]:
+        facts["as ours"] = f"no: {found['not_ours'] or found['problem']}"
+    if found["wrappers"]:
+        facts["next"] = "origo repair takes the wrappers out of its names"
+    return facts | {"note": " ".join(found["notes"]) or None}
 
 
 def _said(entry: Mapping[str, Any]) -> str:

@@ -27,6 +27,8 @@ _COMMANDS = {
     "inspect": "say what a file or folder is: steps, tensors, configuration, where it comes from",
     "verify": "read every byte of a run, a checkpoint or a file, and check it",
     "diff": "compare two models: equal, or what differs and by how much",
+    "convert": "write a checkpoint in another layout: transformers', nanoGPT's, the book's, plain files",
+    "repair": "mend a file in place whose names or index are wrong",
     "prune": "delete checkpoints that need not stay, or pin one so that it does",
 }
 

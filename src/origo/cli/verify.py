@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import tyro
 
 from origo.cli.report import as_step, bytes_of, checkpoints_folder, print_heading, print_json, shown
 from origo.errors import CheckpointError
+from origo.interop.opening import open_any
 from origo.store import remote
-from origo.store.layout import MANIFEST
 from origo.store.reader import read_checkpoint
 from origo.store.run import find_checkpoint, step_folder, steps
 from origo.training.display import size
@@ -68,8 +67,6 @@ def _wanted(path: Path, step: str) -> list[tuple[int | None, Path]]:
         return [(found.manifest.step if found.manifest else None, found.path)]
     if directory is not None:
         return [(number, step_folder(directory, number)) for number in steps(directory)] or _nothing(path)
-    if path.is_dir() and not (path / MANIFEST).exists():
-        raise CheckpointError(f"The folder '{path}' holds no {MANIFEST} and no steps: name a run, a checkpoint or a file.")
     return [(None, path)]
 
 
@@ -81,14 +78,14 @@ def _check(path: Path, step: int | None) -> dict[str, Any] | None:
     """What is damaged, and what could be checked; None for a step that its run has deleted meanwhile."""
     checked = _STRUCTURE
     try:
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path) if step is not None else open_any(path, verify=False).checkpoint
         found = [(damage.file, damage.tensor, damage.reason) for damage in checkpoint.damages()]
         if checkpoint.manifest is not None or checkpoint.identity is not None:
             checked = _EVERY_BYTE
-        elif not hasattr(checkpoint.model, "metadata") and zipfile.is_zipfile(path):
+        elif checkpoint.origin is not None and checkpoint.origin.contents.summed:
             checked = _ZIP
     except CheckpointError as error:
-        if not path.exists() and step is None:
+        if step is None and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
             raise
         found = [("" if path.is_dir() else path.name, None, str(error))]
     if step is not None and not path.exists():

@@ -35,7 +35,8 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
-        self.end_of_text: int = next(vocabulary[end] for end in _KNOWN_ENDS if end in vocabulary)
+        self.end_of_text_token: str = next(end for end in _KNOWN_ENDS if end in vocabulary)
+        self.end_of_text: int = vocabulary[self.end_of_text_token]
         self.vocab_size: int = max(vocabulary.values()) + 1
 
     @classmethod

@@ -152,7 +152,7 @@ class TensorFile(ABC):
         """Those that are damaged. ``keep``: they are read next, so what was fetched for this need not be fetched again."""
 
 
-class _Safetensors(TensorFile):
+class SafetensorsFile(TensorFile):
     """A .safetensors file: mapped, or fetched in ranges from remote storage."""
 
     def __init__(self, path: Path) -> None:
@@ -314,16 +314,19 @@ class _Safetensors(TensorFile):
         return self._mapped
 
 
-class _Pth(TensorFile):
+class PickledFile(TensorFile):
     """A state dict that ``torch.save`` wrote, opened by torch's machinery that runs nothing."""
 
     def __init__(self, path: Path, state: Mapping[str, Any], is_zip: bool) -> None:
-        described = describe(state)
+        try:
+            described = describe(state)
+        except RuntimeError as error:  # nested tensors have no shape
+            raise CheckpointError(f"'{path}' holds a tensor that is none of the usual ones: {error}.") from error
         shapes = {name: shape for name, (shape, _) in described.items()}
         super().__init__(path, shapes, {name: dtype for name, (_, dtype) in described.items()}, {}, {})
         versions = getattr(state, "_metadata", None)
         self.versions = versions if isinstance(versions, Mapping) else None
-        self._state, self._is_zip = state, is_zip
+        self._state, self.is_mapped = state, is_zip
 
     def _read(self, name: str) -> Any:
         value = self._state[name]
@@ -340,7 +343,7 @@ class _Pth(TensorFile):
     def _damage(self) -> str | None:
         """What the zip's checksums say, which torch writes and does not read."""
         try:
-            damaged = zipfile.ZipFile(self.path).testzip() if self._is_zip else None
+            damaged = zipfile.ZipFile(self.path).testzip() if self.is_mapped else None
         except Exception as error:  # zipfile does not keep to BadZipFile
             return f"'{self.path}' is damaged ({error})."
         if damaged is None:
@@ -351,18 +354,26 @@ class _Pth(TensorFile):
 class Checkpoint:
     """Something with a model's weights in it, opened but not read; see :func:`read_checkpoint`."""
 
-    def __init__(self, path: Path, manifest: Manifest | None = None, model: TensorFile | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest | None = None,
+        model: TensorFile | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         """Of a folder."""
         self._opened: dict[str, TensorFile] = {MODEL: model} if model is not None else {}
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, str] = dict(texts or {})
         self.config: Mapping[str, Any] | None = None
         """The model's configuration, where it is stored."""
         self.architecture: str | None = manifest.architecture if manifest else None
         """The name of the model class, where it is stored."""
         self.provenance: Mapping[str, Any] = manifest.provenance if manifest else {}
         """When, where and with which versions it was written, where that is stored."""
+        self.origin: Any = None
+        """Where somebody else's program wrote it, how that was understood (``origo.interop.opening.Origin``)."""
         self._identity = manifest.identity if manifest else ""
 
     @property
@@ -393,9 +404,9 @@ class Checkpoint:
 
     def text(self, file: str) -> str | None:
         """The content of one of the folder's other files (``"tokenizer.json"``), checked; None where there is none."""
-        if self.manifest is None or file not in self.manifest.files:
-            return None
         if file not in self._texts:
+            if self.manifest is None or file not in self.manifest.files:
+                return None
             content = self._checked(file)
             try:
                 self._texts[file] = content.decode()
@@ -410,7 +421,7 @@ class Checkpoint:
                 raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
             entry = self.manifest.files[file]
             with many_objects():
-                opened = _Safetensors(self.path / file)
+                opened = SafetensorsFile(self.path / file)
                 if opened.data_start != entry.hashed or blake3(opened.start).hexdigest() != entry.blake3:
                     raise CheckpointError(f"'{self.path / file}' is damaged: its header is not what was written.")
                 opened.adopt(self.manifest.tensors[file])
@@ -538,7 +549,7 @@ def _check_size(path: Path, entry: FileEntry) -> None:
 
 @many_objects()
 def _open_single(path: Path) -> Checkpoint:
-    opened = _Safetensors(path)
+    opened = SafetensorsFile(path)
     checkpoint = Checkpoint(path, model=opened)
     if HEADER_KEY in opened.metadata:
         header = Header.from_json(opened.metadata[HEADER_KEY], str(path))
@@ -551,6 +562,20 @@ def _open_single(path: Path) -> Checkpoint:
 
 
 def _open_pth(path: Path) -> TensorFile:
+    state, is_zip = read_pickle(path)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"'{path}' holds a {type(state).__name__}, not a state dict of named tensors.")
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"'{path}' has no tensors at its top level; it has {', '.join(list(state)[:6])}.")
+    return PickledFile(path, state, is_zip)
+
+
+def read_pickle(path: Path) -> tuple[Any, bool]:
+    """What ``torch.save`` wrote, by torch's machinery that runs nothing, and whether it is a zip, whose tensors are mapped.
+
+    Raises:
+        CheckpointError: it is damaged, out of all proportion, or asks for classes and functions; then it says which.
+    """
     is_zip = False
     try:
         is_zip = zipfile.is_zipfile(path)  # since torch 1.6; files from before cannot be mapped
@@ -559,29 +584,27 @@ def _open_pth(path: Path) -> TensorFile:
         else:
             with path.open("rb") as file:
                 require_bounded(file, path, pickles=4)  # magic number, version, system, and the object
-        state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True), is_zip
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can make torch raise nearly anything
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # the pickle asks for a class or function
             raise CheckpointError(
-                f"'{path}' is not a plain state dict: reading it would run code that is stored in it, so it was not read. "
-                "Where it was made, save again with origo.save(model, path)."
+                f"'{path}' is not a plain state dict: reading it would run code that is stored in it"
+                f"{_wanted(path, is_zip)}, so it was not read. Where it was made, save again with origo.save(model, path)."
             ) from error
         reason = type(error).__name__ if is_zip else "it is neither safetensors nor written by torch.save"
         raise CheckpointError(f"'{path}' is no weight file, or it is damaged ({reason}).") from error
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise CheckpointError(f"'{path}' holds a {type(state).__name__}, not a state dict of named tensors.")
-    if set(state) == {"state", "param_groups"}:
-        raise CheckpointError(f"'{path}' holds the state of an optimizer, not of a model: give the model's file.")
-    if not any(isinstance(value, Tensor) for value in state.values()):
-        inner = next((name for name, value in state.items() if isinstance(value, dict)), None)
-        hint = f" Load it with torch.load and pass [{inner!r}] to origo.load_state_dict." if inner else ""
-        raise CheckpointError(f"'{path}' has no tensors at its top level; it has {', '.join(list(state)[:6])}.{hint}")
+
+
+def _wanted(path: Path, is_zip: bool) -> str:
+    """What a pickle would have called, in words."""
     try:
-        return _Pth(path, state, is_zip)
-    except RuntimeError as error:  # nested tensors have no shape
-        raise CheckpointError(f"'{path}' holds a tensor that is none of the usual ones: {error}.") from error
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if is_zip else []
+    except Exception:  # it need not even be a whole pickle
+        names = []
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f" (it asks for {', '.join(name[:80] for name in names[:6])}{more})" if names else ""
 
 
 def _require_plain_zip(path: Path) -> None:

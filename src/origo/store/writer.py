@@ -7,11 +7,13 @@ another hashes. The state is not copied either, so it must not change until the 
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 import subprocess
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -54,6 +56,7 @@ Progress = Callable[[int], None]
 _CHUNK = 1 << 20
 _SMALL = 32 << 10
 _WRITE_BACK = 16 << 20
+_LARGE = 16 << 20
 _MARGIN = 64 << 10  # what a manifest and a file system need besides
 
 
@@ -81,6 +84,25 @@ class Stored:
         }
 
 
+@dataclass(frozen=True)
+class Made:
+    """A tensor that is made when its turn comes to be written, and let go afterwards. Large ones are made one at a time."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    aliases: tuple[str, ...] = ()
+    """Further names of it."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it needs in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+_one_large = Lock()
+
+
 def gather(state: Mapping[str, Any]) -> Stored:
     """See which tensors a state dict has to store; a tied one is kept under the first of its names. Nothing is copied.
 
@@ -91,6 +113,10 @@ def gather(state: Mapping[str, Any]) -> Stored:
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for name, value in state.items():
+        if isinstance(value, Made):
+            tensors[name] = cast(Tensor, value)  # has all of one that is needed until it is written
+            aliases |= dict.fromkeys(value.aliases, name)
+            continue
         if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{name} is a {type(value).__name__}, not a tensor: only tensors can be stored in .safetensors. "
@@ -124,6 +150,9 @@ def gather(state: Mapping[str, Any]) -> Stored:
 
 def in_memory(tensor: Tensor) -> Tensor:
     """The values in one piece of this machine's memory; itself if it is that already."""
+    if isinstance(tensor, Made):
+        made: Tensor = tensor.make().detach()
+        return in_memory(made)
     if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
         return tensor
     return tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
@@ -141,7 +170,7 @@ def write_safetensors(
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write one self-describing .safetensors file, durably."""
+    """Write one self-describing .safetensors file, durably. A state may hold tensors that are :class:`Made` on the way."""
     stored = gather(state)
     about = provenance()
 
@@ -170,7 +199,12 @@ def write_pth(path: Path, state: Mapping[str, Any]) -> None:
     )
     if hasattr(state, "_metadata"):  # the layout versions of the modules, which their load_state_dict asks for
         ordered._metadata = state._metadata  # type: ignore[attr-defined]
-    with new_file(path, stored.nbytes + _MARGIN) as file:
+    write_pickle(path, ordered, stored.nbytes)
+
+
+def write_pickle(path: Path, content: Any, expected_bytes: int = 0) -> None:
+    """Write what ``torch.load(path, weights_only=True)`` opens, durably."""
+    with new_file(path, expected_bytes + _MARGIN) as file:
         failed: list[OSError] = []
 
         class Sink:
@@ -186,11 +220,36 @@ def write_pth(path: Path, state: Mapping[str, Any]) -> None:
                     raise
 
         try:
-            torch.save(ordered, cast(IO[bytes], Sink()))
+            torch.save(content, cast(IO[bytes], Sink()))
         except KeyError as error:  # int4 and the like
             raise CheckpointError(f"torch.save cannot write this model ({error.args[0]}): save to .safetensors.") from error
         except RuntimeError as error:
             raise failed[0] if failed else error from None
+
+
+def write_files(
+    path: Path, tensors: Mapping[str, Mapping[str, Any]], texts: Mapping[str, str], progress: Progress | None = None
+) -> None:
+    """Write a folder of plain .safetensors files and texts for other programs, durably, without a manifest of ours.
+
+    Args:
+        path: where it shall be; nothing may be there.
+        tensors: by file name, the named tensors of each .safetensors file.
+        texts: by file name, the content of each other file.
+        progress: see :data:`Progress`.
+    """
+    require_replaceable(path)
+    gathered = {file: gather(state) for file, state in tensors.items()}
+    needed = sum(stored.nbytes for stored in gathered.values()) + sum(len(text.encode()) for text in texts.values()) + _MARGIN
+    last = list(texts or tensors)[-1]
+    with new_folder(path, last, needed) as folder:
+        jobs = [
+            _Job(folder.create(name), stored, *header_of(_described(stored), stored.aliases))
+            for name, stored in gathered.items()
+        ]
+        _write_all(jobs, progress, finish=True)
+        for name, text in texts.items():
+            folder.create(name).write(text.encode())
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -389,7 +448,13 @@ def _put(job: _Job, names: list[str], position: int | None, told: Progress) -> N
         job.hashes.update({name: blake3(part).hexdigest() for name, part in parts.items()})
         told(len(data))
         return
-    view = as_bytes(in_memory(job.stored.tensors[names[0]])).numpy().data
+    tensor = job.stored.tensors[names[0]]
+    with _one_large if isinstance(tensor, Made) and tensor.nbytes > _LARGE else nullcontext():
+        _put_large(job, names[0], position, told)
+
+
+def _put_large(job: _Job, name: str, position: int | None, told: Progress) -> None:
+    view = as_bytes(in_memory(job.stored.tensors[name])).numpy().data
     hasher = blake3()
     sent = 0
     start_write_back = getattr(job.file, "start_write_back", None)
@@ -405,7 +470,7 @@ def _put(job: _Job, names: list[str], position: int | None, told: Progress) -> N
                 start_write_back(position + sent, end - sent)
                 sent = end
         told(len(chunk))
-    job.hashes[names[0]] = hasher.hexdigest()
+    job.hashes[name] = hasher.hexdigest()
 
 
 def provenance() -> dict[str, Any]:

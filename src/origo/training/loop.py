@@ -21,7 +21,7 @@ from origo.checkpointer import Checkpointer
 from origo.data.batches import TrainingBatches
 from origo.data.tokenizer import Tokenizer
 from origo.data.tokens import TokenData
-from origo.errors import CheckpointError, RunError, StorageError
+from origo.errors import CheckpointError, ConfigError, RunError, StorageError
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.snapshot import stored_objects, stored_values
@@ -44,7 +44,7 @@ from origo.training.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder,
 from origo.training.sample import write_sample
 from origo.training.schedule import make_schedule
 from origo.training.signals import StopRequest
-from origo.training.start import starting_point
+from origo.training.start import Start, starting_point
 from origo.training.step import Batch, Result, Stepper
 from origo.training.tracking import Tracker, make_tracker, require_tracker
 
@@ -127,6 +127,10 @@ def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer,
         trainer.go_on_from(found.checkpoint)
     elif start is not None:
         start.load_into(trainer.model)
+        if trainer.stepper.average is not None:  # of what it starts from, not of the random weights before
+            trainer.stepper.average.model.load_state_dict(trainer.model.state_dict())
+        if start.step:
+            trainer.go_on_after(start)
     return trainer.run(began)
 
 
@@ -203,6 +207,16 @@ class Trainer:
         if self.options.optimization.micro_batch == "auto":  # another split of a batch adds up in another order
             self.micro_batches = [size for size in self.micro_batches if size <= progress["micro_batch"]]
         self.restore(checkpoint)
+
+    def go_on_after(self, start: Start) -> None:
+        """Continue what another program began, with its optimizer's moments and its count of steps."""
+        if start.step >= self.schedule.steps:
+            raise ConfigError(
+                f"'{start.checkpoint.path}' has {start.step} steps behind it, and {self.schedule.steps} were asked for: give "
+                f"--steps more than {start.step}."
+            )
+        start.load_into_optimizer(self.model, self.stepper.optimizers)
+        self.step = start.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back to where it was at a checkpoint."""

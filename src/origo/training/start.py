@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from origo.errors import ConfigError
+from origo.interop import nanogpt
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.persist import open_checkpoint
@@ -16,6 +20,13 @@ from origo.store.reader import Checkpoint
 from origo.training.options import ModelOptions, TrainOptions, flag
 
 _POSITIONS = "pos_emb.weight"
+_PADDED_TO = 64  # rows, by the programs that pad a vocabulary: 50257 -> 50304
+
+
+def _rows(model: GPT) -> dict[str, int]:
+    """How many rows of the tables a model takes."""
+    rows = model.config.vocab_size
+    return {_POSITIONS: model.config.context_length, "tok_emb.weight": rows, "out_head.weight": rows}
 
 
 @dataclass(frozen=True)
@@ -25,18 +36,43 @@ class Start:
     checkpoint: Checkpoint
 
     vocab_size: int
+    step: int = 0
+    """The steps that the other program did, where its optimizer comes along; the run goes on after them."""
 
     def load_into(self, model: GPT) -> None:
-        """Fill a new model. Of a longer context the first positions are taken."""
-        if model.config.vocab_size != self.vocab_size:
+        """Fill a new model. Of a longer context the first positions are taken, and of a padded vocabulary the tokens."""
+        rows = model.config.vocab_size
+        padded = self.checkpoint.origin is not None and rows <= self.vocab_size == -(-rows // _PADDED_TO) * _PADDED_TO
+        if rows != self.vocab_size and not padded:
             raise ConfigError(
                 f"'{self.checkpoint.path}' has a vocabulary of {self.vocab_size} tokens, and the tokenizer has "
                 f"{model.config.vocab_size}: leave --tokenizer out, or give the one it was trained with."
             )
         self.checkpoint.verify()
         weights = dict(self.checkpoint.model.state())
-        weights[_POSITIONS] = weights[_POSITIONS][: model.config.context_length]
+        for name, kept in _rows(model).items():
+            if name in weights:
+                weights[name] = weights[name][:kept]
         load_state_dict(model, weights)
+
+    def load_into_optimizer(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Give AdamW the moments that the other program's had."""
+        parameters = dict(model.named_parameters())
+        found = nanogpt.moments(self.checkpoint.origin.contents.values, list(parameters))
+        assert found is not None
+        rows = _rows(model)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = next(name for name, each in parameters.items() if each is parameter)
+                    moments = {slot: found[0][f"{slot}.{name}"] for slot in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[parameter] = {
+                        "step": found[0][f"step.{name}"].to(parameter.device, torch.float32, copy=True),
+                        **{
+                            slot: value[: rows.get(name, len(value))].to(parameter.device, parameter.dtype, copy=True)
+                            for slot, value in moments.items()
+                        },
+                    }
 
 
 def starting_point(options: TrainOptions) -> tuple[TrainOptions, Start]:
@@ -48,6 +84,8 @@ def starting_point(options: TrainOptions) -> tuple[TrainOptions, Start]:
     given = options.model
     assert given.start_from is not None
     checkpoint = open_checkpoint(Path(given.start_from))
+    if checkpoint.origin is not None and checkpoint.origin.problem is not None:
+        raise ConfigError(checkpoint.origin.problem)
     if checkpoint.config is None:
         raise ConfigError(f"'{given.start_from}' does not say what shape its model has: --from takes what origo has saved.")
     shape = GPTConfig.from_dict(checkpoint.config).to_dict()
@@ -65,4 +103,21 @@ def starting_point(options: TrainOptions) -> tuple[TrainOptions, Start]:
                 f"{' or take a smaller one' if name == 'context_length' else ''}, or train without --from."
             )
     model = dataclasses.replace(given, **{name: value for name, value in shape.items() if name in known})
-    return dataclasses.replace(options, model=model), Start(checkpoint, shape["vocab_size"])
+    return dataclasses.replace(options, model=model), Start(checkpoint, shape["vocab_size"], _steps_done(options, checkpoint))
+
+
+def _steps_done(options: TrainOptions, checkpoint: Checkpoint) -> int:
+    """Where the file is nanoGPT's, with AdamW's moments, the steps behind it; otherwise this is a new run."""
+    if (
+        checkpoint.origin is None
+        or checkpoint.origin.format is not nanogpt.NANOGPT
+        or options.optimization.optimizer != "adamw"
+    ):
+        return 0
+    values = checkpoint.origin.contents.values
+    names = [name for name in checkpoint.model.shapes if name != "out_head.weight"]
+    found, step = nanogpt.moments(values, names), values.get("iter_num")
+    whole = found is not None and all(
+        f"{slot}.{name}" in found[0] for slot in ("exp_avg", "exp_avg_sq", "step") for name in names
+    )
+    return step if whole and isinstance(step, int) else 0

@@ -1,0 +1,114 @@
+"""Files mended in place: the old one is there until the new one is known to be right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from origo.errors import CheckpointError, StorageError
+from origo.interop.repair import repair
+from tests.interop import peers
+
+
+def test_names_in_a_bare_state_dict(tmp_path: Path) -> None:
+    model = peers.book()
+    torch.save(torch.compile(model).state_dict(), tmp_path / "model.pth")
+    mended = repair(tmp_path / "model.pth")
+    assert (mended.wrappers, mended.compared) == ({"_orig_mod": 47}, 47)
+    peers.book().load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True), strict=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+    before = (tmp_path / "model.pth").read_bytes()
+    assert repair(tmp_path / "model.pth").done == "nothing: its names are clean"
+    assert (tmp_path / "model.pth").read_bytes() == before
+
+
+def test_everything_else_in_the_file_stays(tmp_path: Path) -> None:
+    peers.nanogpt(tmp_path / "ckpt.pt", compiled=True)
+    before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    repair(tmp_path / "ckpt.pt")
+    after = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert list(after) == list(before)
+    assert [f"_orig_mod.{name}" for name in after["model"]] == list(before["model"])
+    assert all(torch.equal(value, after["model"][name.removeprefix("_orig_mod.")]) for name, value in before["model"].items())
+    assert after["model"]["lm_head.weight"].data_ptr() == after["model"]["transformer.wte.weight"].data_ptr()
+    assert after["optimizer"]["param_groups"] == before["optimizer"]["param_groups"]
+    assert torch.equal(after["optimizer"]["state"][3]["exp_avg"], before["optimizer"]["state"][3]["exp_avg"])
+    assert (after["iter_num"], after["config"]) == (before["iter_num"], before["config"])
+
+
+def test_the_names_in_an_optimizers_groups(tmp_path: Path) -> None:
+    model = torch.compile(peers.book())
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    torch.save({"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}, tmp_path / "x.pth")
+    repair(tmp_path / "x.pth")
+    groups = torch.load(tmp_path / "x.pth", weights_only=True)["optimizer_state_dict"]["param_groups"]
+    assert groups[0]["param_names"][0] == "tok_emb.weight"
+
+
+def test_a_safetensors_file(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = peers.book().state_dict()
+    save_file({f"module.{name}": value for name, value in state.items()}, tmp_path / "x.safetensors")
+    repair(tmp_path / "x.safetensors")
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in state.items())
+
+
+def test_an_index_that_does_not_fit(tmp_path: Path) -> None:
+    model = peers.huggingface()
+    model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
+    path = tmp_path / "hf" / "model.safetensors.index.json"
+    right = json.loads(path.read_text())["weight_map"]
+    assert repair(tmp_path / "hf").done == "nothing: its index fits its files"
+    wrong = dict(right)
+    first, *_, last = wrong
+    wrong[first] = right[last]
+    del wrong[last]
+    path.write_text(json.dumps({"weight_map": wrong}))
+    assert "the index now lists" in repair(tmp_path / "hf").done
+    assert json.loads(path.read_text())["weight_map"] == right
+    (tmp_path / "hf" / right[first]).unlink()
+    with pytest.raises(CheckpointError, match="nowhere else, so fetch them again"):
+        repair(tmp_path / "hf")
+
+
+def test_a_dry_run_and_a_backup_in_the_way(tmp_path: Path) -> None:
+    torch.save(torch.compile(peers.book()).state_dict(), tmp_path / "model.pth")
+    before = (tmp_path / "model.pth").read_bytes()
+    assert repair(tmp_path / "model.pth", dry_run=True).done == "47 of 47 tensors renamed"
+    (tmp_path / "model.pth.bak").write_text("mine")
+    with pytest.raises(StorageError, match=r"model.pth.bak' is there already"):
+        repair(tmp_path / "model.pth")
+    assert (tmp_path / "model.pth").read_bytes() == before
+    assert (tmp_path / "model.pth.bak").read_text() == "mine"
+
+
+def test_what_does_not_come_out_right_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from origo.interop import repair as module
+
+    torch.save(torch.compile(peers.book()).state_dict(), tmp_path / "model.pth")
+    before = (tmp_path / "model.pth").read_bytes()
+    real = module.write_pickle
+    spoil = lambda value: value + 1 if isinstance(value, torch.Tensor) else value  # noqa: E731
+    monkeypatch.setattr(
+        module,
+        "write_pickle",
+        lambda path, content, size: real(path, {name: spoil(value) for name, value in content.items()}, size),
+    )
+    with pytest.raises(CheckpointError, match="is not the source's"):
+        repair(tmp_path / "model.pth")
+    assert (tmp_path / "model.pth").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_what_nothing_can_mend_is_said(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match="is no weight file, or it is damaged"):
+        repair(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="nothing at"):
+        repair(tmp_path / "absent.pth")
