@@ -78,7 +78,7 @@ def listing(folder: Path) -> list[str]:
     ("arguments", "says"),
     [
         (("generate", "gone"), "There is nothing at 'gone'"),
-        (("generate", "."), "holds no manifest.json"),
+        (("generate", "."), "The folder '.' holds no weights"),
         (("generate", "book.txt"), "'book.txt' is no weight file"),
         (("trian",), "no command 'trian' (did you mean 'train'?)"),
     ],

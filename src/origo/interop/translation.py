@@ -39,8 +39,9 @@ def translated(ours: TensorFile, config: GPTConfig, format: Format, wanted: Mapp
     if left:
         raise CheckpointError(f"{format.title} has no place for {left[0]}.")
     dtype = ours.dtypes["tok_emb.weight"]
+    stored = {name[:end] for name in recipes for end, letter in enumerate(name) if letter == "."}  # modules that have tensors
     for name, shape in (wanted or {}).items():
-        if name in recipes:
+        if name in recipes or name.rpartition(".")[0] not in stored:  # for a layer that is not there, nothing is made either
             continue
         if _MASK.fullmatch(name):
             recipes[name] = mask(shape[-1])
