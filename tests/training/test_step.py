@@ -81,7 +81,7 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
 
 
 def test_as_much_as_fits_goes_through_at_once() -> None:
-    """A process with a gigabyte more than it starts with, and a batch that needs several."""
+    """A process with a quarter of a gigabyte more than it starts with, and a batch that needs twice as much."""
     program = """
 import resource, torch
 from origo import GPT, GPTConfig
@@ -94,7 +94,7 @@ stepper = Stepper(model, OptimizationOptions(), Compute(torch.device("cpu"), tor
 tokens = torch.zeros(128, 128, dtype=torch.int64)
 stepper.prepare((tokens[:1], tokens[:1]), [1], compiled=False)  # what is allocated once
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
 stepper.prepare((tokens, tokens), [128, 64, 32, 16, 8, 4, 2, 1], compiled=False)
 print(stepper.micro_batch)
 """
@@ -102,4 +102,4 @@ print(stepper.micro_batch)
         pytest.skip("the limit of memory is Linux's")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) in (2, 4, 8, 16, 32)
+    assert int(done.stdout) in (2, 4, 8, 16, 32, 64)

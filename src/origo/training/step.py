@@ -13,6 +13,7 @@ from origo.errors import is_out_of_memory
 from origo.models.gpt import GPT
 from origo.training.compilation import Compilation, compile_in_place
 from origo.training.guard import Guard
+from origo.training.memory import give_back_freed_memory, keep_freed_memory
 from origo.training.optimizer import Average, build_optimizers
 from origo.training.options import OptimizationOptions
 from origo.training.precision import Compute
@@ -99,8 +100,11 @@ class Stepper:
             losses.append(loss.item())
             self.model.zero_grad()
 
+        if self.compute.device.type == "cpu":
+            keep_freed_memory()
         compilation = compile_in_place(self.model, compiled, once, reraise=is_out_of_memory)
         del held
+        give_back_freed_memory()
         return compilation, losses[-1]
 
     def __call__(self, batch: Batch, rate: float, number: int) -> Result:

@@ -1,0 +1,252 @@
+"""A training step against the peers': speed, the share of what the products alone would take, and memory at the peak.
+
+    python bench/training.py [--rounds 7] [--steps 3] [--only origo transformers]
+
+GPT-2's shape, 6 layers of 384, 6 heads, vocabulary 50304, context 256, 8 sequences a step, no dropout. Each trains in a process
+of its own, which computes only while it is asked to: the peers take turns, a few steps each, in an order that turns. A step is
+forward, backward, clipping, AdamW, zeroing. All but the book's baseline are compiled and compute in bf16, each as its own
+project does it:
+
+    transformers        GPT2LMHeadModel, torch.compile, autocast; head tied to the embedding
+    nanoGPT's recipe    its layout (no biases, exact GELU, tied), torch.compile, autocast, fused AdamW in two groups
+    litgpt              its GPT with a GPT-2's sizes (rotary positions, untied), torch.compile, autocast, fused AdamW
+    the book, optimised GPTModelFast, weights and AdamW's state in bf16, torch.compile, fused AdamW; untied
+    the book, baseline  GPTModel, fp32, eager, AdamW; untied
+    origo               what origo train does, with the guard on loss and gradient; tied and untied
+
+The products alone: each shape of a step, forward and backward, multiplied in bf16 into memory that is there already, in this
+process, in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from _measure import keep
+
+SHAPE = {"vocab_size": 50304, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
+BATCH = 8
+TOKENS = BATCH * SHAPE["context_length"]
+LEARNING_RATE = 3e-4
+Step = Callable[[Tensor, Tensor], float]
+
+
+def _torch_step(
+    model: torch.nn.Module, logits: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, autocast: bool = True
+) -> Step:
+    def step(inputs: Tensor, targets: Tensor) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(logits(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def transformers() -> Step:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": SHAPE["emb_dim"], "n_layer": SHAPE["n_layers"], "n_head": SHAPE["n_heads"], "use_cache": False}
+    sizes |= {"vocab_size": SHAPE["vocab_size"], "n_positions": SHAPE["context_length"]}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    compiled = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    return _torch_step(model, lambda ids: compiled(ids).logits, optimizer)
+
+
+def nanogpt() -> Step:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.interop.peers import NanoGPT
+
+    model = NanoGPT(
+        SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["emb_dim"], SHAPE["context_length"], False, SHAPE["vocab_size"], 0.0
+    )
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    rest = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return _torch_step(model, torch.compile(model), torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True))
+
+
+def litgpt() -> Step:
+    from litgpt.config import Config
+    from litgpt.model import GPT
+
+    model = GPT(
+        Config(
+            block_size=SHAPE["context_length"],
+            padded_vocab_size=SHAPE["vocab_size"],
+            n_layer=SHAPE["n_layers"],
+            n_head=SHAPE["n_heads"],
+            n_embd=SHAPE["emb_dim"],
+        )
+    )
+    return _torch_step(model, torch.compile(model), torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True))
+
+
+def book_optimised() -> Step:
+    from llms_from_scratch.ch04 import GPTModelFast
+
+    model = GPTModelFast({**SHAPE, "drop_rate": 0.0, "qkv_bias": False}).to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    return _torch_step(model, torch.compile(model), optimizer, autocast=False)
+
+
+def book_baseline() -> Step:
+    from llms_from_scratch.ch04 import GPTModel
+
+    model = GPTModel({**SHAPE, "drop_rate": 0.0, "qkv_bias": False})
+    return _torch_step(model, model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), autocast=False)
+
+
+def origo(tied: bool) -> Step:
+    from origo.models.config import GPTConfig
+    from origo.models.gpt import GPT
+    from origo.training.options import OptimizationOptions
+    from origo.training.precision import choose_compute
+    from origo.training.step import Stepper
+
+    compute = choose_compute("cpu", "bf16")
+    compute.repeat_exactly(False)
+    model = GPT(GPTConfig(**SHAPE, tie_embeddings=tied))
+    stepper = Stepper(model, OptimizationOptions(learning_rate=LEARNING_RATE), compute)
+    batch = (torch.zeros(BATCH, SHAPE["context_length"], dtype=torch.long),) * 2
+    stepper.prepare(batch, [BATCH], True)
+    steps = iter(range(10**9))
+    return lambda inputs, targets: float(stepper((inputs, targets), LEARNING_RATE, next(steps)).loss)
+
+
+PEERS: dict[str, Callable[[], Step]] = {
+    "origo": lambda: origo(True),
+    "origo, untied": lambda: origo(False),
+    "transformers": transformers,
+    "nanoGPT's recipe": nanogpt,
+    "litgpt": litgpt,
+    "the book, optimised": book_optimised,
+    "the book, baseline": book_baseline,
+}
+
+
+def products() -> Callable[[], float]:
+    """Seconds of a step's products, one shape after the other, each as often as a step has it."""
+    width, layers, vocabulary = SHAPE["emb_dim"], SHAPE["n_layers"], SHAPE["vocab_size"]
+    kinds = {(width, 3 * width): layers, (width, width): layers, (width, 4 * width): layers, (4 * width, width): layers}
+    kinds[(width, vocabulary)] = 1
+    heads, time_, size = BATCH * SHAPE["n_heads"], SHAPE["context_length"], width // SHAPE["n_heads"]
+    runs: list[tuple[int, Callable[[], object]]] = []
+
+    def bf16(*shape: int) -> Tensor:
+        return torch.randn(shape).to(torch.bfloat16)
+
+    def add(times: int, a: Tensor, b: Tensor) -> None:
+        out = (a @ b).clone()
+        runs.append((times, lambda: torch.matmul(a, b, out=out)))
+
+    for (inputs, outputs), times in kinds.items():
+        x, w, g = bf16(TOKENS, inputs), bf16(outputs, inputs), bf16(TOKENS, outputs)
+        add(times, x, w.t())
+        add(times, g, w)
+        add(times, g.t(), x)
+    square, long = bf16(heads, time_, time_), bf16(heads, time_, size)
+    add(2 * layers, long, long.transpose(1, 2))  # scores; the gradient of the weights
+    add(4 * layers, square, long)  # values; the gradients of values, queries and keys
+
+    def once() -> float:
+        total = 0.0
+        for times, run in runs:
+            best = float("inf")
+            for _ in range(3):
+                start = time.perf_counter()
+                run()
+                best = min(best, time.perf_counter() - start)
+            total += times * best
+        return total
+
+    return once
+
+
+def child(name: str) -> None:
+    """Answer each line of standard input, a number of steps, with their seconds and the memory at the peak in MiB."""
+    torch.manual_seed(0)
+    step = PEERS[name]()
+    generator = torch.Generator().manual_seed(1)
+    for line in sys.stdin:
+        seconds, loss = [], 0.0
+        for _ in range(int(line)):
+            ids = torch.randint(SHAPE["vocab_size"], (BATCH, SHAPE["context_length"] + 1), generator=generator)
+            start = time.perf_counter()
+            loss = step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+            seconds.append(time.perf_counter() - start)
+        status = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}), flush=True)
+        # What compiling took at its peak is over; from now on the steps' own counts.
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=list(PEERS))
+    parser.add_argument("--child")
+    given = parser.parse_args()
+    if given.child:
+        child(given.child)
+        return
+    children = {}
+    for name in given.only:
+        command = [sys.executable, __file__, "--child", name]
+        children[name] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        first = ask(children[name], 2)  # one after the other, so that nothing else computes
+        print(f"{name:<22} first step {first['seconds'][0]:5.1f} s, loss {first['loss']:.3f}", flush=True)
+    multiply = products()
+    seconds: dict[str, list[float]] = {name: [] for name in children}
+    peaks: dict[str, float] = {}
+    alone: list[float] = []
+    for number in range(given.rounds):
+        for name in list(children) if number % 2 == 0 else list(reversed(children)):
+            answer = ask(children[name], given.steps)
+            seconds[name] += answer["seconds"]
+            peaks[name] = answer["peak_mib"]
+        alone.append(multiply())
+    for process in children.values():
+        process.stdin.close()
+        process.wait()
+    limit = statistics.median(alone)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    print(f"\nproducts alone: {limit:.3f} s a step, {TOKENS / limit:,.0f} tokens/s")
+    for name, median in medians.items():
+        spread = f"({min(seconds[name]):.2f} .. {max(seconds[name]):.2f} s)"
+        share = f"{limit / median:4.0%} of the limit"
+        print(f"{name:<22} {TOKENS / median:7,.0f} tokens/s  {spread}  {share}  {peaks[name]:6,.0f} MiB")
+    results = {"shape": SHAPE, "batch": BATCH, "seconds": seconds, "products_alone": alone, "peak_mib": peaks}
+    tokens_per_second = {name: round(TOKENS / median, 1) for name, median in medians.items()}
+    keep("training", {**results, "tokens_per_second": tokens_per_second, "share_of_limit": limit / medians[given.only[0]]})
+
+
+def ask(process: subprocess.Popen[str], steps: int) -> dict[str, object]:
+    process.stdin.write(f"{steps}\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+if __name__ == "__main__":
+    main()
