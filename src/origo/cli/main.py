@@ -1,8 +1,8 @@
 """``origo``: picks the command, and turns errors into one sentence and an exit code.
 
-Exit codes: 0 done; 1 the answer is no (``verify``: damaged; ``diff``: different); 2 something of the user's is in the way (said
-in a sentence on standard error). Of ``train``, stopped with everything kept: 130 by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75
-by its ``--time-limit``.
+Exit codes: 0 done; 1 the answer is no (``verify``: damaged; ``diff``: different; ``doctor``: there is a problem that matters);
+2 something of the user's is in the way (said in a sentence on standard error). Of ``train``, stopped with everything kept: 130
+by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by its ``--time-limit``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ INTERRUPTED = 130
 
 # Each command is a module here with a function `run(arguments) -> exit code`; only the one that is called is imported.
 _COMMANDS = {
+    "doctor": "look at this machine: what it can do, which settings suit it, what is wrong",
     "train": "train a GPT on text, and keep it under its own names",
     "check-resume": "try out whether a run of these options, killed at random, ends with the same bits",
     "generate": "continue a text with a trained GPT",

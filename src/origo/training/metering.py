@@ -88,24 +88,34 @@ def training_flops_per_token(config: GPTConfig) -> float:
 def peak_of(compute: Compute) -> Peak:
     """A GPU's documented figure where it is known, else what a product of two matrices reaches here, now."""
     if compute.device.type == "cuda" and compute.dtype != torch.float32:
-        name = torch.cuda.get_device_name(compute.device)
-        for known, flops in _DOCUMENTED.items():
-            if known in name:
-                return Peak(flops, f"{known}'s documented peak")
-    return Peak(_measured(compute), "the matmul rate measured here")
+        peak = documented_peak(torch.cuda.get_device_name(compute.device))
+        if peak is not None:
+            return peak
+    return Peak(matmul_flops(compute.device, compute.dtype), "the matmul rate measured here")
 
 
-def _measured(compute: Compute) -> float:
-    matrix = torch.ones(_SIDE, _SIDE, device=compute.device, dtype=compute.dtype)
+def documented_peak(gpu: str) -> Peak | None:
+    """What the vendor says of a GPU, by the name that torch gives it; None where it is not known here."""
+    for known, flops in _DOCUMENTED.items():
+        if known in gpu:
+            return Peak(flops, f"{known}'s documented peak")
+    return None
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = _MEASURED_FOR) -> float:
+    """Operations a second that a product of two square matrices reaches: the best of those in ``seconds``, at least of one."""
+    matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
 
     def once() -> float:
         start = time.perf_counter()
         matrix @ matrix
-        if compute.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
+        elif device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter() - start
 
-    ends, best = time.perf_counter() + _MEASURED_FOR, once()
+    ends, best = time.perf_counter() + seconds, once()
     while time.perf_counter() < ends:
         best = min(best, once())
     return 2.0 * _SIDE**3 / best

@@ -63,11 +63,11 @@ def choose_compute(device: str, precision: str) -> Compute:
             f"There is no device {device!r} here ({str(error).splitlines()[0][:100]}): take another --device."
         ) from error
     if precision == "auto":
-        precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
+        precision = "bf16" if computes_in_bf16(chosen) else "fp32"
     return Compute(chosen, _DTYPES[precision])
 
 
-def _computes_in_bf16(device: torch.device) -> bool:
+def computes_in_bf16(device: torch.device) -> bool:
     """Whether bf16 products run in hardware; emulated, they are slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

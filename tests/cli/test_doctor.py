@@ -1,0 +1,117 @@
+"""``origo doctor``, as it is run: on this machine, and on this machine with something missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+
+
+def test_a_glance_is_told_in_80_columns_and_ends_with_the_command(origo: Run, tmp_path: Path) -> None:
+    done = origo("doctor", "--quick", "--runs-dir", "runs")
+    assert done.returncode in (0, 1), done.stderr
+    lines = done.stdout.splitlines()
+    assert "origo train" in lines[-1]
+    assert f"--cache-dir {tmp_path / 'cache'}" not in lines[-1], "the environment says it already"
+    table = lines[lines.index("This machine") : -1]
+    # A line is longer only for one word, as the name of a folder that pytest has made.
+    assert all(len(line) <= 80 or str(tmp_path) in line for line in table)
+    for fact in ("memory", "products", "bf16", "C++ compiler", "torch.compile", "runs", "precision", "save every"):
+        assert any(line.split("  ")[1].strip() == fact for line in table if line.startswith("  ")), fact
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_json_is_one_complete_object(origo: Run) -> None:
+    done = origo("doctor", "--quick", "--json", "--device", "cpu")
+    told = json.loads(done.stdout)
+    assert set(told) == {"machine", "quick", "healthy", "advice", "problems", "command"}
+    assert told["healthy"] is (done.returncode == 0)
+    assert told["machine"]["cores"]["logical"] == os.cpu_count()
+    assert told["machine"]["rates"]["fp32"] > 1e8
+    assert told["machine"]["trial"] is None
+    assert all(set(advice) == {"subject", "setting", "worth"} for advice in told["advice"])
+
+
+@pytest.mark.slow
+def test_the_whole_examination(origo_process: Run, tmp_path: Path) -> None:
+    begins = time.monotonic()
+    done = origo_process("doctor", "--json")
+    told = json.loads(done.stdout)
+    assert told["machine"]["trial"]["works"] is True, told["machine"]["trial"]
+    assert told["machine"]["trial"]["eager_seconds"] > 0
+    assert told["machine"]["runs"]["bytes_per_second"] > 1e5
+    assert time.monotonic() - begins < 90
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hidden_compiler_is_missed(origo_process: Run, tmp_path: Path) -> None:
+    done = origo_process("doctor", CXX="/nonexistent", PATH=str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert "There is no C++ compiler" in done.stdout
+    assert "CXX is set to '/nonexistent'" in done.stdout
+    assert "apt install g++" in " ".join(done.stdout.split())
+    assert done.stdout.splitlines()[-1].endswith("--no-compile")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_single_thread_is_noticed_and_its_price_measured(origo_process: Run) -> None:
+    done = origo_process("doctor", "--quick", "--device", "cpu", OMP_NUM_THREADS="1")
+    assert done.returncode == 1, done.stderr
+    assert "torch computes with 1 thread, and there are" in done.stdout
+    assert "export OMP_NUM_THREADS=" in done.stdout
+    assert "torch has 1; fp32 products" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("OMP_NUM_THREADS=")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_leaves_no_file_and_no_process(tmp_path: Path, environment: dict[str, str]) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "origo", "doctor"],
+        cwd=tmp_path,
+        env={**environment, "TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(temporary)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(temporary.glob("origo-doctor-*/cache/*")):  # until the compiler has begun
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert error == "origo: stopped.\n"
+    assert list(temporary.glob("origo-doctor-*")) == []
+    mine = f"TMPDIR={temporary}".encode()
+    environments = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environments.append(path.read_bytes())
+        except OSError:  # it has ended, or is somebody else's
+            continue
+    assert not any(mine in each and b"origo" in each for each in environments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--device", "tpu"), "There is no device 'tpu' here"),
+        (("--runs-dir", "f"), "is a file, not a folder"),
+        (("--cache-dir", "f/cache"), "is a file, not a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(origo: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    (tmp_path / "f").touch()
+    done = origo("doctor", "--quick", *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
