@@ -31,6 +31,7 @@ _COMMANDS = {
     "convert": "write a checkpoint in another layout: transformers', nanoGPT's, the book's, plain files",
     "repair": "mend a file in place whose names or index are wrong",
     "prune": "delete checkpoints that need not stay, or pin one so that it does",
+    "cache": "list, move or delete the compiled code that is kept for the next start",
 }
 
 

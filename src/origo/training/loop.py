@@ -30,6 +30,7 @@ from origo.store.layout import TOKENIZER
 from origo.store.reader import Checkpoint
 from origo.store.run import newest_good
 from origo.training.compilation import Compilation, graphs_compiled
+from origo.training.compile_cache import warm_start
 from origo.training.display import Display, Standing
 from origo.training.evaluation import held_out_loss
 from origo.training.guard import TOO_MANY
@@ -298,12 +299,14 @@ class Trainer:
 
     def _prepare(self) -> tuple[Compilation, float]:
         """Compile, find the size of micro-batch that fits, and the loss of the next batch as things stand."""
-        with self.display.activity("Compiling" if self.options.run.compile else "First step") as activity:
+        title = "Compiling" if self.options.run.compile else "First step"
+        with self.display.activity(title) as activity, warm_start(self.options.run.compile, self.display.warn) as warm:
             compilation, loss = self.stepper.prepare(self._batch(self.step), self.micro_batches, self.options.run.compile)
             activity.result = "in place; every name stays as it is" if compilation.compiled else "without compilation"
             if self.stepper.micro_batch < self.schedule.batch_size:
                 parts = self.schedule.batch_size // self.stepper.micro_batch
                 activity.result += f"; {parts} micro-batches of {self.stepper.micro_batch} a step"
+            activity.result += str(warm) if compilation.compiled else ""
         self.compilation = compilation if compilation.compiled else None
         self.graphs, self.peak = graphs_compiled(), peak_of(self.compute)
         if compilation.reason:

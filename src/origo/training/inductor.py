@@ -1,0 +1,106 @@
+"""Where torch's compiler keeps what it makes, and what it found there: the only file that knows torch's private corners.
+
+What is not where torch 2.13 has it is left alone; that costs time, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HEADERS = "precompiled_headers"
+_set_here: dict[str, str] = {}  # environment variables that were set by this module, not by the user
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Graphs that were needed: how many were found compiled, and how many were not."""
+
+    found: int
+    made: int
+
+    def __str__(self) -> str:
+        if not self.made:
+            return f"warm, {_graphs(self.found)} from the cache" if self.found else ""
+        return f"{self.found} of {_graphs(self.found + self.made)} from the cache" if self.found else "cold"
+
+
+def user_decides(ours: Path) -> bool:
+    """Whether the place was set by the user, not by this module, a parent that did the same, or torch itself.
+
+    Args:
+        ours: the folder above those that :func:`point_at` is called with.
+    """
+    current = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return not (
+        current is None
+        or current == _set_here.get("TORCHINDUCTOR_CACHE_DIR")
+        or Path(current).parent == ours
+        or current == _torchs_own_place()
+    )
+
+
+def _torchs_own_place() -> str | None:
+    try:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        return str(default_cache_dir())
+    except ImportError:
+        return None
+
+
+def point_at(folder: Path) -> None:
+    """torch looks at the environment when it compiles, not when it is imported; but for the place of its header."""
+    for name, value in (("TORCHINDUCTOR_CACHE_DIR", str(folder)), ("TRITON_CACHE_DIR", str(folder / "triton"))):
+        if name == "TORCHINDUCTOR_CACHE_DIR" or os.environ.get(name) in (None, _set_here.get(name)):
+            os.environ[name] = _set_here[name] = value
+    # Six seconds of g++ at a start with everything else in the cache, where the temporary folder has been emptied.
+    with suppress(Exception):  # the place of torch 2.13; where it is another one, the header is made anew
+        import torch._inductor.codecache as codecache
+
+        for name, place in (("_HEADER_DIR", folder / HEADERS), ("_HEADER_LOCK_DIR", folder / HEADERS / "locks")):
+            if hasattr(codecache, name):
+                setattr(codecache, name, str(place))
+    with suppress(Exception):
+        from torch._inductor.cpu_vec_isa import VecISA
+
+        _try_once(VecISA)
+
+
+def _try_once(instructions: type[Any]) -> None:
+    """Let a set of instructions that was tried under this key not be tried again.
+
+    torch builds a library with each set that the processor has, and loads it in a Python of its own to see whether it can: at
+    each start, although the library is in the cache. That was 1.1 of the 4.3 seconds of a warm start.
+    """
+    probe = instructions._probe_load
+    if hasattr(probe, "of_torch"):
+        return
+
+    def remembered(self: object, library: str) -> bool:
+        mark = Path(f"{library}.loads")
+        loads = mark.exists() or probe(self, library)
+        if loads:
+            with suppress(OSError):
+                mark.touch()
+        return bool(loads)
+
+    remembered.of_torch = probe  # type: ignore[attr-defined]
+    instructions._probe_load = remembered
+
+
+def counters() -> tuple[int, int]:
+    """Graphs found, and graphs compiled, by this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is None:
+        return 0, 0
+    counted = dynamo.counters["inductor"]
+    return int(counted["fxgraph_cache_hit"]), int(counted["fxgraph_cache_miss"] + counted["fxgraph_cache_bypass"])
+
+
+def _graphs(count: int) -> str:
+    return f"{count} graph{'' if count == 1 else 's'}"
