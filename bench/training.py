@@ -127,7 +127,7 @@ def origo(tied: bool) -> Step:
     model = GPT(GPTConfig(**SHAPE, tie_embeddings=tied))
     stepper = Stepper(model, OptimizationOptions(learning_rate=LEARNING_RATE), compute)
     batch = (torch.zeros(BATCH, SHAPE["context_length"], dtype=torch.long),) * 2
-    stepper.prepare(batch, [BATCH], True)
+    stepper.prepare(batch, [BATCH], "whole")
     steps = iter(range(10**9))
     return lambda inputs, targets: float(stepper((inputs, targets), LEARNING_RATE, next(steps)).loss)
 

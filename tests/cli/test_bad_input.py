@@ -50,7 +50,7 @@ def test_it_says_what_is_wrong_and_leaves_nothing(
     given = arguments.split()
     before = listing(tmp_path)
     data = () if "--data" in given else ("--data", str(book))
-    done = origo("train", *data, *TINY_RUN, "--no-compile", "--steps", 3, *given)
+    done = origo("train", *data, *TINY_RUN, "--compile", "off", "--steps", 3, *given)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("origo: ")
     assert says in done.stderr
@@ -129,7 +129,7 @@ def test_a_full_disk(origo: Run, book: Path, tmp_path: Path, what: str) -> None:
             arguments = ("--cache-dir", disk)
         else:
             arguments = ("--runs-dir", disk / "runs", "--n-layers", 4)
-        done = origo("train", "--data", book, *TINY_RUN, "--no-compile", "--steps", 3, *arguments)
+        done = origo("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 3, *arguments)
         assert done.returncode == 2, done.stdout
         assert "the disk is full: free some space" in done.stderr
         assert "Traceback" not in done.stderr

@@ -136,7 +136,7 @@ def test_bad_input_is_a_sentence(origo: Run, tmp_path: Path, arguments: tuple[st
 def start(text: Path, *more: str) -> list[str]:
     shape = {"--preset", "--n-layers", "--emb-dim", "--n-heads", "--context-length", "--vocab-size"}
     kept = [part for pair in zip(TINY_RUN[::2], TINY_RUN[1::2], strict=True) if pair[0] not in shape for part in pair]
-    return ["--data", str(text), *kept, "--no-compile", *more]
+    return ["--data", str(text), *kept, "--compile", "off", *more]
 
 
 def test_training_goes_on_from_nanogpts_file(origo: Run, tmp_path: Path, book: Path) -> None:
@@ -176,7 +176,7 @@ def test_training_starts_from_the_books_file(origo: Run, tmp_path: Path, book: P
 
 
 def test_an_origo_run_becomes_everybodys(origo: Run, tmp_path: Path, book: Path) -> None:
-    done = origo("train", "--data", book, *TINY_RUN, "--no-compile", "--steps", "2", "--name", "mine")
+    done = origo("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", "2", "--name", "mine")
     assert done.returncode == 0, done.stderr
     model = library.load_model(tmp_path / "runs" / "mine")
     ids = tokens(200)

@@ -58,7 +58,7 @@ def test_a_hidden_compiler_is_missed(origo_process: Run, tmp_path: Path) -> None
     assert "There is no C++ compiler" in done.stdout
     assert "CXX is set to '/nonexistent'" in done.stdout
     assert "apt install g++" in " ".join(done.stdout.split())
-    assert done.stdout.splitlines()[-1].endswith("--no-compile")
+    assert done.stdout.splitlines()[-1].endswith("--compile off")
 
 
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")

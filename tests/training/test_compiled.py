@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from origo.data.batches import TrainingBatches
 from origo.training.compilation import compile_in_place, uncompile
 from tests.conftest import TINY_RUN, Run
 
@@ -19,16 +21,17 @@ def losses(run: Path) -> list[float]:
     return [row["train_loss"] for row in rows]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_and_eager_losses_agree_for_20_steps(origo: Run, book: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "how"), [("fp32", "whole"), ("bf16", "whole"), ("fp32", "blocks")])
+def test_compiled_and_eager_losses_agree_for_20_steps(origo: Run, book: Path, tmp_path: Path, precision: str, how: str) -> None:
     command = ("train", "--data", book, *TINY_RUN, "--steps", 20, "--precision", precision)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = origo(*command, "--log-every", 1, "--name", "compiled")
+    compiled = origo(*command, "--log-every", 1, "--name", "compiled", "--compile", how)
     assert "in place; every name stays as it is" in compiled.stdout, compiled.stderr
-    # One graph: the measurements and samples at steps 0, 10 and 20 compiled nothing.
+    # One graph, which all blocks share: the measurements and samples at steps 0, 10 and 20 compiled nothing.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    eager = origo(*command, "--log-every", 1, "--name", "eager", "--no-compile")
+    assert "compiled again" not in compiled.stdout
+    eager = origo(*command, "--log-every", 1, "--name", "eager", "--compile", "off")
     assert eager.returncode == 0
 
     one, other = losses(tmp_path / "runs/compiled"), losses(tmp_path / "runs/eager")
@@ -41,7 +44,7 @@ def test_compiled_and_eager_losses_agree_for_20_steps(origo: Run, book: Path, tm
 def test_a_defect_of_the_model_is_not_taken_for_one_of_the_compiler() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        compile_in_place(model, True, lambda: model(torch.ones(1, 3)).sum().backward())
+        compile_in_place(model, "whole", lambda: model(torch.ones(1, 3)).sum().backward())
 
 
 def test_uncompiling_brings_the_plain_call_back() -> None:
@@ -50,3 +53,17 @@ def test_uncompiling_brings_the_plain_call_back() -> None:
     model.compile()
     uncompile(model)
     assert torch.equal(model(torch.ones(1, 2)), before)
+
+
+def test_what_is_compiled_again_is_told_with_the_reason(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of another shape, as a fault of ours would make it."""
+    whole = TrainingBatches.__getitem__
+    monkeypatch.setattr(
+        TrainingBatches, "__getitem__", lambda self, batch: tuple(part[: 3 if batch == 4 else 4] for part in whole(self, batch))
+    )
+    torch._dynamo.reset()
+    done = origo("train", "--data", book, *TINY_RUN, "--steps", 10, "--compile", "whole", "--micro-batch", 4)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"compiled again by step 5, .*expected 4, actual 3", done.stdout.replace("\n", " ")), done.stdout

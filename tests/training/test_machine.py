@@ -278,7 +278,7 @@ def with_runs(**changes: object) -> dict[str, object]:
 PROBLEMS: dict[str, tuple[dict[str, object], str, str, bool]] = {
     "no compiler": ({"compiler": find.Compiler(None)}, "There is no C++ compiler", "apt install g++", True),
     "a wrong CXX": ({"compiler": find.Compiler(None, asked_for="/x")}, "There is no C++ compiler", "CXX is set to '/x'", True),
-    "compiling fails": ({"trial": Trial("bf16", False, "no headers")}, "does not work here: no headers", "--no-compile", True),
+    "compiling fails": ({"trial": Trial("bf16", False, "no headers")}, "does not work here: no headers", "--compile off", True),
     "old torch": ({"versions": dataclasses.replace(GOOD.versions, torch="2.5.1")}, "older than 2.6", "--upgrade torch", True),
     "torch without CUDA": ({"driver": "535.1"}, "built without CUDA", "pytorch.org/get-started", True),
     "CUDA that fails": (
@@ -317,9 +317,9 @@ def test_the_settings_follow_what_was_measured() -> None:
     assert "products 4.0 times as fast as in bf16, measured" in diagnose(slow_bf16).advice[0].worth
     assert "--precision fp32" in diagnose(slow_bf16).command
     slower = dataclasses.replace(GOOD, trial=Trial("bf16", True, "", 1.0, 0.02, 0.03, 20.0))
-    assert "--no-compile" in diagnose(slower).command
+    assert "--compile off" in diagnose(slower).command
     equal = dataclasses.replace(GOOD, trial=Trial("bf16", True, "", 1.0, 0.02, 0.02, 20.0))
-    assert "--no-compile" not in diagnose(equal).command, "noise is no reason to leave the default"
+    assert "--compile off" not in diagnose(equal).command, "noise is no reason to leave the default"
     slow_disk = dataclasses.replace(GOOD, runs=dataclasses.replace(GOOD_DISK, bytes_per_second=1e5))
     assert "--save-every" in diagnose(slow_disk).command
     one_thread = dataclasses.replace(GOOD, cores=dataclasses.replace(GOOD.cores, threads=1), rate_with_all_cores=2.4e12)

@@ -20,7 +20,7 @@ def test_a_file_holds_any_of_them_and_flags_go_before_it(origo: Run, book: Path,
     (tmp_path / "run.toml").write_text(
         'data = ["book.txt"]\nsteps = 9\npreset = "nano"\n[model]\nn-layers = 2\nemb_dim = 32\n'
         "n_heads = 2\ntie-embeddings = true\n"
-        "context-length = 32\n[run]\ncompile = false\nname = 'filed'\n[optimization]\nlearning-rate = 1e-3\nbatch-size = 4\n"
+        "context-length = 32\n[run]\ncompile = 'off'\nname = 'filed'\n[optimization]\nlearning-rate = 1e-3\nbatch-size = 4\n"
     )
     done = origo("train", "--config", "run.toml", "--steps", 4, "--vocab-size", 300)
     assert done.returncode == 0, done.stderr
@@ -28,7 +28,7 @@ def test_a_file_holds_any_of_them_and_flags_go_before_it(origo: Run, book: Path,
     assert options["optimization"]["steps"] == 4
     assert options["optimization"]["learning_rate"] == 1e-3
     assert options["model"]["tie_embeddings"] is True
-    assert options["run"]["compile"] is False
+    assert options["run"]["compile"] == "off"
     again = origo("train", "--name", "filed", "--steps", 5)
     assert again.returncode == 0, again.stderr
 
@@ -104,7 +104,21 @@ def test_other_surroundings_are_told(origo: Run, book: Path, tmp_path: Path) -> 
 
 def test_a_new_run_starts_from_old_weights(origo: Run, book: Path, tmp_path: Path) -> None:
     assert origo("train", "--data", book, *EAGER, "--steps", 20).returncode == 0
-    fine = ("train", "--data", book, "--from", "runs/book", "--name", "fine", "--steps", 3, "--no-compile", "--drop-rate", 0.1)
+    fine = (
+        "train",
+        "--data",
+        book,
+        "--from",
+        "runs/book",
+        "--name",
+        "fine",
+        "--steps",
+        3,
+        "--compile",
+        "off",
+        "--drop-rate",
+        0.1,
+    )
     done = origo(*fine, "--context-length", 16, "--batch-size", 4)
     assert done.returncode == 0, done.stderr
     first = metrics(tmp_path / "runs/fine")[0]
@@ -122,7 +136,7 @@ def test_a_new_run_starts_from_old_weights(origo: Run, book: Path, tmp_path: Pat
         (("--from", "gone"), "There is nothing at 'gone'"),
         (("--from", "model.safetensors"), "holds no tokenizer: give the one it was trained with as --tokenizer"),
     ):
-        refused = origo("train", "--data", book, "--no-compile", "--steps", 2, "--name", "other", *options)
+        refused = origo("train", "--data", book, "--compile", "off", "--steps", 2, "--name", "other", *options)
         assert refused.returncode == 2
         assert says in refused.stderr
         assert not (tmp_path / "runs/other").exists()
@@ -133,7 +147,9 @@ def test_a_tokenizer_of_another_size_does_not_fit(origo: Run, book: Path, tmp_pa
 
     assert origo("train", "--data", book, *EAGER, "--steps", 2).returncode == 0
     (tmp_path / "small.json").write_text(Tokenizer.train([book.read_text()], 280).to_json(), encoding="utf-8")
-    done = origo("train", "--data", book, "--from", "runs/book", "--name", "other", "--tokenizer", "small.json", "--no-compile")
+    done = origo(
+        "train", "--data", book, "--from", "runs/book", "--name", "other", "--tokenizer", "small.json", "--compile", "off"
+    )
     assert done.returncode == 2
     assert "has a vocabulary of 300 tokens, and the tokenizer has 280" in done.stderr
 

@@ -21,7 +21,7 @@ from tests.conftest import TINY_RUN, Run
 
 @pytest.fixture
 def run(origo: Run, book: Path, tmp_path: Path) -> Path:
-    done = origo("train", "--data", book, *TINY_RUN, "--no-compile", "--steps", 10, "--precision", "fp32")
+    done = origo("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 10, "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     return tmp_path / "runs" / "book"
 

@@ -16,10 +16,23 @@ IN_FULL = bool(os.environ.get("ORIGO_PROVE"))
 LENGTH = ("--steps", 150, "--save-every", 15, "--eval-every", 50, "--eval-batches", 2, "--log-every", 7)
 
 RUNS = {
-    "AdamW, compiled, dropout": (*TINY_RUN, *LENGTH, "--drop-rate", 0.1),
+    "AdamW, compiled, dropout": (*TINY_RUN, *LENGTH, "--compile", "whole", "--drop-rate", 0.1),
     "AdamW, dropout, accumulation": (*EAGER, *LENGTH, "--drop-rate", 0.1, "--micro-batch", 2),
     "Muon, EMA, compiled, accumulation": (
-        *(*TINY_RUN, *LENGTH, "--optimizer", "muon", "--ema", 0.99, "--micro-batch", 2, "--drop-rate", 0.1),
+        *(
+            *TINY_RUN,
+            *LENGTH,
+            "--compile",
+            "whole",
+            "--optimizer",
+            "muon",
+            "--ema",
+            0.99,
+            "--micro-batch",
+            2,
+            "--drop-rate",
+            0.1,
+        ),
     ),
     "Muon, EMA, gradient checkpointing": (
         *(*EAGER, *LENGTH, "--optimizer", "muon", "--ema", 0.99, "--gradient-checkpointing", "--drop-rate", 0.2),

@@ -20,7 +20,7 @@ CPU = Compute(torch.device("cpu"), torch.float32)
 def trained(micro_batch: int = 4, steps: int = 3, **options: object) -> Stepper:
     torch.manual_seed(0)
     stepper = Stepper(GPT(TINY), OptimizationOptions(**options), CPU)  # type: ignore[arg-type]
-    stepper.prepare(batch(0), [micro_batch], compiled=False)
+    stepper.prepare(batch(0), [micro_batch], "off")
     for number in range(steps):
         stepper(batch(number), 1e-3, number)
     return stepper
@@ -43,7 +43,7 @@ def test_the_preparation_changes_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = torch.get_rng_state()
     stepper = Stepper(model, OptimizationOptions(), CPU)
-    stepper.prepare(batch(0), [4], compiled=False)
+    stepper.prepare(batch(0), [4], "off")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(generator, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -92,10 +92,10 @@ torch.set_num_threads(1)
 model = GPT(GPTConfig.preset("nano", vocab_size=20_000))
 stepper = Stepper(model, OptimizationOptions(), Compute(torch.device("cpu"), torch.float32))
 tokens = torch.zeros(128, 128, dtype=torch.int64)
-stepper.prepare((tokens[:1], tokens[:1]), [1], compiled=False)  # what is allocated once
+stepper.prepare((tokens[:1], tokens[:1]), [1], "off")  # what is allocated once
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
-stepper.prepare((tokens, tokens), [128, 64, 32, 16, 8, 4, 2, 1], compiled=False)
+stepper.prepare((tokens, tokens), [128, 64, 32, 16, 8, 4, 2, 1], "off")
 print(stepper.micro_batch)
 """
     if sys.platform != "linux":

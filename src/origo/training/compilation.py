@@ -6,33 +6,66 @@ Evaluation and sampling call the same model without compilation (:mod:`origo.mod
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
+
+How = Literal["whole", "blocks", "off"]
+"""The whole model as one graph, each of its blocks, or nothing."""
 
 
 @dataclass(frozen=True)
 class Compilation:
     """What came of it."""
 
-    compiled: bool
+    how: How
     seconds: float
     """From the call to the end of the first step."""
     reason: str = ""
     """Why the model runs without, where it was to be compiled."""
+    eager_seconds: float = math.nan
+    """Of a step's forward and backward passes without compilation; NaN where it was not measured."""
+    compiled_seconds: float = math.nan
+    """The same, compiled."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether anything is."""
+        return self.how != "off"
+
+    @property
+    def saved_seconds(self) -> float:
+        """In each step; NaN where it was not measured."""
+        return self.eager_seconds - self.compiled_seconds
+
+    def __str__(self) -> str:
+        """In words, with when it is paid back.
+
+        >>> print(Compilation("whole", 21.0, "", 1.0, 0.69))
+        the whole model in place; every name stays as it is; took 21 s and saves 0.31 s a step: paid back after 68 steps
+        """
+        if not self.compiled:
+            return "without compilation"
+        told = f"{'the whole model' if self.how == 'whole' else 'each block'} in place; every name stays as it is"
+        if self.saved_seconds > 0:
+            steps = math.ceil(self.seconds / self.saved_seconds)
+            told += f"; took {self.seconds:.0f} s and saves {self.saved_seconds:.2g} s a step: paid back after {steps:,} steps"
+        return told
 
 
 def compile_in_place(
-    model: nn.Module, wanted: bool, dry_run: Callable[[], None], *, reraise: Callable[[Exception], bool] = lambda _: False
+    model: nn.Module, how: How, dry_run: Callable[[], None], *, reraise: Callable[[Exception], bool] = lambda _: False
 ) -> Compilation:
     """Compile and run one step without effect, so that whatever is wrong shows before training starts.
 
     Args:
-        model: compiled with fixed shapes.
-        wanted: False for the dry run alone.
+        model: compiled with fixed shapes; of ``"blocks"``, each of its ``trf_blocks``.
+        how: ``"off"`` for the dry run alone.
         dry_run: one forward and backward pass at the shape of training.
         reraise: which errors compiling is not the cause of.
 
@@ -41,18 +74,23 @@ def compile_in_place(
     """
     start = time.perf_counter()
     reason = ""
-    if wanted:
+    if how != "off":
         try:
-            model.compile(dynamic=False)
+            for module in _parts(model, how):
+                module.compile(dynamic=False)
             dry_run()
-            return Compilation(True, time.perf_counter() - start)
+            return Compilation(how, time.perf_counter() - start)
         except Exception as error:  # whatever a compiler can raise must not cost the user the run
             uncompile(model)
             if reraise(error):
                 raise
             reason = _short(error)
     dry_run()
-    return Compilation(False, time.perf_counter() - start, reason)
+    return Compilation("off", time.perf_counter() - start, reason)
+
+
+def _parts(model: nn.Module, how: How) -> list[nn.Module]:
+    return [model] if how == "whole" else list(model.get_submodule("trf_blocks").children())
 
 
 def graphs_compiled() -> int:
@@ -61,9 +99,17 @@ def graphs_compiled() -> int:
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
+def why_compiled_again() -> str:
+    """The last reason why a graph did not fit and another one was compiled; empty where there was none."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    reasons = [reason for failed in dynamo.guard_failures.values() for reason in failed] if dynamo is not None else []
+    return str(reasons[-1]).splitlines()[0][:200] if reasons else ""
+
+
 def uncompile(model: nn.Module) -> None:
     """Back to running without compilation: the same parameters, the same names, the same optimizer."""
-    model._compiled_call_impl = None
+    for module in model.modules():
+        module._compiled_call_impl = None
 
 
 def _short(error: BaseException) -> str:

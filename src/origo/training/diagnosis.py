@@ -120,7 +120,7 @@ def diagnose(machine: Machine) -> Diagnosis:
     parts += ["origo", "train"]
     parts += ["--preset", preset] if preset != ModelOptions().preset else []
     parts += ["--precision", precision] if precision != automatic else []
-    parts += [] if compiled else ["--no-compile"]
+    parts += [] if compiled else ["--compile", "off"]
     parts += ["--save-every", str(interval)] if interval != defaults.save_every else []
     parts += ["--device", machine.device] if machine.device != ("cuda" if machine.gpus else "cpu") else []
     parts += ["--runs-dir", machine.runs.folder] if machine.runs.folder != str(defaults.runs_dir) else []
@@ -143,20 +143,20 @@ def _compiling(machine: Machine) -> tuple[bool, str, str]:
     if machine.compiler.command is None and machine.device == "cpu":
         return False, "off", "it cannot work here: see below"
     if trial is None:
-        return True, "on", f"{_UNMEASURED}: left out by --quick"
+        return True, "auto", f"{_UNMEASURED}: left out by --quick"
     if not trial.works:
         return False, "off", "it does not work here: see below"
     if trial.factor is None or trial.compile_seconds is None:
-        return True, "on", f"{_UNMEASURED}: {trial.reason}"
+        return True, "auto", f"{_UNMEASURED}: {trial.reason}"
     assert trial.eager_seconds is not None
     assert trial.compiled_seconds is not None
     told = f"a step of {PRESET} is {trial.factor:.2f} times as fast, measured; it takes {trial.compile_seconds:.0f} s once"
     if trial.factor * _WORTH_IT < 1:
         return False, "off", told
     if trial.factor < _WORTH_IT:  # larger models gain more
-        return True, "on", f"{told}: no difference that could be told from noise"
+        return True, "auto", f"{told}: no difference that could be told from noise"
     paid_back = math.ceil(trial.compile_seconds / (trial.eager_seconds - trial.compiled_seconds))
-    return True, "on", f"{told}, back after {paid_back:,} such steps"
+    return True, "auto", f"{told}, back after {paid_back:,} such steps"
 
 
 def _threads(machine: Machine) -> tuple[bool, str]:
@@ -330,7 +330,7 @@ def _compiler_problems(machine: Machine) -> list[Problem]:
     return [
         Problem(
             f"torch.compile does not work here: {trial.reason}",
-            "origo train goes on without it, or give --no-compile. To mend it, see to what the reason names: the compiler and "
+            "origo train goes on without it, or give --compile off. To mend it, see to what the reason names: the compiler and "
             "its headers (apt install g++ python3-dev), or a folder that programs may be run from (TORCHINDUCTOR_CACHE_DIR).",
             True,
         )

@@ -194,7 +194,7 @@ class Display:
         activity = Activity(title, self.console)
         with activity.progress:
             yield activity
-        self.note(f"{title}: {activity.result or 'done'} ({time.perf_counter() - start:.1f} s)")
+        self.note(f"{activity.title}: {activity.result or 'done'} ({time.perf_counter() - start:.1f} s)")
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -229,7 +229,7 @@ class Activity:
     """One thing being done: call it with what, how much, and of how much (0: unknown)."""
 
     def __init__(self, title: str, console: Console) -> None:
-        self.result = ""
+        self.title, self.result = title, ""
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),

@@ -29,7 +29,7 @@ from origo.state.rng import seed_all
 from origo.store.layout import TOKENIZER
 from origo.store.reader import Checkpoint
 from origo.store.run import newest_good
-from origo.training.compilation import Compilation, graphs_compiled
+from origo.training.compilation import Compilation, How, graphs_compiled, why_compiled_again
 from origo.training.compile_cache import warm_start
 from origo.training.display import Display, Standing
 from origo.training.evaluation import held_out_loss
@@ -124,6 +124,8 @@ def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer,
         source = start.checkpoint if options.data.tokenizer is None else None
     tokenizer, tokens = prepare_data(options, source, display)
     trainer = Trainer(options, folder, checkpointer, compute, tokenizer, tokens, display)
+    if before is not None and before.get("steps") == trainer.schedule.steps:  # of a longer run, what pays may be another way
+        trainer.compiled = before.get("compiled")
     if found is not None:
         trainer.go_on_from(found.checkpoint)
     elif start is not None:
@@ -175,7 +177,10 @@ class Trainer:
         self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, not written yet
         self.rows_written = 0
         self.compilation: Compilation | None = None
+        self.compiled: How | None = None
+        """How the run is compiled from its beginning on; None before that is known."""
         self.graphs = 0  # compiled before training
+        self.compiled_again = 0  # graphs, since then
         self.peak: Peak | None = None
         self.tracker = make_tracker(None, folder.path, {}, 0)
         self.losses: list[float] = []  # of the last rows
@@ -299,18 +304,25 @@ class Trainer:
 
     def _prepare(self) -> tuple[Compilation, float]:
         """Compile, find the size of micro-batch that fits, and the loss of the next batch as things stand."""
-        title = "Compiling" if self.options.run.compile else "First step"
-        with self.display.activity(title) as activity, warm_start(self.options.run.compile, self.display.warn) as warm:
-            compilation, loss = self.stepper.prepare(self._batch(self.step), self.micro_batches, self.options.run.compile)
-            activity.result = "in place; every name stays as it is" if compilation.compiled else "without compilation"
+        how = self.options.run.compile
+        if how == "auto" and self.compiled is not None:
+            how = self.compiled  # as the run has begun: another way rounds otherwise
+        with self.display.activity("First step") as activity, warm_start(how != "off", self.display.warn) as warm:
+            compilation, loss = self.stepper.prepare(
+                self._batch(self.step), self.micro_batches, how, self.schedule.steps - self.step
+            )
+            activity.title = "Compiling" if compilation.compiled else activity.title
+            activity.result = f"{compilation}{warm}" if compilation.compiled else str(compilation)
+            if how == "auto" and not compilation.compiled and not compilation.reason:
+                activity.result += f": it would not pay in {self.schedule.steps - self.step:,} steps (--compile whole does it)"
             if self.stepper.micro_batch < self.schedule.batch_size:
                 parts = self.schedule.batch_size // self.stepper.micro_batch
                 activity.result += f"; {parts} micro-batches of {self.stepper.micro_batch} a step"
-            activity.result += str(warm) if compilation.compiled else ""
         self.compilation = compilation if compilation.compiled else None
+        self.compiled = compilation.how
         self.graphs, self.peak = graphs_compiled(), peak_of(self.compute)
         if compilation.reason:
-            self.display.warn(f"torch.compile does not work here, going on without: {compilation.reason}")
+            self.display.warn(f"Going on without torch.compile: {compilation.reason}.")
         return compilation, loss
 
     def _batch(self, step: int) -> Batch:
@@ -432,6 +444,12 @@ class Trainer:
     def _standing(self, loss: float, rate: float) -> Standing:
         self.losses = [*self.losses, loss][-_TREND:]
         again = graphs_compiled() - self.graphs
+        if again > self.compiled_again:
+            self.compiled_again = again
+            self.display.warn(
+                f"Something was compiled again by step {self.step}, which takes time and should not be needed; please report "
+                f"it: {why_compiled_again()}"
+            )
         seconds = self.compilation.seconds if self.compilation else 0.0
         return Standing(
             self.step,
@@ -560,6 +578,7 @@ class Trainer:
             "held_out": None if math.isnan(self.held_out) else self.held_out,
             "best": None if math.isnan(self.best) else self.best,
             "best_step": self.best_step,
+            "compiled": self.compiled,
             "model": self.config.to_dict(),
             "token_cache": str(self.tokens.path),
         }

@@ -193,8 +193,9 @@ class RunOptions:
     """Whether the checkpoint with the lowest held-out loss stays too."""
     log_every: int = 10
     """Steps from one line of metrics.jsonl to the next."""
-    compile: bool = True
-    """Compile the model in place (torch.compile); where that cannot work, the run says why and goes on without."""
+    compile: Literal["auto", "whole", "blocks", "off"] = "auto"
+    """Compile the model in place (torch.compile): the whole of it, each block, or what pays over the steps to come. Where it
+    cannot work, the run says why and goes on without."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the computation; weights and optimizer state are fp32. auto: bf16 where the machine computes in it."""
     deterministic: bool = False
@@ -248,6 +249,8 @@ class TrainOptions:
             default = getattr(cls(), subject.name)
             known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
             given = {name: value for name, value in values.get(subject.name, {}).items() if name in known}
+            if isinstance(given.get("compile"), bool):  # of an earlier version
+                given["compile"] = "auto" if given["compile"] else "off"
             typed = {n: type(known[n])(v) if isinstance(known[n], tuple | Path) else v for n, v in given.items()}
             subjects[subject.name] = type(default)(**{**known, **typed})
         return cls(**subjects)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from origo.errors import is_out_of_memory
 from origo.models.gpt import GPT
-from origo.training.compilation import Compilation, compile_in_place
+from origo.training.compilation import Compilation, How, compile_in_place, uncompile
+from origo.training.compile_policy import choose, recall, remember
 from origo.training.guard import Guard
 from origo.training.memory import give_back_freed_memory, keep_freed_memory
 from origo.training.optimizer import Average, build_optimizers
@@ -62,11 +65,14 @@ class Stepper:
             kept["scaler"] = self._scaler
         return kept
 
-    def prepare(self, batch: Batch, sizes: Iterable[int], compiled: bool) -> tuple[Compilation, float]:
+    def prepare(
+        self, batch: Batch, sizes: Iterable[int], how: How | Literal["auto"], steps: int = 0
+    ) -> tuple[Compilation, float]:
         """Compile, and go through one step without effect, so that whatever is wrong shows before training starts.
 
         Args:
             sizes: of micro-batch, to be tried in this order until one fits into memory.
+            how: to compile; ``"auto"`` for what pays over ``steps`` more steps.
 
         Returns:
             What came of compiling, and the loss of the batch's first part.
@@ -78,7 +84,7 @@ class Stepper:
         for size in candidates:
             self.micro_batch = size
             try:
-                return self._dry_run((batch[0][:size], batch[1][:size]), compiled)
+                return self._dry_run((batch[0][:size], batch[1][:size]), len(batch[0]) // size, how, steps)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or size == candidates[-1]:
                     raise
@@ -87,7 +93,7 @@ class Stepper:
                 torch.cuda.empty_cache()
         raise AssertionError("there is always a size to try")
 
-    def _dry_run(self, batch: Batch, compiled: bool) -> tuple[Compilation, float]:
+    def _dry_run(self, batch: Batch, parts: int, how: How | Literal["auto"], steps: int) -> tuple[Compilation, float]:
         # What the optimizer will take, so that its first step does not fail where the dry run did not.
         held = [torch.empty_like(parameter) for parameter in self.model.parameters() for _ in range(2)]
         losses: list[float] = []
@@ -100,12 +106,40 @@ class Stepper:
             losses.append(loss.item())
             self.model.zero_grad()
 
-        if self.compute.device.type == "cpu":
+        def timed() -> float:
+            start = time.perf_counter()
+            once()
+            if self.compute.device.type == "cuda":
+                torch.cuda.synchronize()
+            return (time.perf_counter() - start) * parts
+
+        on_cpu, eager_seconds = self.compute.device.type == "cpu", math.nan
+        if on_cpu:
             keep_freed_memory()
-        compilation = compile_in_place(self.model, compiled, once, reraise=is_out_of_memory)
+        automatic = how == "auto"
+        if how == "auto":
+            once()  # at the first, memory is new
+            eager_seconds = timed()
+            how = choose(steps, eager_seconds, on_cpu, recall(self._shape))
+        compilation = compile_in_place(self.model, how, once, reraise=is_out_of_memory)
+        if automatic and compilation.compiled:
+            compilation = replace(compilation, eager_seconds=eager_seconds, compiled_seconds=min(timed(), timed()))
+            remember(self._shape, compilation)
+            if compilation.saved_seconds <= 0:
+                uncompile(self.model)
+                compilation = replace(compilation, how="off", reason="a compiled step takes longer here")
+        elif automatic and not compilation.reason:
+            compilation = replace(compilation, eager_seconds=eager_seconds)
         del held
         give_back_freed_memory()
         return compilation, losses[-1]
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        """What the cost and the gain of compiling depend on."""
+        options = {"gradient_checkpointing": self.model.recompute_activations, "micro_batch": self.micro_batch}
+        where = {"compute": str(self.compute), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+        return {**self.model.config.to_dict(), **options, **where}
 
     def __call__(self, batch: Batch, rate: float, number: int) -> Result:
         """Take a step.

@@ -125,20 +125,20 @@ def _try(request: dict[str, str]) -> None:
     compute = choose_compute(request["device"], request["precision"])
     compute.repeat_exactly(False)
     tiny, inputs = _Tiny(), torch.ones(4, 32, device=compute.device, requires_grad=True)
-    found = compile_in_place(tiny, True, lambda: tiny(inputs).backward())
+    found = compile_in_place(tiny, "whole", lambda: tiny(inputs).backward())
     _tell(works=found.compiled, reason=found.reason, tiny_seconds=found.seconds if found.compiled else None)
 
     options, config = OptimizationOptions(), GPTConfig.preset(PRESET, vocab_size=DataOptions().vocab_size)
     tokens = torch.randint(config.vocab_size, (options.batch_size, config.context_length + 1), device=compute.device)
     batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     plain = Stepper(GPT(config).to(compute.device), options, compute)
-    plain.prepare(batch, [options.batch_size], compiled=False)
+    plain.prepare(batch, [options.batch_size], "off")
     (eager,) = _step_seconds([plain], batch)
     _tell(eager_seconds=eager)
     if not found.compiled:
         return
     fast = Stepper(GPT(config).to(compute.device), options, compute)
-    compilation, _ = fast.prepare(batch, [options.batch_size], compiled=True)
+    compilation, _ = fast.prepare(batch, [options.batch_size], "whole")
     if not compilation.compiled:
         _tell(works=False, reason=compilation.reason)
         return

@@ -1,0 +1,90 @@
+"""Whether compiling pays: what it costs once, against what it saves a step, over the steps that are to come.
+
+    1. a step is timed as the model is written
+    2. what compiling costs and saves is known from the last run of this shape here, or else assumed from what was measured
+       elsewhere (docs/performance.md)
+    3. the way that leaves most is taken; where none leaves anything, the model is not compiled
+    4. what it did cost and save is told, and remembered for the next run
+
+What is remembered decides nothing but time. A run keeps to the way that it has begun with: another one rounds otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from origo.store.filesystem import replace_file
+from origo.training.compilation import Compilation, How
+from origo.training.compile_cache import root
+
+_FILE = "costs.json"
+_MOST_SHAPES = 200
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What compiling costs and gives."""
+
+    seconds: float
+    """Once, to the end of the first step."""
+    saved: float
+    """Share of a step's forward and backward passes."""
+
+
+# On two cores, GPT-2's shape of 6 layers of 384; a GPU's are those of the book's ladder and other projects' reports.
+_ASSUMED: dict[bool, dict[How, Costs]] = {
+    True: {"whole": Costs(30.0, 0.25), "blocks": Costs(14.0, 0.12)},
+    False: {"whole": Costs(45.0, 0.18), "blocks": Costs(20.0, 0.12)},
+}
+
+
+def choose(steps: int, eager_seconds: float, on_cpu: bool, known: Mapping[How, Costs]) -> How:
+    """How to compile for ``steps`` more steps, each of which takes ``eager_seconds`` without.
+
+    >>> choose(2000, 0.5, True, {}), choose(20, 0.5, True, {})
+    ('whole', 'off')
+    >>> choose(200, 0.5, True, {"whole": Costs(4.0, 0.25)})  # its code is there already
+    'whole'
+    """
+    costs = {**_ASSUMED[on_cpu], **known}
+    left: dict[How, float] = {how: steps * eager_seconds * each.saved - each.seconds for how, each in costs.items()}
+    best = max(left, key=lambda how: left[how])
+    return best if left[best] > 0 else "off"
+
+
+def recall(shape: Mapping[str, Any]) -> dict[How, Costs]:
+    """What is known of this shape on this machine."""
+    found = _read().get(_name(shape), {})
+    return {how: Costs(**found[how]) for how in ("whole", "blocks") if how in found}
+
+
+def remember(shape: Mapping[str, Any], compilation: Compilation) -> None:
+    """For the next run. A cache that cannot be written is no reason to stop."""
+    if not compilation.compiled or not math.isfinite(compilation.saved_seconds):
+        return
+    all_known = _read()
+    saved = compilation.saved_seconds / compilation.eager_seconds
+    known = {**all_known.pop(_name(shape), {}), compilation.how: asdict(Costs(compilation.seconds, saved))}
+    kept = dict(list(all_known.items())[-_MOST_SHAPES:])
+    with suppress(Exception):
+        root().mkdir(parents=True, exist_ok=True)
+        replace_file(root() / _FILE, json.dumps({**kept, _name(shape): known}))
+
+
+def _read() -> dict[str, Any]:
+    try:
+        values = json.loads((root() / _FILE).read_text(encoding="utf-8"))
+        assert all(isinstance(each["seconds"] + each["saved"], float) for known in values.values() for each in known.values())
+    except (OSError, ValueError, AssertionError, AttributeError, KeyError, TypeError):
+        return {}
+    return dict(values)
+
+
+def _name(shape: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]

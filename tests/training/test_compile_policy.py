@@ -1,0 +1,75 @@
+"""Compiling is done where it pays, which a run says; and a run that goes on keeps to what it began with."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from origo.training.compilation import Compilation
+from origo.training.compile_policy import Costs, choose, recall, remember
+from tests.conftest import TINY_RUN, Run
+
+SHAPE = {"n_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("steps", "eager_seconds", "known", "how"),
+    [
+        (0, 9.0, {}, "off"),
+        (20, 0.1, {}, "off"),
+        (10_000, 0.1, {}, "whole"),
+        (1_000, 0.15, {"whole": Costs(200.0, 0.25)}, "blocks"),  # where the whole takes very long
+        (60, 0.1, {"whole": Costs(1.0, 0.3)}, "whole"),  # where its code is there already
+        (10_000, 0.1, {"whole": Costs(30.0, -0.1), "blocks": Costs(10.0, 0.0)}, "off"),  # where it does not help
+    ],
+)
+def test_what_leaves_most_time_is_chosen(steps: int, eager_seconds: float, known: dict, how: str) -> None:  # type: ignore[type-arg]
+    assert choose(steps, eager_seconds, True, known) == how
+
+
+def test_what_it_did_cost_and_save_is_known_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORIGO_CACHE_DIR", str(tmp_path))
+    assert recall(SHAPE) == {}
+    remember(SHAPE, Compilation("whole", 20.0, "", 1.0, 0.75))
+    remember(SHAPE, Compilation("blocks", 10.0, "", 1.0, 0.9))
+    remember(SHAPE, Compilation("off", 1.0, "", 1.0))
+    assert recall(SHAPE) == {"whole": Costs(20.0, 0.25), "blocks": Costs(10.0, pytest.approx(0.1))}
+    assert recall({"n_layers": 3}) == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"x": 1}', "{", '{"a": {"whole": {"seconds": "1", "saved": 2.0}}}'])
+def test_a_damaged_memory_is_none(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORIGO_CACHE_DIR", str(tmp_path))
+    remember(SHAPE, Compilation("whole", 20.0, "", 1.0, 0.75))
+    (file,) = (tmp_path / "compiled").glob("*.json")
+    file.write_text(text)
+    assert recall(SHAPE) == {}
+    remember(SHAPE, Compilation("whole", 20.0, "", 1.0, 0.75))
+    assert recall(SHAPE)
+
+
+def test_a_short_run_is_not_compiled_and_says_how_it_would_be(origo: Run, book: Path) -> None:
+    done = origo("train", "--data", book, *TINY_RUN, "--steps", 3)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"First step: without compilation: it would not pay in 3 steps \(--compile whole does it\)", done.stdout)
+
+
+def test_a_run_that_pays_is_compiled_says_when_and_goes_on_so(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("origo.training.step.choose", lambda *_: "whole")
+    done = origo("train", "--data", book, *TINY_RUN, "--steps", 20, "--time-limit", "1s", "--name", "long")
+    assert done.returncode == 75, done.stderr
+    told = re.search(
+        r"Compiling: the whole model in place; every name stays as it is(; took \d+ s and saves [\d.e-]+ s a step)?",
+        done.stdout,
+    )
+    assert told or "a compiled step takes longer here" in done.stdout, done.stdout
+    began = json.loads((tmp_path / "runs/long/run.json").read_text())["compiled"]
+    monkeypatch.setattr("origo.training.step.choose", lambda *_: pytest.fail("decided again"))
+    done = origo("train", "--data", book, *TINY_RUN, "--steps", 20, "--name", "long")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs/long/run.json").read_text())["compiled"] == began
