@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import subprocess
 import sys
@@ -23,7 +22,8 @@ settings.load_profile("bounded")
 
 # Each test has a cache of its own for tokens; compiled code is shared between them, outside the user's cache. It is what spares
 # them some ten seconds of g++ each.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"origo-tests-compiled-{getpass.getuser()}")))
+_user = getattr(os, "getuid", int)()
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"origo-tests-compiled-{_user}")))
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
