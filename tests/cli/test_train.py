@@ -52,7 +52,7 @@ def test_a_run_keeps_all_that_it_promises(origo_process: Run, book: Path, tmp_pa
     assert [row["step"] for row in rows] == [0, 5, 10, 15, 20]
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 10, 20]
     for row in rows:
-        assert {"step", "tokens", "train_loss", "lr", "tokens_per_second", "seconds"} <= row.keys()
+        assert {"step", "tokens", "train_loss", "lr", "tokens_per_second", "data_wait", "seconds"} <= row.keys()
         assert row["tokens"] == row["step"] * 4 * 32
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

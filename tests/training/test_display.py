@@ -47,7 +47,7 @@ def block(width: int) -> list[str]:
     full = Standing(
         *(1234, 20_000, 4.25, 4.1, 8152.0, 5025.0, 4.05, 1200, [4.4, 4.3, 4.35, 4.25], 8011.0, 0.38),
         "the matmul rate measured here",
-        *(1_250_000_000, "compiled in 10 s, 1 times more", time.monotonic() - 95, 1100, time.monotonic() - 20, 12, 1),
+        *(0.001, 1_250_000_000, "compiled in 10 s", time.monotonic() - 95, 1100, time.monotonic() - 20, 12, 1),
         sample="[the lamp] was the river\n" * 40,
     )
     out = io.StringIO()
@@ -63,7 +63,7 @@ def test_the_block_fits_80_columns() -> None:
         "step 1,234 of 20,000  6%  1:35 so far  ETA 1:23:45",
         "loss 4.250 █▃▆▁ ↓  held-out 4.100  best 4.050 after step 1,200",
         "8,152 tokens/s in steps  mean 8,011  38% of the matmul rate measured here",
-        "1.2 GB memory  compiled in 10 s, 1 times more  step 1,100 kept 0:20 ago",
+        "1.2 GB memory  data wait 0.1%  compiled in 10 s  step 1,100 kept 0:20 ago",
         "12 steps left out, 1 roll-backs",
     ]
     assert all(line.startswith("│ [the lamp]") or "│" in line for line in lines[6:])

@@ -46,3 +46,15 @@ def test_rates_are_of_the_steps_alone() -> None:
     assert first > 0
     assert meter.tokens_per_second() == 0, "none since the last call"
     assert meter.mean_tokens_per_second() == first
+
+
+def test_the_wait_for_data_is_a_share_of_the_steps_time() -> None:
+    meter, waits = Meter(1000), iter([0.0, 1e-9, 5.0, 5.0])
+    with meter.step(lambda: next(waits)):
+        pass
+    assert 0 < meter.share_waited() < 1
+    meter.tokens_per_second()
+    with meter.step(lambda: next(waits)):
+        pass
+    assert meter.share_waited() == 0
+    assert 0 < meter.mean_share_waited() < 1

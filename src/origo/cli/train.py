@@ -96,7 +96,8 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     ]
     if outcome.compilation is not None and outcome.tokens_per_second:
         how = "compiling and the first step took" if outcome.compilation.compiled else "not compiled; the first step took"
-        rows.append(("speed", f"{outcome.tokens_per_second:,.0f} tokens/s; {how} {outcome.compilation.seconds:.1f} s"))
+        rate = f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.share_waited:.1%} of the time waiting for data"
+        rows.append(("speed", f"{rate}; {how} {outcome.compilation.seconds:.1f} s"))
     if outcome.left_out:
         back = f"; {outcome.roll_backs} roll-backs" if outcome.roll_backs else ""
         rows.append(

@@ -44,6 +44,8 @@ class Standing:
     utilisation: float = 0.0
     """Share of the operations that ``utilisation_of`` stands for."""
     utilisation_of: str = ""
+    share_waited: float = 0.0
+    """Of the steps' time, for data."""
     memory: int = 0
     compiled: str = ""
     began_at: float = 0.0
@@ -82,6 +84,8 @@ class Standing:
             if self.utilisation:
                 speed.append(f"{self.utilisation:.0%} of {self.utilisation_of}")
         rest = [f"{size(self.memory)} memory"] if self.memory else []
+        if self.tokens_per_second:
+            rest.append(f"data wait {self.share_waited:.1%}")
         if self.compiled:
             rest.append(self.compiled)
         if self.kept_step >= 0:

@@ -28,7 +28,7 @@ Told = Callable[[str, int, int], None]
 """What is being done, how much of it is done, and of how much (0: unknown)."""
 
 # What tells how long something took, and not what came of it.
-_CLOCKS = {"seconds", "tokens_per_second"}
+_CLOCKS = {"seconds", "tokens_per_second", "data_wait"}
 
 
 @dataclass

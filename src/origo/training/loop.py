@@ -19,6 +19,7 @@ import torch
 
 from origo.checkpointer import Checkpointer
 from origo.data.batches import TrainingBatches
+from origo.data.prefetch import Prefetcher
 from origo.data.tokenizer import Tokenizer
 from origo.data.tokens import TokenData
 from origo.errors import CheckpointError, ConfigError, RunError, StorageError
@@ -76,6 +77,8 @@ class Outcome:
     left_out: int = 0
     """Steps that were not applied."""
     roll_backs: int = 0
+    share_waited: float = 0.0
+    """Of the steps' time, for data."""
 
 
 def train(options: TrainOptions, display: Display) -> Outcome:
@@ -134,7 +137,10 @@ def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer,
             trainer.stepper.average.model.load_state_dict(trainer.model.state_dict())
         if start.step:
             trainer.go_on_after(start)
-    return trainer.run(began)
+    try:
+        return trainer.run(began)
+    finally:
+        trainer.prefetcher.close()
 
 
 class Trainer:
@@ -160,6 +166,7 @@ class Trainer:
         self.batches = TrainingBatches(
             tokens.train, self.config.context_length, self.schedule.batch_size, seed, options.data.corpus.description
         )
+        self.prefetcher = Prefetcher(self.batches.__getitem__, compute.device)
         seed_all(seed)
         self.model = GPT(self.config).to(compute.device)
         self.stepper = Stepper(self.model, options.optimization, compute)
@@ -273,7 +280,7 @@ class Trainer:
             while self.step < steps and not self.settled and not stop.requested:
                 measured = (self.step + 1) % run.eval_every == 0 or self.step + 1 == steps
                 logged = (self.step + 1) % run.log_every == 0 or measured
-                with self.meter.step():
+                with self.meter.step(lambda: self.prefetcher.waited_seconds):
                     self.pending.append(self.stepper(self._batch(self.step), self.schedule.learning_rate(self.step), self.step))
                     if logged and self.compute.device.type == "cuda":
                         torch.cuda.synchronize()  # the time of the steps since the last row, not of their launches
@@ -326,8 +333,7 @@ class Trainer:
         return compilation, loss
 
     def _batch(self, step: int) -> Batch:
-        inputs, targets = self.batches[self._batch_number(step)]
-        return inputs.to(self.compute.device), targets.to(self.compute.device)
+        return self.prefetcher.take(self._batch_number(step), self._batch_number(step + 1))
 
     def _batch_number(self, step: int) -> int:
         """The batch of a step: the same number, but for those that a roll-back has left out."""
@@ -421,7 +427,7 @@ class Trainer:
         loss = first_loss if first_loss is not None else _mean([result.loss for result in good])
         norm = _mean([result.norm for result in good])
         self.pending.clear()
-        rate = self.meter.tokens_per_second()
+        waited, rate = self.meter.share_waited(), self.meter.tokens_per_second()
         row: dict[str, Any] = {
             "step": self.step,
             "tokens": self.step * self.meter.tokens_per_step,
@@ -429,6 +435,7 @@ class Trainer:
             "grad_norm": _finite(norm),
             "lr": self.schedule.learning_rate(max(0, self.step - 1)),
             "tokens_per_second": round(rate, 1),
+            "data_wait": round(waited, 5),
             "seconds": round(time.perf_counter() - started_at, 3),
         }
         if measured:
@@ -464,6 +471,7 @@ class Trainer:
             self.meter.mean_tokens_per_second(),
             rate * training_flops_per_token(self.config) / self.peak.flops if self.peak else 0.0,
             self.peak.source if self.peak else "",
+            self.meter.mean_share_waited(),
             memory_in_use(self.compute.device),
             f"compiled in {seconds:.0f} s{f', {again} times more' if again else ''}" if seconds else "",
             self.began_at,
@@ -606,6 +614,7 @@ class Trainer:
             stop.reason if stop else "",
             self.left_out,
             self.roll_backs,
+            self.meter.mean_share_waited(),
         )
 
 

@@ -4,7 +4,7 @@ machine could do."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,29 +37,42 @@ class Meter:
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
-        self._steps = self._recent_steps = 0
-        self._seconds = self._recent_seconds = 0.0
+        self._all, self._recent = _Sums(), _Sums()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """The time of one step."""
-        start = time.perf_counter()
+    def step(self, waited_seconds: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
+        """The time of one step; ``waited_seconds`` is a clock of how much was waited for data."""
+        start, waited = time.perf_counter(), waited_seconds()
         yield
-        seconds = time.perf_counter() - start
-        self._steps += 1
-        self._recent_steps += 1
-        self._seconds += seconds
-        self._recent_seconds += seconds
+        seconds, waited = time.perf_counter() - start, waited_seconds() - waited
+        for sums in (self._all, self._recent):
+            sums.steps += 1
+            sums.seconds += seconds
+            sums.waited += waited
 
     def tokens_per_second(self) -> float:
         """Over the steps since the last call; 0 where there were none."""
-        rate = self.tokens_per_step * self._recent_steps / self._recent_seconds if self._recent_steps else 0.0
-        self._recent_steps, self._recent_seconds = 0, 0.0
-        return rate
+        recent, self._recent = self._recent, _Sums()
+        return self.tokens_per_step * recent.steps / recent.seconds if recent.steps else 0.0
 
     def mean_tokens_per_second(self) -> float:
         """Over all steps; 0 where there were none."""
-        return self.tokens_per_step * self._steps / self._seconds if self._steps else 0.0
+        return self.tokens_per_step * self._all.steps / self._all.seconds if self._all.steps else 0.0
+
+    def share_waited(self) -> float:
+        """Share of the time that data was waited for, over the steps since :meth:`tokens_per_second` was last called."""
+        return self._recent.waited / self._recent.seconds if self._recent.steps else 0.0
+
+    def mean_share_waited(self) -> float:
+        """The same over all steps."""
+        return self._all.waited / self._all.seconds if self._all.steps else 0.0
+
+
+@dataclass
+class _Sums:
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
 
 
 @dataclass(frozen=True)
