@@ -127,6 +127,7 @@ class Stepper:
             remember(self._shape, compilation)
             if compilation.saved_seconds <= 0:
                 uncompile(self.model)
+                once()  # the loss that is told is that of the way that is taken
                 compilation = replace(compilation, how="off", reason="a compiled step takes longer here")
         elif automatic and not compilation.reason:
             compilation = replace(compilation, eager_seconds=eager_seconds)
