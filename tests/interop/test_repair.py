@@ -112,3 +112,63 @@ def test_what_nothing_can_mend_is_said(tmp_path: Path) -> None:
         repair(tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="nothing at"):
         repair(tmp_path / "absent.pth")
+
+
+class Lit(torch.nn.Module):
+    """What a Lightning module is to its checkpoint: the model is an attribute of it."""
+
+    def __init__(self, compiled: bool) -> None:
+        super().__init__()
+        self.model = torch.compile(peers.book()) if compiled else peers.book()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_module_really_calls_its_own_stays(tmp_path: Path, compiled: bool) -> None:
+    torch.save({"state_dict": Lit(compiled).state_dict(), "epoch": 3, "pytorch-lightning_version": "2.6"}, tmp_path / "x.ckpt")
+    before = (tmp_path / "x.ckpt").read_bytes()
+    repair(tmp_path / "x.ckpt")
+    Lit(False).load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"], strict=True)
+    assert compiled or (tmp_path / "x.ckpt").read_bytes() == before
+
+
+def test_no_prefix_is_added_that_another_class_of_the_same_program_has(tmp_path: Path) -> None:
+    bare = peers.huggingface().transformer
+    torch.save(bare.state_dict(), tmp_path / "x.pth")
+    before = (tmp_path / "x.pth").read_bytes()
+    assert repair(tmp_path / "x.pth").done == "nothing: its names are clean"
+    assert (tmp_path / "x.pth").read_bytes() == before
+
+
+def test_an_average_keeps_its_own_names(tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(peers.book())
+    torch.save(torch.compile(averaged).state_dict(), tmp_path / "x.pth")
+    repair(tmp_path / "x.pth")
+    averaged.load_state_dict(torch.load(tmp_path / "x.pth", weights_only=True), strict=True)
+
+
+def test_what_else_is_in_the_file_is_said_to_be_left(tmp_path: Path) -> None:
+    state = torch.compile(peers.book()).state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": dict(state)}, tmp_path / "x.pth")
+    assert "state_dict_ema left as it is" in repair(tmp_path / "x.pth").done
+
+
+def test_shards_with_polluted_names_are_sent_to_convert(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "hf").mkdir()
+    state = {f"_orig_mod.{name}": value.contiguous() for name, value in peers.book().state_dict().items()}
+    placed = {}
+    for number, names in enumerate((list(state)[::2], list(state)[1::2]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: state[name] for name in names}, tmp_path / "hf" / file)
+        placed |= dict.fromkeys(names, file)
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(CheckpointError, match=r"origo convert .* writes them anew without; nothing was changed"):
+        repair(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("map", [[1], {"a": [3]}, None, {"a": "../x.safetensors"}])
+def test_an_index_that_is_none_has_its_sentence(tmp_path: Path, map: object) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": map}))
+    with pytest.raises(CheckpointError, match="fetch them again"):
+        repair(tmp_path)

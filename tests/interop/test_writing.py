@@ -330,3 +330,23 @@ def test_every_kind_of_tensor_goes_through_plainly(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no GPT that is known here"):
         convert(tmp_path / "x.ckpt", tmp_path / "z", to="huggingface")
     assert open_any(tmp_path / "y.safetensors").checkpoint.model.shapes.keys() == loaded.keys()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_no_file_can_hold_is_refused_and_leaves_nothing(tmp_path: Path, suffix: str) -> None:
+    for name, value in {
+        "quantized": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+        "sparse": torch.eye(2).to_sparse(),
+    }.items():
+        torch.save({"w": torch.ones(2), "odd": value}, tmp_path / f"{name}.pth")
+        with pytest.raises(CheckpointError, match="first"):
+            convert(tmp_path / f"{name}.pth", tmp_path / f"{name}-out{suffix}")
+        assert not (tmp_path / f"{name}-out{suffix}").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_conjugate_is_written_as_the_values_that_it_stands_for(tmp_path: Path, suffix: str) -> None:
+    value = torch.tensor([1 + 2j, 3 - 4j])
+    torch.save({"w": value.conj()}, tmp_path / "x.pth")
+    convert(tmp_path / "x.pth", tmp_path / f"out{suffix}")
+    assert torch.equal(origo.open_checkpoint(tmp_path / f"out{suffix}").tensor("w"), value.conj().resolve_conj())

@@ -235,7 +235,7 @@ def _found_facts(found: Mapping[str, Any], config: Mapping[str, Any] | None) -> 
     elif found["not_ours"] or found["problem"]:
         facts["as ours"] = f"no: {found['not_ours'] or found['problem']}"
     if found["wrappers"]:
-        facts["next"] = "origo repair takes the wrappers out of its names"
+        facts["next"] = "origo repair takes the wrappers out of its names, in a file; of a folder, origo convert writes it anew"
     return facts | {"note": " ".join(found["notes"]) or None}
 
 

@@ -141,7 +141,7 @@ def convert(
         job.write()
         try:
             job.compare()
-        except CheckpointError:  # what was written is not what was meant, and nobody else has it yet
+        except BaseException:  # what was written is not known to be what was meant, and nobody else has it yet
             _remove(path)
             raise
     return report
@@ -224,7 +224,10 @@ class _Plain:
             report.dropped += [name for name in origin.dropped if name in self.stored.names and name not in self.tensors.names]
 
     def prepare(self) -> None:
-        """Count, and check every byte of the source that can be."""
+        """Count, and check every byte of the source that can be, and that there is nothing which no file can hold."""
+        for name, kind in self.tensors.dtypes.items():
+            if name in self.tensors.shapes and dtype_called(kind) is None:
+                raise CheckpointError(f"'{name}' is of {kind}, which is not written here: take its dequantize() first.")
         _count(self.report, self.tensors)
         self.stored._require_right(self.stored.shapes)
 

@@ -7,7 +7,7 @@ Some segments no author gives to an attribute (``_orig_mod``); they go wherever 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from origo.errors import CheckpointError
 from origo.naming.wrappers import AVERAGE_COUNTER, wrapper_prefixes
@@ -15,12 +15,15 @@ from origo.naming.wrappers import AVERAGE_COUNTER, wrapper_prefixes
 _ROOTS = ("module", "model")  # what DDP, Lightning modules and many trainers call the model inside
 
 
-def clean_names(names: Iterable[str], *, thorough: bool = False) -> tuple[dict[str, str], dict[str, int]]:
+def clean_names(
+    names: Iterable[str], *, thorough: bool = False, roots: Collection[str] = _ROOTS
+) -> tuple[dict[str, str], dict[str, int]]:
     """Stored name -> name without wrappers, and how often each wrapper's segment was left out.
 
     Args:
         names: all names of the file.
         thorough: leave ``module`` and ``model`` out wherever they are.
+        roots: what is left out where every name begins with it.
 
     Raises:
         CheckpointError: two tensors would have one name.
@@ -36,7 +39,7 @@ def clean_names(names: Iterable[str], *, thorough: bool = False) -> tuple[dict[s
         split[name] = [*(segment for segment in path if segment not in everywhere), last]
         removed.update(segment for segment in path if segment in everywhere)
     counted = [segments for segments in split.values() if segments[-1] != AVERAGE_COUNTER]
-    while counted and counted[0][0] in _ROOTS and all(len(each) > 1 and each[0] == counted[0][0] for each in counted):
+    while counted and counted[0][0] in roots and all(len(each) > 1 and each[0] == counted[0][0] for each in counted):
         removed[counted[0][0]] += len(counted)
         for segments in counted:
             del segments[0]

@@ -21,7 +21,7 @@ from origo.errors import CheckpointError, StorageError, storage_error
 from origo.interop.contents import Contents, as_json, open_contents
 from origo.interop.convert import compare, lazily
 from origo.interop.names import clean_names
-from origo.interop.opening import Origin, open_any
+from origo.interop.opening import open_any
 from origo.interop.table import Recipe, View, nbytes
 from origo.naming.wrappers import AVERAGE_COUNTER
 from origo.store import remote
@@ -66,13 +66,14 @@ def repair(path: str | Path, *, dry_run: bool = False) -> Mended:
     if checkpoint.origin is None:
         return Mended(str(path), "a file that Origo wrote", "nothing: its names are clean")
     contents: Contents = checkpoint.origin.contents
-    wrappers: dict[str, int] = checkpoint.origin.wrappers
     kind: str = checkpoint.origin.kind
-    names = _new_names(checkpoint.origin)
+    names, wrappers = _new_names(contents.tensors)
     changed = sum(old != new for old, new in names.items())
     if not changed:
         return Mended(str(path), kind, "nothing: its names are clean")
     done = f"{changed} of {len(names)} tensors renamed"
+    if contents.further:  # as in a file with a model and its average
+        done += f"; {', '.join(contents.further)} left as it is"
     if dry_run:
         return Mended(str(path), kind, done, wrappers)
     contents.tensors._require_right(contents.tensors.shapes)
@@ -89,11 +90,15 @@ def repair(path: str | Path, *, dry_run: bool = False) -> Mended:
     return Mended(str(path), kind, done, wrappers, compared)
 
 
-def _new_names(origin: Origin) -> dict[str, str]:
-    """Every stored name -> what it shall be; a counter of an average keeps its own."""
-    new = origin.renamed()
-    ending = f".{AVERAGE_COUNTER}"
-    return {name: new.get(name, AVERAGE_COUNTER if name.endswith(ending) else name) for name in origin.contents.tensors.names}
+def _new_names(stored: TensorFile) -> tuple[dict[str, str], dict[str, int]]:
+    """Every stored name -> what it shall be, and how often each wrapper was in them.
+
+    Only what a wrapper alone can have put there is taken out: a Lightning module really has a ``model``, and what another
+    program would call it is no matter of repair. ``module`` before every name is DDP's; of an average it is its own.
+    """
+    names = list(stored.names)
+    averaged = any(name.rpartition(".")[2] == AVERAGE_COUNTER for name in names)
+    return clean_names(names, roots=() if averaged else ("module",))
 
 
 def _rewrite_pickle(path: Path, contents: Contents, names: Mapping[str, str]) -> None:
@@ -122,7 +127,7 @@ def _param_names(value: Any) -> Any:
     if not isinstance(value, Mapping) or "param_groups" not in value:
         return value
     groups = [
-        {**group, "param_names": list(clean_names(group["param_names"])[0].values())}
+        {**group, "param_names": list(clean_names(group["param_names"], roots=("module",))[0].values())}
         if isinstance(group, Mapping) and isinstance(group.get("param_names"), list)
         else group
         for group in value["param_groups"]
@@ -147,9 +152,10 @@ def _mend_index(index: Path, dry_run: bool) -> Mended:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"'{index}' cannot be read: {error}.") from error
     content = parse_json(text, f"'{index}'")
-    named = set(content.get("weight_map", {}).values()) if isinstance(content, dict) else set()
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    named = {file for file in listed.values() if isinstance(file, str)} if isinstance(listed, dict) else set()
     weights = [file for file in sorted(index.parent.iterdir()) if file.suffix in (".safetensors", ".bin") and file.is_file()]
-    absent = sorted(name for name in named if isinstance(name, str) and not (index.parent / name).is_file())
+    absent = sorted(name for name in named if not (index.parent / name).is_file())
     shards = [file for file in weights if file.name in named or "-of-" in file.name]
     if absent or not shards:
         raise CheckpointError(
@@ -157,6 +163,11 @@ def _mend_index(index: Path, dry_run: bool) -> Mended:
             "fetch them again."
         )
     placed = {name: file.name for file in shards for name in open_contents(file).tensors.names}
+    if any(old != new for old, new in clean_names(placed, roots=("module",))[0].items()):
+        raise CheckpointError(
+            f"The names in '{index.parent}' have wrappers in them, in {len(shards)} files at once: origo convert "
+            f"{index.parent} clean --to safetensors writes them anew without; nothing was changed."
+        )
     kind = f"{len(shards)} files with an index"
     if isinstance(content, dict) and content.get("weight_map") == placed:
         return Mended(str(index.parent), kind, "nothing: its index fits its files")

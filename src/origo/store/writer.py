@@ -153,6 +153,8 @@ def in_memory(tensor: Tensor) -> Tensor:
     if isinstance(tensor, Made):
         made: Tensor = tensor.make().detach()
         return in_memory(made)
+    if tensor.layout != torch.strided:
+        raise CheckpointError("One of the tensors is sparse, which is not written here: take its to_dense() first.")
     if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
         return tensor
     return tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
