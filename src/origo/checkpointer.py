@@ -21,7 +21,7 @@ from origo.store.filesystem import make_folder, mend_all, sweep
 from origo.store.layout import is_file_name, is_text
 from origo.store.lease import Lease
 from origo.store.reader import Checkpoint, read_checkpoint
-from origo.store.run import Found, Retention, newest_good, pin, pins, step_folder, steps, unpin, write_step
+from origo.store.run import Found, Retention, leave_behind, newest_good, pin, pins, step_folder, steps, unpin, write_step
 from origo.store.writer import gather
 
 
@@ -256,6 +256,19 @@ class Checkpointer:
         self._parent = {"step": step, "identity": checkpoint.identity}
         self._left = [other for other in self.steps if step is not None and other > step]
         return Restored(step, values=values, path=checkpoint.path)
+
+    def leave_behind(self) -> None:
+        """Put the steps after the restored one aside now, rather than when the next is kept; pinned ones stay.
+
+        Raises:
+            StorageError: one could not be renamed.
+        """
+        with self._lock:
+            self._task.wait()
+            self.acquire()
+            pinned = set(pins(self.directory).values())
+            leave_behind(self.directory, [step for step in self._left if step not in pinned], self.notes.append)
+            self._left = [step for step in self._left if step in pinned]
 
     def open(self, step: int | str) -> Checkpoint:
         """One of the steps, by number or as it was pinned, without reading it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from origo import GPT
+from origo.store.run import steps
 from origo.training.guard import TOO_MANY, Guard
 from origo.training.options import OptimizationOptions
 from origo.training.precision import Compute
@@ -127,31 +130,125 @@ def test_a_poisoned_batch_is_survived(origo: Run, book: Path, tmp_path: Path, po
         assert tensor.isfinite().all(), name
 
 
-def test_spoilt_weights_are_rolled_back(origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Stepper.__call__
-    spoil = [33]
+@pytest.fixture
+def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make a weight infinite, once after each of some steps, and send this process a signal in others."""
 
-    def step(self: Stepper, batch: Batch, rate: float, number: int) -> Result:
-        result = plain(self, batch, rate, number)
-        if number in spoil:
-            spoil.remove(number)
-            with torch.no_grad():
-                self.model.final_norm.weight[0] = torch.inf
-        return result
+    def spoil(*numbers: int, stop_in: int = -1) -> None:
+        plain, left, stops = Stepper.__call__, list(numbers), [stop_in]
 
-    monkeypatch.setattr(Stepper, "__call__", step)
+        def step(self: Stepper, batch: Batch, rate: float, number: int) -> Result:
+            result = plain(self, batch, rate, number)
+            if number in left:
+                left.remove(number)
+                with torch.no_grad():
+                    self.model.final_norm.weight[0] = torch.inf
+            if number in stops:
+                stops.remove(number)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(Stepper, "__call__", step)
+
+    return spoil
+
+
+def test_spoilt_weights_are_rolled_back(origo: Run, book: Path, tmp_path: Path, spoiled: Callable[..., None]) -> None:
+    spoiled(23)
     done = origo("train", "--data", book, *RUN)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "back to step 20, and on without batches 20 to 44" in done.stdout
+    assert "6 steps in a row up to step 30 could not be applied" in done.stdout, "as is seen before it is measured"
+    assert "back to step 20, and on without batches 20 to 29" in done.stdout
     assert "weights that are not finite: 1 tensors, the first final_norm.weight" in done.stdout
     rows = metrics(tmp_path / "runs/book")
     (event,) = [row for row in rows if "event" in row]
-    assert event == {"event": "roll-back", "step": 20, "from": 45, "batches": [20, 25]}
+    assert event == {"event": "roll-back", "step": 20, "from": 30, "batches": [20, 10]}
     assert [row["step"] for row in rows if "event" not in row] == list(range(0, 61, 5)), "no row is missing, none is twice"
     longer = origo("train", "--name", "book", "--steps", 65)
     assert longer.returncode == 0, longer.stderr
     (last,) = [row for row in metrics(tmp_path / "runs/book") if row["step"] == 65]
     assert last["train_loss"] is not None
+
+
+@pytest.mark.parametrize("number", [39, 52, 59])
+def test_spoilt_weights_are_never_kept(
+    origo: Run, book: Path, tmp_path: Path, spoiled: Callable[..., None], number: int
+) -> None:
+    """By the very step that is to be kept, too near to the end for ten bad steps, and by the last one."""
+    spoiled(number)
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    back = number // 20 * 20
+    assert f"back to step {back}, and on without" in done.stdout
+    assert steps(tmp_path / "runs/book/checkpoints") == [20, 40, 60]
+    for step in (20, 40, 60):
+        for name, tensor in checkpoint(tmp_path / "runs/book", step).items():
+            assert tensor.isfinite().all(), f"{name} after step {step}"
+
+
+def test_a_run_that_is_stopped_with_spoilt_weights_goes_on_from_the_checkpoint_before(
+    origo: Run, book: Path, tmp_path: Path, spoiled: Callable[..., None]
+) -> None:
+    assert origo("train", "--data", book, *RUN, "--name", "straight").returncode == 0
+    spoiled(33, stop_in=35)
+    stopped = origo("train", "--data", book, *RUN)
+    assert stopped.returncode == 143, stopped.stdout + stopped.stderr
+    assert "Stopped after step 36 (SIGTERM); its weights are not finite, so it was not kept" in stopped.stdout
+    assert "goes on from the one before, 'runs/book/checkpoints/step-000000020'" in stopped.stdout
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Continuing after step 20 of 60" in done.stdout
+    assert_equal_bits(checkpoint(tmp_path / "runs/straight", 60), checkpoint(tmp_path / "runs/book", 60))
+
+
+def test_stopped_with_spoilt_weights_before_anything_was_kept_it_begins_anew(
+    origo: Run, book: Path, tmp_path: Path, spoiled: Callable[..., None]
+) -> None:
+    spoiled(3, stop_in=5)
+    stopped = origo("train", "--data", book, *EAGER, "--steps", 8)
+    assert stopped.returncode == 143, stopped.stdout + stopped.stderr
+    assert "The same command goes on from the beginning" in stopped.stdout
+    assert origo("train", "--data", book, *EAGER, "--steps", 8).returncode == 0
+
+
+def test_a_run_that_is_stopped_among_bad_steps_goes_on_as_without_the_stop(
+    origo: Run, book: Path, tmp_path: Path, poisoned: Poison, spoiled: Callable[..., None]
+) -> None:
+    """What is kept then is finite, but no place to go back to."""
+    poisoned(lambda step: 31 <= step <= 40)
+    assert origo("train", "--data", book, *RUN, "--name", "straight").returncode == 0
+    poisoned(lambda step: 31 <= step <= 40)
+    spoiled(stop_in=34)
+    assert origo("train", "--data", book, *RUN).returncode == 143
+    assert steps(tmp_path / "runs/book/checkpoints") == [20, 35]
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "back to step 20, and on without batches 20 to 39" in done.stdout
+    assert_equal_bits(checkpoint(tmp_path / "runs/straight", 60), checkpoint(tmp_path / "runs/book", 60))
+
+
+def test_a_roll_back_in_vain_goes_further_back(origo: Run, book: Path, tmp_path: Path, poisoned: Poison) -> None:
+    poisoned(lambda step: 45 < step <= 65)
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs/book"
+    assert [(row["step"], row["from"]) for row in metrics(run) if row.get("event") == "roll-back"][-1] == (20, 50)
+    assert "back to step 40, and on without batches 40 to 54" in done.stdout
+    assert "back to step 20, and on without batches 20 to 64" in done.stdout
+    assert (run / "checkpoints/aside-1-step-000000040").is_dir(), "another process would have gone on from it"
+    assert steps(run / "checkpoints") == [20, 40, 60]
+
+
+def test_a_checkpoint_with_spoilt_weights_is_not_gone_back_to(
+    origo: Run, book: Path, tmp_path: Path, spoiled: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an earlier version may have kept one."""
+    spoiled(39)
+    monkeypatch.setattr(Stepper, "finite", True)
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "back to step 20, and on without batches 20 to 49" in done.stdout
+    assert steps(tmp_path / "runs/book/checkpoints") == [20, 40, 60]
 
 
 def test_what_does_not_get_better_ends_with_a_diagnosis(origo: Run, book: Path, tmp_path: Path, poisoned: Poison) -> None:

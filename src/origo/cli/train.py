@@ -47,10 +47,11 @@ def run(arguments: list[str]) -> int:
     display = Display()
     outcome = train(parse_options(arguments), display)
     if outcome.status != FINISHED:
-        display.note(
-            f"Stopped after step {outcome.step} ({outcome.reason}); all of it is kept in '{outcome.checkpoint}'. "
-            "The same command continues."
-        )
+        kept = f"all of it is kept in '{outcome.checkpoint}'. The same command continues."
+        if outcome.spoilt:
+            where = f"from the one before, '{outcome.checkpoint}'" if outcome.checkpoint else "from the beginning"
+            kept = f"its weights are not finite, so it was not kept. The same command goes on {where}."
+        display.note(f"Stopped after step {outcome.step} ({outcome.reason}); {kept}")
         return outcome.exit_code
     _summarise(outcome, display)
     return 0
@@ -81,6 +82,7 @@ def parse_options(arguments: list[str]) -> TrainOptions:
 def _summarise(outcome: Outcome, display: Display) -> None:
     """What was kept, how it is known to be right, and what to do next."""
     run, command = outcome.folder.path, program()
+    assert outcome.checkpoint is not None
     if outcome.compilation is None and outcome.proof is None:
         display.note(f"The run '{run}' is finished already: nothing to do.")
     if outcome.proof is not None:
@@ -142,4 +144,5 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _model_size(outcome: Outcome) -> str:
+    assert outcome.checkpoint is not None
     return f"{size((outcome.checkpoint / MODEL).stat().st_size)}, {outcome.parameters / 1e6:.1f}M parameters"

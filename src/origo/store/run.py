@@ -281,6 +281,13 @@ def _set_aside(path: Path) -> None:
         raise storage_error("set a checkpoint aside", path, error) from error
 
 
+def leave_behind(directory: Path, left: Iterable[int], note: Callable[[str], None]) -> None:
+    """Rename steps of a past that the run has left, so that they neither count as the newest nor are lost."""
+    for step in left:
+        _set_aside(step_folder(directory, step))
+        note(f"Step {step} is of a past that the run has left; it was renamed, and can be deleted by hand (aside-…).")
+
+
 def write_step(
     directory: Path,
     step: int,
@@ -314,9 +321,7 @@ def write_step(
     manifest = write_folder(
         path, tensors, texts, architecture=architecture, step=step, metrics=metrics, parent=parent, progress=progress
     )
-    for newer in (other for other in steps(directory) if other > step or (other in left and other != step)):
-        _set_aside(step_folder(directory, newer))
-        note(f"Step {newer} is of a past that the run has left; it was renamed, and can be deleted by hand (aside-…).")
+    leave_behind(directory, [other for other in steps(directory) if other > step or (other in left and other != step)], note)
     prune(directory, retention, written=step, note=note)
     return manifest
 

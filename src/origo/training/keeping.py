@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from origo.checkpointer import Checkpointer
 from origo.errors import CheckpointError, StorageError
+from origo.snapshot import stored_values
+from origo.store.reader import Checkpoint
 from origo.store.run import step_folder
 from origo.training.display import Display
 
@@ -55,6 +57,28 @@ class Keeper:
             self._save(step, state, metrics)
             self._checkpointer.wait()
 
+    def to_go_back_to(self, tried: Sequence[int]) -> Checkpoint | None:
+        """The newest good checkpoint before those that were tried in vain; the oldest again where there is none before it."""
+        found = None
+        for step in reversed([step for step in self._checkpointer.steps if not tried or step <= min(tried)]):
+            try:
+                checkpoint = self._checkpointer.open(step)
+                checkpoint.verify()
+                if _is_good(checkpoint):
+                    found = checkpoint
+                    if step not in tried:
+                        break
+            except CheckpointError:
+                continue
+        return found
+
+    def leave_behind(self) -> None:
+        """Put aside what is newer than the step that was gone back to: a process that is killed now shall not begin there."""
+        try:
+            self._checkpointer.leave_behind()
+        except StorageError as error:
+            self._display.warn(str(error))
+
     def _save(self, step: int, state: State, metrics: dict[str, float]) -> None:
         if self.kept_step == step:
             return
@@ -75,3 +99,9 @@ class Keeper:
         self._display.fail(
             f"A checkpoint was not kept: {error} Training goes on, and tries again when the next is due; {left}."
         )
+
+
+def _is_good(checkpoint: Checkpoint) -> bool:
+    """Whether a run can go back there: its weights are finite, and its last step was applied."""
+    weights = checkpoint.model.state().values()
+    return not stored_values(checkpoint)["progress"].get("streak") and all(bool(each.isfinite().all()) for each in weights)

@@ -52,7 +52,7 @@ from origo.training.tracking import Tracker, make_tracker, require_tracker
 
 _TREND = 16  # rows whose losses are shown as bars
 _MOST_ROLL_BACKS = 3
-"""To one checkpoint, each leaving out more of the text, before the run stops with a diagnosis."""
+"""With nothing kept between them, each to an older checkpoint where there is one, before the run stops with a diagnosis."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Outcome:
 
     status: str
     folder: RunFolder
-    checkpoint: Path
+    checkpoint: Path | None
+    """The newest; None where none could be kept."""
     step: int
     parameters: int
     first_held_out: float
@@ -74,6 +75,8 @@ class Outcome:
     exit_code: int = 0
     """Why it was interrupted, for whoever started it; see :class:`StopRequest`."""
     reason: str = ""
+    spoilt: bool = False
+    """Whether it was interrupted with weights that are not finite, so that the checkpoint is an earlier one."""
     left_out: int = 0
     """Steps that were not applied."""
     roll_backs: int = 0
@@ -179,7 +182,7 @@ class Trainer:
         self.stale = 0  # measurements since the best one
         self.skipped: list[list[int]] = []  # batches that are left out, as [first, how many]
         self.left_out = self.roll_backs = 0
-        self.roll_backs_here = 0  # to the newest checkpoint
+        self.tried: list[int] = []  # steps that were gone back to since one was kept
         self.meter = Meter(self.schedule.tokens_per_step)
         self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, not written yet
         self.rows_written = 0
@@ -285,24 +288,30 @@ class Trainer:
                     if logged and self.compute.device.type == "cuda":
                         torch.cuda.synchronize()  # the time of the steps since the last row, not of their launches
                 self.step += 1
-                if logged and int(self.stepper.guard.streak) >= TOO_MANY:
+                due = due or self.step % run.save_every == 0 or self.step == steps
+                # What is measured or kept has to be finite; the last step is both, so that no run ends with spoilt weights.
+                if (logged and int(self.stepper.guard.streak) >= TOO_MANY) or ((measured or due) and not self.stepper.finite):
                     self._roll_back()
+                    due = False
                     continue
                 if measured:
                     self._measure()
                 if logged:
                     self._log(None, started_at, measured=measured)
-                due = due or self.step % run.save_every == 0 or self.step == steps
                 if due and not int(self.stepper.guard.streak):  # in a streak, nobody knows yet whether this is worth keeping
-                    due, self.roll_backs_here = False, 0
+                    due, self.tried = False, []
                     self.keeper.keep(self.step, lambda: self._state(started_at), self._metrics())
                 if self.checkpointer.progress is not None:
                     stop.reserve = self.checkpointer.progress.seconds
-        self.keeper.keep_for_sure(self.step, lambda: self._state(started_at), self._metrics())
+        spoilt = not self.stepper.finite
+        if spoilt:  # stopped before anybody had looked
+            self.keeper.settle()
+        else:
+            self.keeper.keep_for_sure(self.step, lambda: self._state(started_at), self._metrics())
         self._track(lambda tracker: tracker.close())
         if self.step < steps and not self.settled:
             self._describe(INTERRUPTED)
-            return self._outcome(INTERRUPTED, compilation, None, stop)
+            return self._outcome(INTERRUPTED, compilation, None, stop, spoilt=spoilt)
         if self.step < steps:
             self.display.note(f"Stopped after step {self.step}: {self.stale} measurements without a better held-out loss.")
         proof = self._prove()
@@ -344,37 +353,41 @@ class Trainer:
         return number
 
     def _roll_back(self) -> None:
-        """The weights themselves are spoilt: go back to the newest checkpoint, and go on behind the text that did it.
+        """The weights themselves are spoilt: go back to a checkpoint, and go on behind the text that did it.
+
+        To the newest one that is good; where that did not help, to the one before it.
 
         Raises:
             RunError: that does not help.
         """
-        failed, found = self.step, None
+        failed, streak = self.step, int(self.stepper.guard.streak)
         last = self.pending[-1]
         self.keeper.settle()
-        found = newest_good(self.folder.checkpoints)
+        found = self.keeper.to_go_back_to(self.tried)
         spoilt = [name for name, weights in self.model.named_parameters() if not weights.isfinite().all()]
         seen = (
-            f"{TOO_MANY} steps in a row up to step {failed} could not be applied (loss {float(last.loss):.4g}, gradient norm "
+            f"{f'{streak} steps in a row up to' if streak else 'what came of'} step {failed} "
+            f"{'could not be applied' if streak else 'is no good'} (loss {float(last.loss):.4g}, gradient norm "
             f"{float(last.norm):.4g}, learning rate {self.schedule.learning_rate(failed - 1):.3g}"
             f"{f', weights that are not finite: {len(spoilt)} tensors, the first {spoilt[0]}' if spoilt else ''})"
         )
-        if found is None or self.roll_backs_here >= _MOST_ROLL_BACKS:
-            kept = _step_of(found.checkpoint) if found else None
-            tried = f", and {self.roll_backs_here} roll-backs to step {kept} did not help" if found else ""
-            where = f"it goes on from step {kept}" if found else "no checkpoint was kept before"
+        if found is None or len(self.tried) >= _MOST_ROLL_BACKS:
+            steps = " and ".join(map(str, dict.fromkeys(self.tried)))
+            tried = f", and {len(self.tried)} roll-backs to step {steps} did not help" if self.tried else ""
+            where = f"it goes on from step {self.checkpointer.steps[-1]}" if found else "no checkpoint was kept before"
             self._describe(INTERRUPTED)
             raise RunError(
                 f"Training has become unstable: {seen}{tried}. Lower --learning-rate or raise --warmup-steps, and run the same "
                 f"command again ({where}); if it is always the same text, look at what is in it."
             )
-        first, end = self._batch_number(_step_of(found.checkpoint)), self._batch_number(failed)
-        skipped, left_out = [*self.skipped, [first, end - first]], self.left_out + TOO_MANY
+        first, end = self._batch_number(_step_of(found)), self._batch_number(failed)
+        skipped, left_out = [*self.skipped, [first, end - first]], self.left_out + streak
         roll_backs = self.roll_backs + 1
-        self.restore(found.checkpoint)
+        self.restore(found)
+        self.keeper.leave_behind()
         self.folder.keep_metrics(self.rows_written)
         self.skipped, self.left_out, self.roll_backs = skipped, left_out, roll_backs
-        self.roll_backs_here += 1
+        self.tried.append(self.step)
         self.rows.append({"event": "roll-back", "step": self.step, "from": failed, "batches": [first, end - first]})
         self.display.fail(
             f"{seen[0].upper()}{seen[1:]}: back to step {self.step}, and on without batches {first} to {end - 1}."
@@ -538,6 +551,7 @@ class Trainer:
             "skipped": self.skipped,
             "left_out": self.left_out,
             "roll_backs": self.roll_backs,
+            "streak": int(self.stepper.guard.streak),
             "rows": self.rows_written,
             "unwritten": self.rows,
             "micro_batch": self.stepper.micro_batch or self.micro_batches[0],
@@ -596,9 +610,15 @@ class Trainer:
             self._write(lambda: self.folder.describe(self.options, status, **facts))
 
     def _outcome(
-        self, status: str, compilation: Compilation | None, proof: Proof | None, stop: StopRequest | None = None
+        self,
+        status: str,
+        compilation: Compilation | None,
+        proof: Proof | None,
+        stop: StopRequest | None = None,
+        *,
+        spoilt: bool = False,
     ) -> Outcome:
-        assert self.keeper.checkpoint is not None
+        assert spoilt or self.keeper.checkpoint is not None
         return Outcome(
             status,
             self.folder,
@@ -612,6 +632,7 @@ class Trainer:
             proof,
             stop.exit_code if stop else 0,
             stop.reason if stop else "",
+            spoilt,
             self.left_out,
             self.roll_backs,
             self.meter.mean_share_waited(),

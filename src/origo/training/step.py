@@ -65,6 +65,12 @@ class Stepper:
             kept["scaler"] = self._scaler
         return kept
 
+    @property
+    def finite(self) -> bool:
+        """Whether all weights are; waits for the device."""
+        largest = torch._foreach_norm(list(self.model.parameters()), torch.inf)
+        return bool(torch.stack(largest).isfinite().all())
+
     def prepare(
         self, batch: Batch, sizes: Iterable[int], how: How | Literal["auto"], steps: int = 0
     ) -> tuple[Compilation, float]:
