@@ -279,3 +279,36 @@ def test_a_held_out_loss_that_is_no_number_is_told(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The held-out loss after step 30 is not a number; training goes on." in done.stdout
     assert [row["val_loss"] for row in metrics(tmp_path / "runs/book") if row["step"] == 30] == [None]
+
+
+def test_the_best_is_kept_wherever_it_was_measured(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from origo.training import loop
+
+    losses = iter((5.0, 4.0, 1.0, 3.0, 2.0))
+    plain = loop.held_out_loss
+    monkeypatch.setattr(loop, "held_out_loss", lambda *given: next(losses, None) or plain(*given))
+    monkeypatch.setattr(loop.Trainer, "_prove", lambda self: None)  # of losses that are none
+    done = origo(
+        "train", "--data", book, *EAGER, "--steps", 20, "--eval-every", 5, "--save-every", 8, "--keep-best", "--keep-last", 1
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps(tmp_path / "runs/book/checkpoints") == [10, 20]
+
+
+def test_a_last_measurement_that_is_no_number_is_repeated(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from origo.training import loop
+
+    plain, factors = loop.held_out_loss, [1.0, torch.nan]
+    monkeypatch.setattr(loop, "held_out_loss", lambda *given: plain(*given) * (factors.pop(0) if factors else 1.0))
+    done = origo("train", "--data", book, *EAGER, "--steps", 8)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same to the last bit" in done.stdout
+    monkeypatch.setattr(loop, "held_out_loss", lambda *given: torch.nan)
+    done = origo("train", "--data", book, *EAGER, "--steps", 8, "--name", "other")
+    assert done.returncode == 2
+    assert "The held-out loss is not a number, so nothing shows that" in done.stderr
+    assert origo("verify", tmp_path / "runs/other").returncode == 0

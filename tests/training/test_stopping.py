@@ -54,6 +54,27 @@ def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint_whole(origo: Ru
     assert origo("verify", run).returncode == 0
 
 
+def test_a_scheduler_that_sends_one_signal_after_the_other_loses_nothing(origo: Run, book: Path, tmp_path: Path) -> None:
+    """As Slurm does: SIGUSR1, then SIGTERM; here as soon as the first is heard, and again and again until all is over."""
+    run = tmp_path / "runs/book"
+    command = ("train", "--data", book, *LONG, "--save-every", 100_000)
+    process = start(*command, cwd=tmp_path, kill_at=run / "samples/step-000000000.txt")
+    while len(metrics(run)) < 2 and process.poll() is None:  # it trains
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if b"Finishing the step" in line:
+            break
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    out = process.communicate()[0].decode()
+    assert process.returncode in (138, -signal.SIGTERM), out
+    assert len(steps(run / "checkpoints")) == 1, out
+    assert origo("verify", run).returncode == 0
+
+
 def test_the_time_limit_stops_a_run_that_the_same_command_continues(origo: Run, book: Path, tmp_path: Path) -> None:
     command = ("train", "--data", book, *LONG, "--time-limit", "3s")
     reached = []

@@ -296,6 +296,7 @@ class Trainer:
                     continue
                 if measured:
                     self._measure()
+                    due = due or (run.keep_best and self.best_step == self.step)
                 if logged:
                     self._log(None, started_at, measured=measured)
                 if due and not int(self.stepper.guard.streak):  # in a streak, nobody knows yet whether this is worth keeping
@@ -303,11 +304,12 @@ class Trainer:
                     self.keeper.keep(self.step, lambda: self._state(started_at), self._metrics())
                 if self.checkpointer.progress is not None:
                     stop.reserve = self.checkpointer.progress.seconds
-        spoilt = not self.stepper.finite
-        if spoilt:  # stopped before anybody had looked
-            self.keeper.settle()
-        else:
-            self.keeper.keep_for_sure(self.step, lambda: self._state(started_at), self._metrics())
+            # Still listening: a scheduler sends SIGTERM after its SIGUSR1, and what is kept here would be lost.
+            spoilt = not self.stepper.finite
+            if spoilt:  # stopped before anybody had looked
+                self.keeper.settle()
+            else:
+                self.keeper.keep_for_sure(self.step, lambda: self._state(started_at), self._metrics())
         self._track(lambda tracker: tracker.close())
         if self.step < steps and not self.settled:
             self._describe(INTERRUPTED)
@@ -571,8 +573,15 @@ class Trainer:
     def _prove(self) -> Proof:
         checkpoint = self.keeper.checkpoint
         assert checkpoint is not None
-        if self.measured_step != self.step:  # by another process, which may have measured otherwise
+        # By another process, which may have measured otherwise; or no number, for a reason that may be gone.
+        if self.measured_step != self.step or not math.isfinite(self.held_out):
             self._measure()
+        if not math.isfinite(self.held_out):
+            raise RunError(
+                f"The held-out loss is not a number, so nothing shows that '{checkpoint}' is what was trained; its weights are "
+                f"finite. Either the held-out text has nothing to predict ({len(self.tokens.held_out)} tokens; --held-out), or "
+                f"the model leaves the range of {self.compute.precision} (try --precision fp32): run the same command again."
+            )
         size = self.stepper.micro_batch or self.micro_batches[0]
         with self.display.activity("Proof") as activity:
             proof = prove(

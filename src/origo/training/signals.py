@@ -1,6 +1,7 @@
 """Why a run stops before its end: Ctrl-C, a signal of a batch scheduler, or its time being up.
 
-Each of them finishes the step and keeps it. A second Ctrl-C stops at once, with the last checkpoint intact.
+Each of them finishes the step and keeps it, whatever else is sent meanwhile. Only a second Ctrl-C stops at once, with the last
+checkpoint intact.
 """
 
 from __future__ import annotations
