@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from origo import GPT
+from origo.errors import StorageError
 from origo.store.run import steps
 from origo.training.guard import TOO_MANY, Guard
 from origo.training.options import OptimizationOptions
 from origo.training.precision import Compute
+from origo.training.run_folder import RunFolder
 from origo.training.step import Batch, Result, Stepper
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import Run
@@ -161,7 +163,9 @@ def test_spoilt_weights_are_rolled_back(origo: Run, book: Path, tmp_path: Path, 
     assert "back to step 20, and on without batches 20 to 29" in done.stdout
     assert "weights that are not finite: 1 tensors, the first final_norm.weight" in done.stdout
     rows = metrics(tmp_path / "runs/book")
-    (event,) = [row for row in rows if "event" in row]
+    *left_out, event = [row for row in rows if "event" in row]
+    assert [(row["event"], row["step"]) for row in left_out] == [("left-out", step) for step in range(25, 31)]
+    assert "6 steps whose loss or gradient was no good; 1 roll-backs" in done.stdout
     assert event == {"event": "roll-back", "step": 20, "from": 30, "batches": [20, 10]}
     assert [row["step"] for row in rows if "event" not in row] == list(range(0, 61, 5)), "no row is missing, none is twice"
     longer = origo("train", "--name", "book", "--steps", 65)
@@ -232,7 +236,12 @@ def test_a_roll_back_in_vain_goes_further_back(origo: Run, book: Path, tmp_path:
     done = origo("train", "--data", book, *RUN)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs/book"
-    assert [(row["step"], row["from"]) for row in metrics(run) if row.get("event") == "roll-back"][-1] == (20, 50)
+    events = [row for row in metrics(run) if "event" in row]
+    assert [(row["step"], row["from"]) for row in events if row["event"] == "roll-back"] == [(40, 55), (20, 50)]
+    left_out = [row["step"] for row in events if row["event"] == "left-out"]
+    assert left_out == [*range(46, 56), *range(41, 51)], "in the order in which it happened, none missing, none twice"
+    assert "20 steps whose loss or gradient was no good; 2 roll-backs" in done.stdout
+    assert [row["step"] for row in metrics(run) if "event" not in row] == list(range(0, 61, 5))
     assert "back to step 40, and on without batches 40 to 54" in done.stdout
     assert "back to step 20, and on without batches 20 to 64" in done.stdout
     assert (run / "checkpoints/aside-1-step-000000040").is_dir(), "another process would have gone on from it"
@@ -312,3 +321,33 @@ def test_a_last_measurement_that_is_no_number_is_repeated(
     assert done.returncode == 2
     assert "The held-out loss is not a number, so nothing shows that" in done.stderr
     assert origo("verify", tmp_path / "runs/other").returncode == 0
+
+
+def test_what_was_pending_in_the_checkpoint_is_told_once(origo: Run, book: Path, tmp_path: Path, poisoned: Poison) -> None:
+    """Step 18 is bad, step 20 is kept, both before the next row: it is told after the checkpoint, and after the roll-back."""
+    poisoned(lambda step: step == 18 or 30 < step <= 45)
+    done = origo("train", "--data", book, *RUN, "--log-every", 15, "--eval-every", 60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    left_out = [row["step"] for row in metrics(tmp_path / "runs/book") if row.get("event") == "left-out"]
+    assert sorted(left_out) == [18, *range(31, 46)]
+    assert "16 steps whose loss or gradient was no good; 1 roll-backs" in done.stdout
+
+
+def test_a_full_disk_at_a_roll_back_does_not_end_training(
+    origo: Run, book: Path, tmp_path: Path, spoiled: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiled(23)
+    plain, calls = RunFolder.keep_metrics, iter([False, True, True])  # the first is at the start
+
+    def keep_metrics(self: RunFolder, count: int) -> None:
+        if next(calls, False):
+            raise StorageError("The disk is full.")
+        plain(self, count)
+
+    monkeypatch.setattr(RunFolder, "keep_metrics", keep_metrics)
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The disk is full. Training goes on" in done.stdout
+    rows = metrics(tmp_path / "runs/book")
+    assert [row["step"] for row in rows if "event" not in row] == list(range(0, 61, 5)), "no row is missing, none is twice"
+    assert sum("event" in row for row in rows) == 7

@@ -6,8 +6,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from origo.training.step import Batch, Result, Stepper
 from tests.cli.test_train import EAGER, metrics, start
 from tests.conftest import Run
 
@@ -33,6 +35,28 @@ def test_tensorboard_reads_back_what_was_measured(origo: Run, book: Path, tmp_pa
         assert [step for step, _ in found] == [row["step"] for row in rows if field in row], "none twice, none missing"
         assert [value for _, value in found] == pytest.approx([row[field] for row in rows if field in row])
     assert "sample/text_summary" in events.Tags()["tensors"]
+
+
+def test_after_a_roll_back_tensorboard_has_no_step_twice(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, spoilt = Stepper.__call__, []
+
+    def step(self: Stepper, batch: Batch, rate: float, number: int) -> Result:
+        result = plain(self, batch, rate, number)
+        if number == 15 and not spoilt:
+            spoilt.append(number)
+            with torch.no_grad():
+                self.model.final_norm.weight[0] = torch.inf
+        return result
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+    command = ("train", "--data", book, *EAGER, "--track", "tensorboard", "--save-every", 8, "--eval-every", 24)
+    done = origo(*command, "--steps", 24, "--log-every", 3)
+    assert done.returncode == 0, done.stderr
+    assert "back to step 8" in done.stdout
+    events = scalars(tmp_path / "runs/book")
+    assert [event.step for event in events.Scalars("loss/training")] == list(range(0, 25, 3)), "none twice, none missing"
 
 
 def test_a_library_that_fails_does_not_stop_training(

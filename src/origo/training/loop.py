@@ -22,7 +22,7 @@ from origo.data.batches import TrainingBatches
 from origo.data.prefetch import Prefetcher
 from origo.data.tokenizer import Tokenizer
 from origo.data.tokens import TokenData
-from origo.errors import CheckpointError, ConfigError, RunError, StorageError
+from origo.errors import CheckpointError, ConfigError, OrigoError, RunError, StorageError
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.snapshot import stored_objects, stored_values
@@ -186,6 +186,7 @@ class Trainer:
         self.meter = Meter(self.schedule.tokens_per_step)
         self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, not written yet
         self.rows_written = 0
+        self.surplus = False  # whether metrics.jsonl has further rows, of a past that a roll-back has left
         self.compilation: Compilation | None = None
         self.compiled: How | None = None
         """How the run is compiled from its beginning on; None before that is known."""
@@ -193,6 +194,7 @@ class Trainer:
         self.compiled_again = 0  # graphs, since then
         self.peak: Peak | None = None
         self.tracker = make_tracker(None, folder.path, {}, 0)
+        self.tracked = options.run.track is not None
         self.losses: list[float] = []  # of the last rows
         self.sample = ""  # the newest one
         self.began_at = time.monotonic()
@@ -269,7 +271,7 @@ class Trainer:
         self._describe(RUNNING)
         self.folder.keep_metrics(self.rows_written)
         self.folder.keep_tokenizer(self.tokenizer.to_json())
-        self.tracker = make_tracker(run.track, self.folder.path, self.options.to_dict(), self.step + 1 if self.step else 0)
+        self.tracker = self._new_tracker()
         started_at = time.perf_counter() - self.seconds
         if self.step == 0:
             self._measure()
@@ -383,14 +385,22 @@ class Trainer:
                 f"command again ({where}); if it is always the same text, look at what is in it."
             )
         first, end = self._batch_number(_step_of(found)), self._batch_number(failed)
-        skipped, left_out = [*self.skipped, [first, end - first]], self.left_out + streak
-        roll_backs = self.roll_backs + 1
+        skipped = [*self.skipped, [first, end - first]]
+        self._tell_pending()
+        rows = [*self.folder.read_metrics()[: self.rows_written], *self.rows]
         self.restore(found)
         self.keeper.leave_behind()
-        self.folder.keep_metrics(self.rows_written)
-        self.skipped, self.left_out, self.roll_backs = skipped, left_out, roll_backs
+        # What happened in the past that is left stays told, but for what the checkpoint holds as pending, and tells again.
+        events = [row for row in rows[self.rows_written + len(self.rows) :] if "event" in row]
+        events = [row for row in events if row["event"] == "roll-back" or row["step"] > self.step]
+        events.append({"event": "roll-back", "step": self.step, "from": failed, "batches": [first, end - first]})
+        self.skipped, self.rows, self.surplus = skipped, [*self.rows, *events], True
+        self.left_out += sum(row["event"] == "left-out" for row in events)
+        self.roll_backs += sum(row["event"] == "roll-back" for row in events)
         self.tried.append(self.step)
-        self.rows.append({"event": "roll-back", "step": self.step, "from": failed, "batches": [first, end - first]})
+        self._write(self._write_rows)
+        self._track(lambda tracker: tracker.close())
+        self._track_from_here()
         self.display.fail(
             f"{seen[0].upper()}{seen[1:]}: back to step {self.step}, and on without batches {first} to {end - 1}."
         )
@@ -436,9 +446,7 @@ class Trainer:
             first_loss: before the first step; None for the mean of the steps since the last row.
         """
         good = [result for result in self.pending if not result.bad]
-        for back, result in enumerate(reversed(self.pending)):
-            if result.bad:
-                self._tell_left_out(self.step - 1 - back, result)
+        self._tell_pending()
         loss = first_loss if first_loss is not None else _mean([result.loss for result in good])
         norm = _mean([result.norm for result in good])
         self.pending.clear()
@@ -497,6 +505,12 @@ class Trainer:
             self.sample,
         )
 
+    def _tell_pending(self) -> None:
+        """Of the steps since the last row, those that were not applied."""
+        for step, result in enumerate(self.pending, self.step - len(self.pending)):
+            if result.bad:
+                self._tell_left_out(step, result)
+
     def _tell_left_out(self, step: int, result: Result) -> None:
         loss, norm = float(result.loss), float(result.norm)
         reason = "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
@@ -514,10 +528,27 @@ class Trainer:
         self.display.warn(f"Step {step + 1} was not applied: loss {loss:.4g}, gradient norm {norm:.4g} ({reason}).")
 
     def _write_rows(self) -> None:
+        if self.surplus:
+            self.folder.keep_metrics(self.rows_written)
+            self.surplus = False
         self.folder.add_metrics(self.rows)
         self._track(lambda tracker: tracker.rows(self.rows))
         self.rows_written += len(self.rows)
         self.rows.clear()
+
+    def _new_tracker(self) -> Tracker:
+        """One that replaces what is there of later steps."""
+        first = self.step + 1 if self.step else 0
+        return make_tracker(self.options.run.track, self.folder.path, self.options.to_dict(), first)
+
+    def _track_from_here(self) -> None:
+        """After a roll-back the same steps come again; a library that is told no more stays so."""
+        if self.tracked:
+            try:
+                self.tracker = self._new_tracker()
+            except OrigoError as error:
+                self.display.fail(f"{error} Going on without.")
+                self.tracked = False
 
     def _track(self, tell: Callable[[Tracker], None]) -> None:
         """Tell another library; one that fails is told no more, and training goes on."""
@@ -525,6 +556,7 @@ class Trainer:
             tell(self.tracker)
         except Exception as error:  # of a network, a disk, or its own
             self.display.fail(f"--track {self.options.run.track} failed, going on without: {type(error).__name__}: {error}")
+            self.tracked = False
             self.tracker = make_tracker(None, self.folder.path, {}, 0)
 
     def _write(self, write: Callable[[], None]) -> None:
