@@ -66,6 +66,38 @@ def test_a_length_takes_the_place_of_another(origo: Run, book: Path, tmp_path: P
     assert "--steps and --epochs each say how long to train: give one of them" in both.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "tokens_per_step", "steps"),
+    [
+        ("epochs = 9", ("--steps", 3), 256, 3),
+        ("steps = 9", ("--tokens", 512), 256, 2),
+        ("[optimization]\ntokens-per-step = '1k'\nsteps = 2", ("--batch_size=2",), 64, 2),
+        ("batch_size = 8\nsteps = 2", ("--tokens-per-step", 64), 64, 2),
+    ],
+)
+def test_a_flag_in_one_unit_goes_before_the_file_in_another(
+    origo: Run, book: Path, tmp_path: Path, text: str, flags: tuple[object, ...], tokens_per_step: int, steps: int
+) -> None:
+    shape = ("--preset", "nano", "--emb-dim", 32, "--n-heads", 2, "--context-length", 32, "--vocab-size", 300)
+    (tmp_path / "x.toml").write_text(text)
+    command = ("train", "--data", book, "--compile", "off", *shape, "--config", "x.toml", *flags)
+    for _ in range(2):  # a run that exists, too
+        done = origo(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    last = metrics(tmp_path / "runs/book")[-1]
+    assert (last["step"], last["tokens"]) == (steps, steps * tokens_per_step)
+
+
+def test_two_units_in_one_place_are_refused(origo: Run, book: Path, tmp_path: Path) -> None:
+    both = origo("train", "--data", book, *EAGER, "--tokens-per-step", "1k")
+    assert both.returncode == 2
+    assert "--batch-size and --tokens-per-step each say how much goes into a step: give one of them" in both.stderr
+    (tmp_path / "x.toml").write_text("steps = 3\n[optimization]\nepochs = 2\n")
+    both = origo("train", "--data", book, "--config", "x.toml")
+    assert both.returncode == 2
+    assert "'x.toml': --steps and --epochs each say how long to train: give one of them" in both.stderr
+
+
 def test_what_may_change_is_as_the_guide_says() -> None:
     text = (Path(__file__).parents[2] / "docs/resume.md").read_text()
     table = text[text.index("| may change |") : text.index("| may not |")]

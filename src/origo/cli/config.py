@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from origo.errors import ConfigError, nearest, storage_error
-from origo.training.options import TrainOptions, flag
+from origo.training.options import LENGTHS, SIZES, TrainOptions, flag
+
+_UNITS = {LENGTHS: "how long to train", SIZES: "how much goes into a step"}
 
 
-def arguments_of(path: Path) -> list[str]:
+def arguments_of(path: Path, instead: Collection[str] = ()) -> list[str]:
     """The options in a file, as if they had been typed.
 
     A key is an option without its dashes (``learning-rate`` or ``learning_rate``), at the top or in a table named after the
     help page's sections (``[optimization]``).
 
+    Args:
+        path: of the file.
+        instead: lengths and sizes that are left out, for they are given otherwise: from :func:`one_of_each`.
+
     Raises:
-        ConfigError: it is no TOML file, or has a key that is no option.
+        ConfigError: it is no TOML file, has a key that is no option, or one thing in two units.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -31,16 +38,34 @@ def arguments_of(path: Path) -> list[str]:
         for subject in dataclasses.fields(TrainOptions)
     }
     every = set().union(*sections.values())
-    arguments: list[str] = []
+    arguments: list[list[str]] = []
     for key, value in values.items():
         if isinstance(value, dict):
             if key not in sections:
                 raise ConfigError(f"'{path}' has a table [{key}]{nearest(key, sections)}: there are {', '.join(sections)}.")
             for name, inner in value.items():
-                arguments += _argument(name, inner, sections[key], path)
+                arguments.append(_argument(name, inner, sections[key], path))
         else:
-            arguments += _argument(key, value, every, path)
-    return arguments
+            arguments.append(_argument(key, value, every, path))
+    one_of_each([words[0] for words in arguments], f"'{path}': ")
+    return [word for words in arguments if words[0].lstrip("-").replace("-", "_") not in instead for word in words]
+
+
+def one_of_each(arguments: Sequence[str], where: str) -> set[str]:
+    """The lengths and sizes that are to be given in no other unit elsewhere: those of each kind that arguments have one of.
+
+    Raises:
+        ConfigError: they have two of a kind; ``where`` begins the sentence.
+    """
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
+    found: set[str] = set()
+    for names, what in _UNITS.items():
+        both = [name for name in names if name in given]
+        if len(both) > 1:
+            raise ConfigError(f"{where}{' and '.join(map(flag, both))} each say {what}: give one of them.")
+        if both:
+            found.update(names)
+    return found
 
 
 def _argument(key: str, value: Any, known: set[str], path: Path) -> list[str]:

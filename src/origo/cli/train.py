@@ -14,11 +14,11 @@ from typing import Annotated
 
 import tyro
 
-from origo.cli.config import arguments_of
+from origo.cli.config import arguments_of, one_of_each
 from origo.store.layout import MODEL
 from origo.training.display import Display, size
 from origo.training.loop import Outcome, train
-from origo.training.options import LENGTHS, DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
+from origo.training.options import LENGTHS, SIZES, DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
 from origo.training.run_folder import FINISHED, RunFolder
 
 
@@ -64,9 +64,10 @@ def parse_options(arguments: list[str]) -> TrainOptions:
         known = _Arguments(defaults.data, defaults.model, defaults.optimization, defaults.run)
         return tyro.cli(_Arguments, prog="origo train", args=given, default=known, config=(tyro.conf.OmitArgPrefixes,))
 
+    typed = one_of_each(arguments, "")
     first = parse(TrainOptions(), arguments)
     if first.config is not None:
-        arguments = [*arguments_of(first.config), *arguments]  # the last one of two counts
+        arguments = [*arguments_of(first.config, instead=typed), *arguments]  # the last one of two counts
         first = parse(TrainOptions(), arguments)
     options = first.options
     description = RunFolder(options.run_path).description()
@@ -75,6 +76,9 @@ def parse_options(arguments: list[str]) -> TrainOptions:
     stored = TrainOptions.from_dict(description["options"])
     if any(getattr(options.optimization, name) is not None for name in LENGTHS):  # one takes the place of another
         stored = replace(stored, optimization=replace(stored.optimization, steps=None, epochs=None, tokens=None))
+    if not typed.isdisjoint(SIZES):
+        plain = OptimizationOptions().batch_size
+        stored = replace(stored, optimization=replace(stored.optimization, batch_size=plain, tokens_per_step=None))
     stored = replace(stored, run=replace(stored.run, data_changed="refuse", time_limit=None))  # each for one time only
     return parse(stored, arguments).options
 

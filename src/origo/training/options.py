@@ -27,6 +27,8 @@ _PRESETS = "(default: the preset's)"
 DEFAULT_STEPS = 1100
 LENGTHS = ("steps", "epochs", "tokens")
 """The options that say how long to train, each in its own unit."""
+SIZES = ("batch_size", "tokens_per_step")
+"""Those that say how much goes into a step."""
 
 _PresetInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_PRESETS)]
 _PresetFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=_PRESETS)]
