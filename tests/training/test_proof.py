@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from origo.store.layout import CONFIG, MODEL, TOKENIZER
 from origo.store.writer import write_folder
 from origo.training.proof import Proof, prove
 from origo.training.sample import write_sample
+from origo.training.step import Batch, Result, Stepper
 from tests.conftest import TINY_RUN, Run
 
 
@@ -76,3 +78,23 @@ def test_a_sample_continues_a_text_that_was_held_out(run: Path) -> None:
     assert len(written) > 10
     assert sample == write_sample(model, tokenizer, cache.held_out), "the same each time"
     assert model.training, "left as it was"
+
+
+def test_a_token_cache_that_is_deleted_in_mid_run_is_written_again(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Stepper.__call__
+
+    def step(self: Stepper, batch: Batch, rate: float, number: int) -> Result:
+        if number == 5:
+            shutil.rmtree(tmp_path / "cache")
+            book.unlink()
+        return plain(self, batch, rate, number)
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+    done = origo("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 10)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same to the last bit" in done.stdout
+    cache = open_tokens(Path(json.loads((tmp_path / "runs/book/run.json").read_text())["token_cache"]))
+    assert cache is not None
+    assert cache.description["vocab_size"] == 300

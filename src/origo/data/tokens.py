@@ -19,11 +19,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from blake3 import blake3
@@ -120,6 +120,8 @@ class TokenData:
     train: TokenStream
     held_out: TokenStream
     documents: int
+    description: Mapping[str, Any] = field(default_factory=dict)
+    """What tokens.json says."""
 
 
 def cached_tokenizer(
@@ -175,6 +177,29 @@ def tokenise(corpus: Corpus, found: Survey, tokenizer: Tokenizer, cache: Path, p
     written = open_tokens(folder)
     assert written is not None, "the token cache just written does not open"
     return written
+
+
+def put_back(data: TokenData) -> None:
+    """Write a cache again that was deleted while it is mapped.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if open_tokens(data.path) is not None:
+        return
+    try:
+        data.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=data.path.parent) as name:
+            temporary = Path(name) / data.path.name
+            temporary.mkdir()
+            for split, stream in (("train", data.train), ("held_out", data.held_out)):
+                stream.tokens.tofile(temporary / f"{split}.bin")
+                np.save(temporary / f"{split}.documents.npy", stream.document_starts)
+            (temporary / "tokens.json").write_text(json.dumps(data.description, indent=2) + "\n")
+            shutil.rmtree(data.path, ignore_errors=True)
+            os.replace(temporary, data.path)
+    except OSError as error:
+        raise storage_error("write the token cache", data.path, error) from error
 
 
 def _write(folder: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, progress: Progress | None) -> None:
@@ -245,6 +270,6 @@ def open_tokens(folder: Path) -> TokenData | None:
             # A file of no bytes cannot be mapped.
             tokens = np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype=dtype)
             streams[split] = TokenStream(tokens, np.load(folder / f"{split}.documents.npy", mmap_mode="r"))
-        return TokenData(folder, streams["train"], streams["held_out"], description["documents"])
+        return TokenData(folder, streams["train"], streams["held_out"], description["documents"], description)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

@@ -21,7 +21,7 @@ from origo.checkpointer import Checkpointer
 from origo.data.batches import TrainingBatches
 from origo.data.prefetch import Prefetcher
 from origo.data.tokenizer import Tokenizer
-from origo.data.tokens import TokenData
+from origo.data.tokens import TokenData, put_back
 from origo.errors import CheckpointError, ConfigError, OrigoError, RunError, StorageError
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
@@ -614,6 +614,7 @@ class Trainer:
                 f"finite. Either the held-out text has nothing to predict ({len(self.tokens.held_out)} tokens; --held-out), or "
                 f"the model leaves the range of {self.compute.precision} (try --precision fp32): run the same command again."
             )
+        put_back(self.tokens)  # somebody may have deleted the cache, which is mapped into this process alone
         size = self.stepper.micro_batch or self.micro_batches[0]
         with self.display.activity("Proof") as activity:
             proof = prove(
