@@ -103,3 +103,12 @@ print(stepper.micro_batch)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) in (2, 4, 8, 16, 32, 64)
+
+
+@pytest.mark.parametrize(("size", "passes"), [(4, 1), (2, 2), (1, 2)])
+def test_the_preparation_takes_the_memory_of_gradients_that_add_up(tiny: GPT, size: int, passes: int) -> None:
+    """The second part goes through the model while the gradients of the first are there."""
+    before: list[bool] = []
+    tiny.register_forward_pre_hook(lambda *_: before.append(tiny.tok_emb.weight.grad is not None))
+    Stepper(tiny, OptimizationOptions(), CPU).prepare(batch(0), [size], "off")
+    assert before == [False, True][:passes]

@@ -103,13 +103,16 @@ class Stepper:
         # What the optimizer will take, so that its first step does not fail where the dry run did not.
         held = [torch.empty_like(parameter) for parameter in self.model.parameters() for _ in range(2)]
         losses: list[float] = []
+        passes = min(parts, 2)  # at the second, the gradients of the first are there: the most memory that a step takes
 
         def once() -> None:
             devices = [self.compute.device] if self.compute.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
-                loss = self._loss(batch)
-                loss.backward()
-            losses.append(loss.item())
+                for number in range(passes):
+                    loss = self._loss(batch)
+                    loss.backward()
+                    if number == 0:
+                        losses.append(loss.item())
             self.model.zero_grad()
 
         def timed() -> float:
@@ -117,7 +120,7 @@ class Stepper:
             once()
             if self.compute.device.type == "cuda":
                 torch.cuda.synchronize()
-            return (time.perf_counter() - start) * parts
+            return (time.perf_counter() - start) * parts / passes
 
         on_cpu, eager_seconds = self.compute.device.type == "cpu", math.nan
         if on_cpu:
