@@ -112,3 +112,17 @@ def test_the_preparation_takes_the_memory_of_gradients_that_add_up(tiny: GPT, si
     tiny.register_forward_pre_hook(lambda *_: before.append(tiny.tok_emb.weight.grad is not None))
     Stepper(tiny, OptimizationOptions(), CPU).prepare(batch(0), [size], "off")
     assert before == [False, True][:passes]
+
+
+def test_the_average_does_not_move_at_a_step_that_was_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper = trained(ema=0.5)
+    assert stepper.average is not None
+    before = {name: tensor.clone() for name, tensor in stepper.average.model.named_parameters()}
+    with monkeypatch.context() as patch:
+        loss = stepper._loss
+        patch.setattr(stepper, "_loss", lambda part: loss(part) * torch.nan)
+        assert stepper(batch(3), 1e-2, 3).bad
+    for name, tensor in stepper.average.model.named_parameters():
+        assert torch.equal(tensor, before[name]), name
+    assert not stepper(batch(4), 1e-2, 4).bad
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in stepper.average.model.named_parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from origo.errors import ConfigError
 from origo.models.gpt import GPT
@@ -55,7 +55,12 @@ class Average:
         self._decay = decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after a step, counted from 0."""
-        share = 1 - min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), share)
+    def update(self, model: nn.Module, step: int, bad: Tensor) -> None:
+        """Take in the weights after a step, counted from 0; nothing where it was not applied, decided on the device.
+
+        Args:
+            bad: 0-d bool.
+        """
+        share = torch.where(bad, 0.0, 1 - min(self._decay, (1 + step) / (10 + step)))
+        mine = list(self.model.parameters())
+        torch._foreach_lerp_(mine, list(model.parameters()), [share] * len(mine))

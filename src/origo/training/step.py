@@ -183,7 +183,7 @@ class Stepper:
             self._scaler.update()
         self.model.zero_grad()
         if self.average is not None:
-            self.average.update(self.model, number)
+            self.average.update(self.model, number, bad)
         return Result(loss, norm, bad)
 
     def _loss(self, batch: Batch) -> Tensor:
