@@ -10,6 +10,7 @@ import pytest
 
 import origo as library
 from origo.cli.config import arguments_of
+from origo.cli.main import main
 from origo.errors import ConfigError
 from origo.training.run_folder import CHANGEABLE
 from tests.cli.test_train import EAGER, metrics
@@ -196,3 +197,16 @@ def test_training_stops_when_it_gets_no_better(origo: Run, book: Path, tmp_path:
     assert "finished already: nothing to do" in again.stdout
     more = origo("train", "--name", "book", "--patience", 0, "--steps", 60)
     assert more.returncode == 0, more.stderr
+
+
+def test_a_run_on_a_relative_path_goes_on_from_another_folder(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert origo("train", "--data", "book.txt", *EAGER, "--steps", 3).returncode == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "--name", "book", "--runs-dir", "../runs", "--steps", "4"]) == 0
+    assert metrics(tmp_path / "runs/book")[-1]["step"] == 4
+    again = origo("train", "--data", "./book.txt", "--steps", 5)
+    assert again.returncode == 0
+    assert "--data was" not in again.stdout, "the same file"

@@ -258,8 +258,9 @@ class TrainOptions:
         return cls(**subjects)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """JSON values, by subject."""
+        """JSON values, by subject; the text by absolute paths, so that a run goes on from another folder too."""
         values = dataclasses.asdict(self)
+        values["data"]["data"] = [str(Path(entry).expanduser().absolute()) for entry in self.data.data]
         return {
             subject: {name: str(value) if isinstance(value, Path) else _plain(value) for name, value in fields.items()}
             for subject, fields in values.items()
