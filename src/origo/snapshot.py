@@ -200,6 +200,11 @@ def stored_values(checkpoint: Checkpoint) -> dict[str, Any]:
     return _Stored(checkpoint).values()
 
 
+def stored_generators(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint has of the random number generators besides tensors."""
+    return _Stored(checkpoint).rng
+
+
 def stored_objects(checkpoint: Checkpoint) -> list[str]:
     """The names of all that a checkpoint has: models, optimizers, whatever had a ``state_dict()``, plain values."""
     return list(_Stored(checkpoint).objects)

@@ -21,7 +21,7 @@ import torch
 
 from origo.errors import RunError
 from origo.persist import open_checkpoint
-from origo.snapshot import stored_values
+from origo.snapshot import stored_generators, stored_values
 from origo.training.run_folder import RunFolder
 
 Told = Callable[[str, int, int], None]
@@ -141,6 +141,8 @@ def _compare(straight: RunFolder, killed: RunFolder, result: Comparison) -> None
                 result.differences.append(f"{name} in {file} differs")
     values = [{k: v for k, v in stored_values(each)["progress"].items() if k not in _CLOCKS} for each in (one, other)]
     _compare_values("progress", values[0], values[1], result)
+    generators = [stored_generators(each) for each in (one, other)]
+    _compare_values("the random number generators", generators[0], generators[1], result)
     rows = [[{k: v for k, v in row.items() if k not in _CLOCKS} for row in run.read_metrics()] for run in (straight, killed)]
     result.rows = len(rows[0])
     if len(rows[0]) != len(rows[1]):
