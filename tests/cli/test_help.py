@@ -19,7 +19,7 @@ def test_the_overview_names_every_command(origo: Run) -> None:
     assert origo("--version").stdout.startswith("origo 0.")
 
 
-@pytest.mark.parametrize("command", ["doctor", "train", "generate", "inspect", "verify", "diff", "prune", "cache"])
+@pytest.mark.parametrize("command", ["doctor", "train", "generate", "ladder", "inspect", "verify", "diff", "prune", "cache"])
 def test_every_option_is_explained(origo_process: Run, command: str) -> None:
     done = origo_process(command, "--help", COLUMNS="100")
     assert done.returncode == 0

@@ -25,6 +25,7 @@ _COMMANDS = {
     "generate": "continue a text with a trained GPT",
     "runs": "list the runs in a folder: how far each is, and how well it does",
     "plot": "draw the losses of several runs into one picture",
+    "ladder": "measure what each technique for faster training is worth on this machine",
     "inspect": "say what a file or folder is: steps, tensors, configuration, where it comes from",
     "verify": "read every byte of a run, a checkpoint or a file, and check it",
     "diff": "compare two models: equal, or what differs and by how much",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,48 @@ def plot_runs(runs: Mapping[str, Rows], path: Path, unit: str) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     _tidy(axes)
+    _save(figure, path)
+
+
+def plot_ladder(figures: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw the rungs of ``origo ladder``: this machine's on the left, the book's A100's on the right.
+
+    Args:
+        figures: of a ladder.json, in their order from the first.
+        path: of the picture; replaced as a whole.
+        title: above it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.46 * len(figures) + 1.5), dpi=120, layout="constrained")
+    here, book = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    rows = range(len(figures))
+    for axes, prefix, colour in ((here, "", HELD_OUT), (book, "a100_", TRAIN)):
+        rates = [each.get(f"{prefix}tokens_per_second") for each in figures]
+        most = max((rate for rate in rates if rate), default=1.0)
+        axes.barh(rows, [rate or 0 for rate in rates], color=colour, height=0.62)
+        for row, (each, rate) in enumerate(zip(figures, rates, strict=True)):
+            if rate:
+                factor = each.get(f"{prefix}factor")
+                axes.text(
+                    rate + 0.01 * most, row, f"{rate:,.0f}" + (f"  ×{factor:.2f}" if factor else ""), va="center", fontsize=9
+                )
+            else:
+                said = (each.get("reason") or "left out") if axes is here else "not in the book"
+                said = textwrap.fill(textwrap.shorten(said, 120, placeholder=" …"), 64)
+                axes.text(0.01 * most, row, said, va="center", fontsize=8, color=RATE)
+        totals = [each[f"{prefix}total"] for each in figures if each.get(f"{prefix}total")]
+        axes.set(xlim=(0, (1.32 if axes is here else 1.45) * most), xlabel="tokens a second  × to the rung before")
+        where = "this machine" if axes is here else "the book's A100, GPT-2 124M"
+        axes.set_title(f"{where}: ×{totals[-1]:.2f} in all" if totals else where, fontsize=10, loc="left")
+        axes.locator_params(axis="x", nbins=4)
+        axes.xaxis.set_major_formatter(_short)
+        _tidy(axes)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    here.set_yticks(rows, [f"{each['number']}  {each['title']}" for each in figures])
+    here.invert_yaxis()  # shared: the first rung on top, as in the table
+    figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
 
