@@ -172,7 +172,7 @@ def _next_command(ladder: Ladder, given: _Arguments, preset: str) -> str:
     if (ladder.factor_of("bf16") or 1) < 1 / _PAYS:
         words.append("--precision fp32")
     if (ladder.factor_of("compile") or 1) < 1 / _PAYS:
-        words.append("--no-compile")
+        words.append("--compile off")
     if given.device != "auto":
         words.append(f"--device {given.device}")
     return " ".join(words)

@@ -228,7 +228,7 @@ def _plain_step(setting: Setting) -> Callable[[Batch, int], object]:
 
     if "compile" in setting.techniques:
         first = _batches(setting)[0]
-        compilation = compile_in_place(model, True, lambda: backward(first), reraise=is_out_of_memory)
+        compilation = compile_in_place(model, "whole", lambda: backward(first), reraise=is_out_of_memory)
         if not compilation.compiled:
             raise RungFailed(f"torch.compile does not work here: {compilation.reason}")
     return step
@@ -245,7 +245,7 @@ def _origo_step(setting: Setting) -> Callable[[Batch, int], object]:
     def moved(batch: Batch) -> Batch:
         return batch[0].to(compute.device), batch[1].to(compute.device)
 
-    stepper.prepare(moved(_batches(setting)[0]), [setting.batch_size], True)
+    stepper.prepare(moved(_batches(setting)[0]), [setting.batch_size], "whole")
     return lambda batch, number: stepper(moved(batch), options.learning_rate, number)
 
 

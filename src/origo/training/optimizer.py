@@ -62,5 +62,7 @@ class Average:
             bad: 0-d bool.
         """
         share = torch.where(bad, 0.0, 1 - min(self._decay, (1 + step) / (10 + step)))
-        mine = list(self.model.parameters())
-        torch._foreach_lerp_(mine, list(model.parameters()), [share] * len(mine))
+        mine: list[Tensor] = list(self.model.parameters())
+        theirs: list[Tensor] = list(model.parameters())
+        shares: list[Tensor] = [share] * len(mine)
+        torch._foreach_lerp_(mine, theirs, shares)
