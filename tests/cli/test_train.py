@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def start(*arguments: object, cwd: Path, kill_at: Path) -> subprocess.Popen[byte
     while not kill_at.exists():
         if process.poll() is not None:
             pytest.fail(f"ended before {kill_at.name}: {process.stdout and process.stdout.read()!r}")
+        time.sleep(0.002)  # rather than take a core from it, which with two of them makes its threads wait for each other
     return process
 
 
