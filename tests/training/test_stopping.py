@@ -160,21 +160,21 @@ def test_a_full_disk_does_not_stop_training(origo: Run, book: Path, tmp_path: Pa
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_the_reason(origo: Run, book: Path, tmp_path: Path, small_disk: Path) -> None:
-    command = ("train", "--data", book, *EAGER, "--steps", 240, "--save-every", 40, "--eval-every", 120)
+    command = ("train", "--data", book, *EAGER, "--steps", 160, "--save-every", 20, "--eval-every", 160)
     assert origo(*command, "--name", "straight").returncode == 0
     run = small_disk / "book"
-    process = start(*command, "--runs-dir", small_disk, cwd=tmp_path, kill_at=run / "checkpoints/step-000000040")
+    process = start(*command, "--runs-dir", small_disk, cwd=tmp_path, kill_at=run / "checkpoints/step-000000020")
     filler = fill(small_disk)
     out = process.communicate()[0].decode()
     assert process.returncode == 2, out
     assert "the disk is full" in out.splitlines()[-1]
     kept = steps(run / "checkpoints")[-1]
-    assert kept < 240, "it was filled too late to test anything"
+    assert kept < 160, "it was filled too late to test anything"
     filler.unlink()
     done = origo(*command, "--runs-dir", small_disk)
     assert done.returncode == 0, done.stderr
-    assert f"Continuing after step {kept} of 240" in done.stdout
-    assert_equal_bits(checkpoint(tmp_path / "runs/straight", 240), checkpoint(run, 240))
+    assert f"Continuing after step {kept} of 160" in done.stdout
+    assert_equal_bits(checkpoint(tmp_path / "runs/straight", 160), checkpoint(run, 160))
 
 
 def test_two_processes_do_not_train_one_run(origo: Run, book: Path, tmp_path: Path) -> None:

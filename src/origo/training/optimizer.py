@@ -62,7 +62,5 @@ class Average:
             bad: 0-d bool.
         """
         share = torch.where(bad, 0.0, 1 - min(self._decay, (1 + step) / (10 + step)))
-        mine: list[Tensor] = list(self.model.parameters())
-        theirs: list[Tensor] = list(model.parameters())
-        shares: list[Tensor] = [share] * len(mine)
-        torch._foreach_lerp_(mine, theirs, shares)
+        for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+            mine.lerp_(theirs, share)
