@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,13 @@ def added_peak(run: Callable[[], object]) -> float:
 def _status(field: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1])
+
+
+def ask(process: subprocess.Popen[str], steps: int) -> dict[str, object]:
+    """Let a child that waits take so many steps; its answer."""
+    process.stdin.write(f"{steps}\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
 
 
 def keep(name: str, results: dict[str, object]) -> None:

@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from _measure import keep
+from _measure import ask, keep
 
 SHAPES = {  # width, layers, heads, sequences a step
     "5M": (192, 6, 3, 8),
@@ -87,12 +87,6 @@ def main() -> None:
     share = min(rates.values()) / max(rates.values())
     print(f"the lowest is {share:.0%} of the best")
     keep("sizes", {"seconds": seconds, "gflops_per_second": rates, "lowest_share": share, "target": 0.75})
-
-
-def ask(process: subprocess.Popen[str], steps: int) -> dict[str, object]:
-    process.stdin.write(f"{steps}\n")
-    process.stdin.flush()
-    return json.loads(process.stdout.readline())
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from _measure import keep
+from _measure import ask, keep
 
 SHAPE = {"vocab_size": 50304, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
 BATCH = 8
@@ -244,12 +244,6 @@ def main() -> None:
     results = {"shape": SHAPE, "batch": BATCH, "seconds": seconds, "products_alone": alone, "peak_mib": peaks}
     tokens_per_second = {name: round(TOKENS / median, 1) for name, median in medians.items()}
     keep("training", {**results, "tokens_per_second": tokens_per_second, "share_of_limit": limit / medians[given.only[0]]})
-
-
-def ask(process: subprocess.Popen[str], steps: int) -> dict[str, object]:
-    process.stdin.write(f"{steps}\n")
-    process.stdin.flush()
-    return json.loads(process.stdout.readline())
 
 
 if __name__ == "__main__":
