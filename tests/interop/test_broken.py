@@ -218,9 +218,7 @@ def test_a_pickle_that_would_run_code_is_refused(
     }[where]
     torch.save(within(depth, content), "x.pth", _use_new_zipfile_serialization=zipped)
     for use in (origo.load_model, origo.open_checkpoint):
-        with pytest.raises(
-            CheckpointError, match=r"would run code that is stored in it" + (r".*posix.system" if zipped else "")
-        ):
+        with pytest.raises(CheckpointError, match=r"would run code that is stored in it.*posix.system"):
             use("x.pth")
     with pytest.raises(CheckpointError, match="would run code"):
         convert("x.pth", "y.safetensors")

@@ -35,6 +35,28 @@ def require_bounded(file: BinaryIO | bytes, path: object, pickles: int = 1) -> N
         _Count(path).read(stream)
 
 
+def called(file: BinaryIO, pickles: int) -> list[str]:
+    """What pickles that follow each other ask for by name, without torch's own; as far as they can be read.
+
+    >>> called(io.BytesIO(b"cposix\\nsystem\\n(Vecho\\ntR."), 1)
+    ['posix.system']
+    """
+    found: set[str] = set()
+    words: list[str] = []
+    try:
+        for _ in range(pickles):
+            for opcode, argument, _place in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    found.add(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    found.add(".".join(words[-2:]))
+                elif isinstance(argument, str):
+                    words.append(argument)
+    except Exception:  # it need not even be a whole pickle
+        pass
+    return sorted(name for name in found if not name.startswith("torch.") and name != "collections.OrderedDict")
+
+
 class _Count:
     """A stack machine over sizes; objects that are mutable are counted by reference, as they are built."""
 

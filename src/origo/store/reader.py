@@ -39,7 +39,7 @@ from origo.store.layout import (
     many_objects,
     parse_json,
 )
-from origo.store.pickles import require_bounded
+from origo.store.pickles import called, require_bounded
 from origo.store.tensorfile import (
     dtype_called,
     dtype_name,
@@ -561,6 +561,9 @@ def _open_single(path: Path) -> Checkpoint:
     return checkpoint
 
 
+_OLD_PICKLES = 4  # of a file from before torch 1.6: a magic number, a version, the system, and the object
+
+
 def _open_pth(path: Path) -> TensorFile:
     state, is_zip = read_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -583,7 +586,7 @@ def read_pickle(path: Path) -> tuple[Any, bool]:
             _require_plain_zip(path)
         else:
             with path.open("rb") as file:
-                require_bounded(file, path, pickles=4)  # magic number, version, system, and the object
+                require_bounded(file, path, _OLD_PICKLES)
         return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True), is_zip
     except CheckpointError:
         raise
@@ -600,7 +603,11 @@ def read_pickle(path: Path) -> tuple[Any, bool]:
 def _wanted(path: Path, is_zip: bool) -> str:
     """What a pickle would have called, in words."""
     try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if is_zip else []
+        if is_zip:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        else:
+            with path.open("rb") as file:
+                names = called(file, _OLD_PICKLES)
     except Exception:  # it need not even be a whole pickle
         names = []
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
