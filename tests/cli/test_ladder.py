@@ -28,7 +28,7 @@ def test_every_rung_has_a_figure_or_a_reason(origo: Run, tmp_path: Path, monkeyp
     head = next(number for number, line in enumerate(lines) if line.startswith("rung "))
     assert lines[head].split() == ["rung", "tokens/s", "×", "total", "memory", "util", "A100", "×"]
     assert all(len(line) <= 80 for line in lines[head : head + 13])
-    assert lines[-1].startswith("Next: origo train --preset nano --context-length 32 --batch-size ")
+    assert lines[-1].startswith("Next: origo train --preset nano --context-length 32 ")
     assert " 3 left out: TF32" in done.stdout
 
     values = json.loads((tmp_path / "here/ladder.json").read_text(encoding="utf-8"))

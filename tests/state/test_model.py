@@ -242,7 +242,7 @@ def test_a_model_compiled_in_place_is_copied_and_pickled(keep: Any, tmp_path: Pa
         again = keep(model)
     assert list(origo.state_dict(again)) == list(origo.state_dict(model))
     assert again._compiled_call_impl is None, "PyTorch drops it: docs/orig-mod.md says so"
-    assert torch.equal(again(tokens), expected)
+    torch.testing.assert_close(again(tokens), expected)  # attention is written out where it is compiled, and rounds otherwise
     again.compile(backend="eager")
     assert torch.equal(again(tokens), expected)
 
