@@ -37,6 +37,7 @@ from origo.training.step import Batch, Stepper
 PRESET = "nano"
 _STEPS = 30
 _STEPS_FOR = 4.0  # seconds
+_DYING = 3.0  # seconds that are waited at most for processes that were killed
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -105,6 +106,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         else:
             process.kill()
     process.wait()
+    # What it has started is dying, and may still write where the folder is about to be removed.
+    until = time.monotonic() + _DYING
+    with contextlib.suppress(OSError):
+        while sys.platform != "win32" and time.monotonic() < until:
+            os.killpg(process.pid, 0)  # an error once nobody is left
+            time.sleep(0.01)
 
 
 def _read(told: str, code: int | None, errors: list[str], precision: str, seconds: float) -> Trial:
