@@ -36,6 +36,8 @@ def test_what_it_did_cost_and_save_is_known_the_next_time(tmp_path: Path, monkey
     remember(SHAPE, Compilation("whole", 20.0, "", 1.0, 0.75))
     remember(SHAPE, Compilation("blocks", 10.0, "", 1.0, 0.9))
     remember(SHAPE, Compilation("off", 1.0, "", 1.0))
+    remember({"n_layers": 9}, Compilation("whole", 20.0, "", 1.0, 1.2))
+    assert recall({"n_layers": 9}) == {}, "a busy machine is no reason never to compile again"
     assert recall(SHAPE) == {"whole": Costs(20.0, 0.25), "blocks": Costs(10.0, pytest.approx(0.1))}
     assert recall({"n_layers": 3}) == {}
 

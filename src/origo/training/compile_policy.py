@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -65,8 +64,11 @@ def recall(shape: Mapping[str, Any]) -> dict[How, Costs]:
 
 
 def remember(shape: Mapping[str, Any], compilation: Compilation) -> None:
-    """For the next run. A cache that cannot be written is no reason to stop."""
-    if not compilation.compiled or not math.isfinite(compilation.saved_seconds):
+    """For the next run, what did save something: the rest may have been a busy machine, and nobody would try again.
+
+    A cache that cannot be written is no reason to stop.
+    """
+    if not compilation.compiled or not compilation.saved_seconds > 0:
         return
     all_known = _read()
     saved = compilation.saved_seconds / compilation.eager_seconds

@@ -21,6 +21,8 @@ from origo.training.optimizer import Average, build_optimizers
 from origo.training.options import OptimizationOptions
 from origo.training.precision import Compute
 
+_SLOWER = 1.1  # as often as a step takes where compiling is undone; less is noise, on a machine that does other things too
+
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both [sequences, context_length] int64
 
 
@@ -128,13 +130,13 @@ class Stepper:
         automatic = how == "auto"
         if how == "auto":
             once()  # at the first, memory is new
-            eager_seconds = timed()
+            eager_seconds = min(timed(), timed())
             how = choose(steps, eager_seconds, on_cpu, recall(self._shape))
         compilation = compile_in_place(self.model, how, once, reraise=is_out_of_memory)
         if automatic and compilation.compiled:
             compilation = replace(compilation, eager_seconds=eager_seconds, compiled_seconds=min(timed(), timed()))
             remember(self._shape, compilation)
-            if compilation.saved_seconds <= 0:
+            if compilation.compiled_seconds > _SLOWER * eager_seconds:
                 uncompile(self.model)
                 once()  # the loss that is told is that of the way that is taken
                 compilation = replace(compilation, how="off", reason="a compiled step takes longer here")
