@@ -75,8 +75,10 @@ def test_a_single_thread_is_noticed_and_its_price_measured(origo_process: Run) -
 def test_ctrl_c_leaves_no_file_and_no_process(tmp_path: Path, environment: dict[str, str]) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
+    command = [sys.executable, "-m", "origo", "doctor"]
+    listens = f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
     process = subprocess.Popen(
-        [sys.executable, "-m", "origo", "doctor"],
+        [sys.executable, "-c", listens],  # what a shell runs in its background ignores Ctrl-C
         cwd=tmp_path,
         env={**environment, "TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(temporary)},
         stdout=subprocess.DEVNULL,
