@@ -146,5 +146,6 @@ def test_the_logits_never_exist_as_a_whole() -> None:
         return int(done.stdout) * 1024
 
     whole = 4096 * 32768 * 4
-    assert peak_bytes("chunked") < whole / 2
-    assert peak_bytes("plain") > whole
+    chunked, plain = peak_bytes("chunked"), peak_bytes("plain")
+    assert chunked < whole < plain
+    assert plain - chunked > whole  # the libraries that either loads on the way differ by machine; this does not

@@ -37,7 +37,7 @@ stepper = Stepper(model, OptimizationOptions(), compute)
 batch = torch.zeros(2, 2, 16, dtype=torch.int64).unbind()
 notes = []
 with warm_start(True, notes.append) as warm:
-    compilation, _ = stepper.prepare(batch, [2], True)
+    compilation, _ = stepper.prepare(batch, [2], "whole")
 place = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 print(json.dumps([compilation.compiled, warm.counts.found, warm.counts.made, str(warm), notes, place]))
 """
@@ -137,6 +137,20 @@ def test_the_next_process_finds_everything_compiled(machine: Machine, cold: Told
     assert not list((machine.path / "tmp").rglob("*.gch")), "the precompiled header is kept in the cache too"
 
 
+def test_what_a_killed_compiler_left_is_made_anew(machine: Machine, cold: Told) -> None:
+    """Two libraries as a linker leaves them that is killed: empty, and without the header, which is written last."""
+    one, other = sorted(path for path in (machine.cache / "compiled").rglob("*.main.so"))[:2]
+    whole = other.stat().st_size
+    one.write_bytes(b"")
+    other.write_bytes(bytes(whole // 2))
+    told = machine.start()
+    assert told.compiled
+    assert told.compilations == 2
+    assert one.stat().st_size > 0
+    assert other.read_bytes()[:4] == b"\x7fELF"
+    assert machine.start().compilations == 0
+
+
 def test_moved_on_purpose_the_cpp_objects_come_along(
     machine: Machine, cold: Told, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +179,9 @@ def test_no_option_of_a_run_says_where_code_is_taken_from(
     planted = tmp_path / "runs" / "book" / "compiled" / key_of(known)
     put(planted, ABOUT, 10, 1)
     put(planted, "aa/code.so", 10, 1)
-    done = origo_process("train", "--data", book, *TINY_RUN, "--time-limit", "1s", "--cache-dir", planted.parent.parent)
+    done = origo_process(
+        "train", "--data", book, *TINY_RUN, "--compile", "whole", "--time-limit", "1s", "--cache-dir", planted.parent.parent
+    )
     assert done.returncode == 75, done.stderr
     assert "Going on without torch.compile" in done.stdout + done.stderr
     assert sorted(path.name for path in planted.rglob("*")) == ["aa", ABOUT, "code.so"]

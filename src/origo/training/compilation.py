@@ -15,6 +15,10 @@ from typing import Literal
 
 from torch import nn
 
+from origo.training.inductor import forget_broken
+
+_MOST_BROKEN = 16  # libraries that a killed compiler can have left unfinished; it works on a few at a time
+
 How = Literal["whole", "blocks", "off"]
 """The whole model as one graph, each of its blocks, or nothing."""
 
@@ -75,16 +79,19 @@ def compile_in_place(
     start = time.perf_counter()
     reason = ""
     if how != "off":
-        try:
-            for module in _parts(model, how):
-                module.compile(dynamic=False)
-            dry_run()
-            return Compilation(how, time.perf_counter() - start)
-        except Exception as error:  # whatever a compiler can raise must not cost the user the run
-            uncompile(model)
-            if reraise(error):
-                raise
-            reason = _short(error)
+        for _ in range(_MOST_BROKEN):
+            try:
+                for module in _parts(model, how):
+                    module.compile(dynamic=False)
+                dry_run()
+                return Compilation(how, time.perf_counter() - start)
+            except Exception as error:  # whatever a compiler can raise must not cost the user the run
+                uncompile(model)
+                if reraise(error):
+                    raise
+                reason = _short(error)
+                if not forget_broken(str(_innermost(error))):
+                    break
     dry_run()
     return Compilation("off", time.perf_counter() - start, reason)
 
@@ -112,9 +119,14 @@ def uncompile(model: nn.Module) -> None:
         module._compiled_call_impl = None
 
 
-def _short(error: BaseException) -> str:
-    """The innermost cause's first line: what a person can act on."""
+def _innermost(error: BaseException) -> BaseException:
     while (cause := error.__cause__ or getattr(error, "inner_exception", None)) is not None and cause is not error:
         error = cause
+    return error
+
+
+def _short(error: BaseException) -> str:
+    """The innermost cause's first line: what a person can act on."""
+    error = _innermost(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

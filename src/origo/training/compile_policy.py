@@ -3,7 +3,8 @@
     1. a step is timed as the model is written
     2. what compiling costs and saves is known from the last run of this shape here, or else assumed from what was measured
        elsewhere (docs/performance.md)
-    3. the way that leaves most is taken; where none leaves anything, the model is not compiled
+    3. the way that leaves most is taken; where none leaves anything, the model is not compiled. Half of a cost counts: the
+       code is kept, and the next run, or this one going on, finds it
     4. what it did cost and save is told, and remembered for the next run
 
 What is remembered decides nothing but time. A run keeps to the way that it has begun with: another one rounds otherwise.
@@ -24,6 +25,9 @@ from origo.training.compile_cache import root
 
 _FILE = "costs.json"
 _MOST_SHAPES = 200
+_COUNTS = 0.5  # the share of a cost that is this run's to bear
+_WARM = 0.15  # of a cold start's time, where the code is found: 0.10 to 0.13 of it (docs/performance.md)
+_COLD_SECONDS = 8.0  # what takes longer was compiled, not found
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,10 @@ class Costs:
     """Share of a step's forward and backward passes."""
 
 
-# On two cores, GPT-2's shape of 6 layers of 384; a GPU's are those of the book's ladder and other projects' reports.
+# On two cores with nothing else to do, the preset micro: 31 to 34 s and 0.21 to 0.35; 23 s and 0.05. A GPU's are those of the
+# book's ladder and other projects' reports, not tried here.
 _ASSUMED: dict[bool, dict[How, Costs]] = {
-    True: {"whole": Costs(30.0, 0.25), "blocks": Costs(14.0, 0.12)},
+    True: {"whole": Costs(32.0, 0.25), "blocks": Costs(23.0, 0.05)},
     False: {"whole": Costs(45.0, 0.18), "blocks": Costs(20.0, 0.12)},
 }
 
@@ -52,7 +57,7 @@ def choose(steps: int, eager_seconds: float, on_cpu: bool, known: Mapping[How, C
     'whole'
     """
     costs = {**_ASSUMED[on_cpu], **known}
-    left: dict[How, float] = {how: steps * eager_seconds * each.saved - each.seconds for how, each in costs.items()}
+    left: dict[How, float] = {how: steps * eager_seconds * each.saved - _COUNTS * each.seconds for how, each in costs.items()}
     best = max(left, key=lambda how: left[how])
     return best if left[best] > 0 else "off"
 
@@ -72,7 +77,9 @@ def remember(shape: Mapping[str, Any], compilation: Compilation) -> None:
         return
     all_known = _read()
     saved = compilation.saved_seconds / compilation.eager_seconds
-    known = {**all_known.pop(_name(shape), {}), compilation.how: asdict(Costs(compilation.seconds, saved))}
+    # What was compiled now is found the next time.
+    seconds = compilation.seconds * (_WARM if compilation.seconds > _COLD_SECONDS else 1.0)
+    known = {**all_known.pop(_name(shape), {}), compilation.how: asdict(Costs(seconds, saved))}
     kept = dict(list(all_known.items())[-_MOST_SHAPES:])
     with suppress(Exception):
         root().mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ What is not where torch 2.13 has it is left alone; that costs time, and nothing 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -91,6 +92,28 @@ def _try_once(instructions: type[Any]) -> None:
 
     remembered.of_torch = probe  # type: ignore[attr-defined]
     instructions._probe_load = remembered
+
+
+def forget_broken(error: str) -> bool:
+    """Delete a library that a compiler was killed over; whether there was one, so that it is worth trying again.
+
+    torch lets the linker write to the library's own name, and takes whatever has that name for finished. A linker writes the
+    header that a library begins with last of all, so one that is cut short does not load, and the error names it.
+    """
+    named = re.match(r"(/.+\.so): (file too short|invalid ELF header)", error)
+    if named is None:
+        return False
+    try:
+        Path(named[1]).unlink()
+    except OSError:
+        return False
+    with suppress(Exception):  # what this process remembers of it
+        import torch._dynamo
+        from torch._inductor.utils import clear_caches
+
+        clear_caches()
+        torch._dynamo.reset()
+    return True
 
 
 def counters() -> tuple[int, int]:
