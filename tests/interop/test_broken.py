@@ -65,6 +65,27 @@ def a_truncated_zip(path: Path) -> Path:
     return path / "x.pth"
 
 
+def a_program(path: Path) -> Path:
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(path / "x.pt")
+    return path / "x.pt"
+
+
+def parts_of_two_processes(path: Path) -> Path:
+    (path / "llama").mkdir()
+    for rank in (0, 1):  # each has a half of every matrix, under the same names
+        torch.save({"layers.0.attention.wq.weight": torch.ones(2, 4)}, path / "llama" / f"consolidated.{rank:02}.pth")
+    return path / "llama"
+
+
+def parts_that_are_no_steps(path: Path) -> Path:
+    (path / "parts").mkdir()
+    state = peers.book().state_dict()
+    names = sorted(state)
+    for number, part in enumerate((names[:20], names[20:]), 1):
+        torch.save({name: state[name] for name in part}, path / "parts" / f"part_{number}.pth")
+    return path / "parts"
+
+
 def an_optimizer(path: Path) -> Path:
     torch.save(torch.optim.AdamW(peers.book().parameters()).state_dict(), path / "optimizer.pth")
     return path / "optimizer.pth"
@@ -148,7 +169,10 @@ ZOO: dict[Callable[[Path], Path], str] = {
     a_shard_missing_without_an_index: r"holds \d+ of \d+ files: number 2 is missing",
     a_wrong_index: r"index.json' is wrong: .* does not hold .*, which it is said to",
     an_index_that_points_outside: "names a file outside its folder",
-    a_truncated_zip: "is no weight file, or it is damaged",
+    a_truncated_zip: "is cut short: it begins as a file of torch.save, and the list at its end is missing",
+    a_program: "is a program of torch.jit.save: code",
+    parts_of_two_processes: r"what several processes had of one model \(consolidated.00.pth, consolidated.01.pth\)",
+    parts_that_are_no_steps: r"several files with weights \(part_1.pth, part_2.pth\): name one",
     an_optimizer: "holds the state of an optimizer, not of a model",
     two_models: "holds 2 models, 'generator', 'critic': say which with --part",
     another_config: "config.json says n_layer=12, and the tensors have 3",
@@ -264,6 +288,44 @@ def test_the_metadata_of_a_distributed_checkpoint_may_name_its_own_classes_alone
     with pytest.raises(CheckpointError, match=r"a piece of (model\.)?w"):
         origo.open_checkpoint("other").tensor("w")
     assert not SPRUNG.exists()
+
+
+def test_a_distributed_checkpoint_changes_no_class_of_torchs(tmp_path: Path) -> None:
+    """BUILD sets what it likes on what it is given, and a class can be given: so none of torch's is."""
+    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+    (tmp_path / "step").mkdir()
+    before = {kind: dict(vars(kind)) for kind in (Metadata, MetadataIndex)}
+    for kind in before:
+        program = (
+            b"\x80\x04c" + f"{kind.__module__}\n{kind.__name__}\n".encode()  # the class itself
+            + b"N}\x8c\x08__hash__NsX\x05\x00\x00\x00bogusK\x01s\x86b."  # (None, {…}) is set on it
+        )  # fmt: skip
+        loaded = pickle.loads(program)
+        assert loaded is kind, "pickle itself does it"
+        assert loaded.bogus == 1
+        for name in ("bogus", "__hash__"):
+            if name in before[kind]:
+                setattr(kind, name, before[kind][name])
+            else:
+                delattr(kind, name)
+        (tmp_path / "step" / ".metadata").write_bytes(program)
+        with pytest.raises(CheckpointError, match=r"is damaged|is no metadata"):
+            origo.open_checkpoint(tmp_path / "step")
+        assert dict(vars(kind)) == before[kind]
+
+
+def test_everything_that_a_distributed_checkpoint_asks_for_is_told(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"model": {"w": torch.ones(3)}}, checkpoint_id=tmp_path / "step")
+    metadata = pickle.loads((tmp_path / "step" / ".metadata").read_bytes())
+    metadata.planner_data = [Trap(), {"deep": (eval, print)}]
+    (tmp_path / "step" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(
+        CheckpointError, match=r"asks for builtins.eval, builtins.print, posix.system, which no checkpoint needs"
+    ):
+        origo.open_checkpoint(tmp_path / "step")
 
 
 @pytest.mark.parametrize("case", range(40))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,19 @@ def close(path: Path, model: nn.Module, **how: object) -> origo.GPT:
     ids = tokens()
     assert (logits(ours, ids) - logits(model, ids)).abs().max() < CLOSE
     return ours
+
+
+def plain(path: Path, model: nn.Module) -> None:
+    """See that convert writes its tensors as they are, under clean names, for every reader of .safetensors."""
+    from safetensors.torch import load_file
+
+    end = path.with_name("plain.safetensors")
+    convert(path, end)
+    written, state = load_file(end), model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in written.items())
+    aliases = {name for name in state if name not in written}
+    assert {state[name].data_ptr() for name in aliases} <= {state[name].data_ptr() for name in written}
+    end.unlink()
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +232,7 @@ def test_a_lightning_checkpoint(tmp_path: Path) -> None:
     trainer.fit(module, loader)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     close(tmp_path / "last.ckpt", module.model._orig_mod.eval())
+    plain(tmp_path / "last.ckpt", module.model._orig_mod)
     assert "a Lightning checkpoint" in open_any(tmp_path / "last.ckpt").checkpoint.origin.kind
 
 
@@ -227,6 +244,7 @@ def test_a_folder_of_accelerate(tmp_path: Path, safe: bool) -> None:
     model, _optimizer = accelerator.prepare(torch.compile(peers.book()), torch.optim.AdamW(peers.book().parameters()))
     accelerator.save_state(tmp_path / "state", safe_serialization=safe)
     close(tmp_path / "state", accelerator.unwrap_model(model, keep_torch_compile=False).eval())
+    plain(tmp_path / "state", accelerator.unwrap_model(model, keep_torch_compile=False))
 
 
 def test_a_distributed_checkpoint(tmp_path: Path) -> None:
@@ -240,6 +258,7 @@ def test_a_distributed_checkpoint(tmp_path: Path) -> None:
     state = {"model": model.state_dict(), "optimizer": {"state": {"exp_avg": torch.ones(3)}}, "step": 7}
     dcp.save(state, checkpoint_id=tmp_path / "step-7")
     close(tmp_path / "step-7", model.eval())
+    plain(tmp_path / "step-7", model)
     dcp.save({**model.state_dict(), "train_state": {"step": 3}}, checkpoint_id=tmp_path / "flat")  # as torchtitan
     close(tmp_path / "flat", model)
     (tmp_path / "outer").mkdir()
@@ -247,10 +266,8 @@ def test_a_distributed_checkpoint(tmp_path: Path) -> None:
     close(tmp_path / "outer", model)
 
 
-def test_shards_of_two_processes(tmp_path: Path) -> None:
-    """FSDP's: a tensor is in pieces, in several files."""
-    script = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+_SHARDED = """
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tests.interop import peers
@@ -258,32 +275,41 @@ dist.init_process_group("gloo")
 torch.manual_seed(1)
 model = peers.book()
 fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-dcp.save({"model": model.state_dict()}, checkpoint_id=sys.argv[1])
+"""
+_SAVED_BY = {
+    "torch": """dcp.save({"model": model.state_dict()}, checkpoint_id=sys.argv[1])""",
+    # What save_state calls where it trains with FSDP, which it does on GPUs alone.
+    "accelerate": """
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import save_fsdp_model
+plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+os.makedirs(sys.argv[1], exist_ok=True)
+save_fsdp_model(plugin, Accelerator(cpu=True), model, sys.argv[1])
+""",
+}
+_LEFT = """
 dist.barrier()
 sys.stdout.flush()
-import os
 os._exit(0)  # torch itself aborts at its exit now and then
 """
-    import subprocess
-    import sys
 
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-    ]
-    (tmp_path / "save.py").write_text(script)
+
+@pytest.mark.parametrize("program", _SAVED_BY)
+def test_shards_of_two_processes(tmp_path: Path, program: str) -> None:
+    """FSDP's: a tensor is in pieces, in several files."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    (tmp_path / "save.py").write_text(f"{_SHARDED}\n{_SAVED_BY[program]}\n{_LEFT}")
     done = subprocess.run(
         [*launch, str(tmp_path / "save.py"), str(tmp_path / "sharded")],
-        capture_output=True, text=True, timeout=300, check=False, env={**__import__("os").environ, "PYTHONPATH": ".:src"},
+        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": ".:src"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list((tmp_path / "sharded").glob("*.distcp"))) == 2
+    assert len(list((tmp_path / "sharded").rglob("*.distcp"))) == 2
     torch.manual_seed(1)
-    close(tmp_path / "sharded", peers.book())
+    model = peers.book()
+    close(tmp_path / "sharded", model)
+    plain(tmp_path / "sharded", model)
 
 
 def test_litgpt_is_read_and_not_taken_for_ours(tmp_path: Path) -> None:
@@ -321,6 +347,8 @@ def test_nanochat_is_read_and_not_taken_for_ours(tmp_path: Path) -> None:
     assert "nanochat" in opened.origin.kind
     with pytest.raises(CheckpointError, match=r"of which no origo\.GPT can be built: its positions are rotary"):
         origo.load_model(tmp_path)
+    report = convert(tmp_path, tmp_path / "plain.safetensors")
+    assert (report.tensors, report.compared, report.rules) == (7, 7, {"renamed": 7})
 
 
 _TANH = ("book", "book_fast", "book_without_masks", "huggingface")
@@ -369,6 +397,34 @@ def test_a_classifiers_head_is_kept_and_said(tmp_path: Path) -> None:
     other.out_head = nn.Linear(64, 2)
     origo.load(tmp_path / "review_classifier.pth", into=other)
     assert torch.equal(other.out_head.weight, model.out_head.weight)
+
+
+@pytest.mark.parametrize("kind", ["GPT2ForSequenceClassification", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering"])
+def test_a_classifier_of_transformers_is_said(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=97, n_positions=24, n_embd=64, n_head=4, n_layer=1, bos_token_id=0, eos_token_id=0
+    )
+    model = getattr(transformers, kind)(config)
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(
+        CheckpointError, match=r"it has (score|classifier|qa_outputs)\.\w+ in the place of a head: it classifies"
+    ):
+        origo.load_model(tmp_path / "hf")
+    other = getattr(transformers, kind)(config)
+    origo.load(tmp_path / "hf", into=other)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    plain(tmp_path / "hf", model)
+
+
+def test_what_a_checkpoint_of_ours_says_is_not_said_again(tmp_path: Path) -> None:
+    origo.save(origo.GPT(origo.GPTConfig(97, 24, 64, 4, 1)), tmp_path / "ours")
+    with pytest.raises(ConfigError, match="says 4 heads, and 2 were given"):
+        origo.load_model(tmp_path / "ours", n_heads=2)
+    with pytest.raises(ConfigError, match="holds one model: leave part 'ema' out"):
+        origo.load_model(tmp_path / "ours", part="ema")
+    origo.load_model(tmp_path / "ours", n_heads=4)
 
 
 def test_a_tokenizer_beside_the_weights_comes_along(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,128 @@ def test_theirs_to_ours_and_back_gives_equal_tensors(tmp_path: Path, build: obje
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@st.composite
+def _theirs(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    heads, size = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 8]))
+    return draw(st.sampled_from(["book", "book-fast", "huggingface", "nanogpt"])), {
+        "heads": heads,
+        "width": heads * size,
+        "layers": draw(st.integers(1, 3)),
+        "vocabulary": draw(st.integers(2, 70)),
+        "padding": draw(st.integers(0, 9)),
+        "context": draw(st.integers(1, 9)),
+        "tied": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "gelu": draw(st.sampled_from(["gelu_new", "gelu"])),
+    }
+
+
+def _built(to: str, size: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Somebody's model of a size, and what is kept beside its weights."""
+    rows = size["vocabulary"] + size["padding"]
+    if to == "nanogpt":
+        names = ("layers", "heads", "width", "context", "bias")
+        arguments = dict(
+            zip(("n_layer", "n_head", "n_embd", "block_size", "bias"), (size[name] for name in names), strict=True)
+        )
+        arguments |= {"vocab_size": rows, "dropout": 0.0}
+        return peers.scattered(NanoGPT(**arguments)), arguments
+    if to == "huggingface":
+        values = {"vocab_size": rows, "n_positions": size["context"], "n_embd": size["width"], "n_head": size["heads"]}
+        values |= {"n_layer": size["layers"], "tie_word_embeddings": size["tied"], "activation_function": size["gelu"]}
+        return peers.huggingface(**values), values
+    build = peers.book if to == "book" else peers.book_fast
+    sizes = {"vocab_size": rows, "context_length": size["context"], "emb_dim": size["width"], "n_heads": size["heads"]}
+    return build(**sizes, n_layers=size["layers"], qkv_bias=size["bias"]), {}
+
+
+@settings(deadline=None)
+@given(drawn=_theirs())
+def test_anybodys_to_ours_and_back_is_the_identity(
+    tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, dict[str, Any]]
+) -> None:
+    """Any size, biases, head and padding: theirs -> ours -> theirs gives equal tensors and equal settings."""
+    to, size = drawn
+    folder = tmp_path_factory.mktemp("theirs")
+    model, said = _built(to, size)
+    source, end = folder / "theirs.pth", folder / "back.pth"
+    if to == "huggingface":
+        source, end = folder / "theirs", folder / "back"
+        model.save_pretrained(source)  # type: ignore[operator]
+    else:
+        torch.save({"model": model.state_dict(), "model_args": said} if said else model.state_dict(), source)
+    convert(source, folder / "ours", to="origo", n_heads=size["heads"])
+    convert(folder / "ours", end, to=to)
+    if to == "huggingface":
+        from transformers import AutoModelForCausalLM
+
+        again = AutoModelForCausalLM.from_pretrained(end)
+        state = again.state_dict()
+        assert {name: getattr(again.config, name) for name in said} == said
+    else:
+        content = torch.load(end, weights_only=True)
+        state = content["model"] if to == "nanogpt" else content
+        assert content["model_args"] == said if to == "nanogpt" else True
+    assert state.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    convert(folder / "ours", folder / "cropped", to="origo", vocab_size=size["vocabulary"])
+    short = origo.load_model(folder / "cropped").state_dict()
+    whole = origo.load_model(folder / "ours").state_dict()
+    for name, value in whole.items():
+        cropped = value[: size["vocabulary"]] if name in ("tok_emb.weight", "out_head.weight") else value
+        assert torch.equal(short[name], cropped), name
+
+
+def test_what_transformers_says_besides_is_kept(tmp_path: Path) -> None:
+    """From its folder to another of its folders, nothing is lost that the files say: token ids, dropouts, tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = Tokenizer.train(["some words and some more words, all of them short " * 20], 280)
+    peers.huggingface(
+        vocab_size=300, bos_token_id=5, eos_token_id=7, pad_token_id=9, attn_pdrop=0.25, resid_pdrop=0.125
+    ).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(tokenizer.to_json())
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 24,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "s",
+    }
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(about))
+    report = convert(tmp_path / "hf", tmp_path / "again", to="huggingface")
+    assert report.unused == []
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("hf", "again"))
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "attn_pdrop", "resid_pdrop", "embd_pdrop", "n_head"):
+        assert getattr(one.config, key) == getattr(other.config, key), key
+    assert one.generation_config.to_dict() == other.generation_config.to_dict()
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").pad_token == "s"
+    convert(tmp_path / "hf", tmp_path / "fresh", to="huggingface", tokenizer=tokenizer.to_json())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "fresh").config.eos_token_id == tokenizer.end_of_text
+    assert {"config.json", "tokenizer.json"} <= set(convert(tmp_path / "hf", tmp_path / "x.safetensors").unused)
+
+
+def test_an_option_that_would_be_passed_over_is_refused(tmp_path: Path) -> None:
+    ours(tmp_path / "ours")
+    for end, to, options, said in (
+        ("x.pth", "book", {"shard_bytes": 1000}, "book is one file: leave --shard-size out"),
+        ("x", "origo", {"shard_bytes": 1000}, "origo is one file"),
+        ("x.safetensors", "safetensors", {"shard_bytes": 1000}, r"Shards are files in a folder: leave the ending of '.*' away"),
+        ("x.pth", "book", {"tokenizer": "{}"}, "book has no place for a tokenizer"),
+        ("x.safetensors", "origo", {"tokenizer": "{}"}, "origo has no place for a tokenizer"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            convert(tmp_path / "ours", tmp_path / end, to=to, **options)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_heads_that_the_books_file_cannot_say_are_told(tmp_path: Path) -> None:
+    ours(tmp_path / "ours")
+    assert "give n_heads=4 where it is loaded" in convert(tmp_path / "ours", tmp_path / "x.pth", to="book").notes[0]
+    ours(tmp_path / "usual", n_heads=1)
+    assert convert(tmp_path / "usual", tmp_path / "y.pth", to="book").notes == []
+
+
 def test_a_padded_vocabulary_is_declared_or_cropped(tmp_path: Path) -> None:
     ours(tmp_path / "ours", vocab_size=128, tie_embeddings=True)
     convert(tmp_path / "ours", tmp_path / "hf", to="huggingface")
@@ -208,6 +331,7 @@ def test_what_a_layout_cannot_hold_is_refused_or_dropped_by_name(tmp_path: Path)
     assert not (tmp_path / "ckpt.pt").exists()
     report = convert(tmp_path / "ours", tmp_path / "ckpt.pt", to="nanogpt", drop=["gelu", "head"])
     assert len(report.dropped) == 2
+    assert "It is another model without gelu and head: its logits are up to" in report.notes[0]
     assert torch.equal(origo.open_checkpoint(tmp_path / "ckpt.pt").tensor("tok_emb.weight"), model.tok_emb.weight)
     with pytest.raises(ConfigError, match="--drop mask names nothing that book cannot hold"):
         convert(tmp_path / "ours", tmp_path / "x.pth", to="book", drop=["mask"])
@@ -275,6 +399,7 @@ WAYS = [
     ("book.pth", "fast.pth", "book-fast"),
     ("hf.safetensors", "book.out.pth", "book"),
     ("book.pth", "clean.pth", "pth"),
+    ("distributed", "dcp.hf", "huggingface"),
 ]
 
 
@@ -293,8 +418,14 @@ def test_a_conversion_needs_no_more_than_its_largest_tensor(tmp_path: Path, sour
     origo.save(origo.GPT(origo.GPTConfig(**SIZES)), tmp_path / "small")
     largest = max(value.nbytes for value in model.state_dict().values())
     whole = sum(value.nbytes for value in model.state_dict().values())
+    if source == "distributed":
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / source)
     del model
-    if source == "book.pth":
+    if source == "distributed":
+        pass
+    elif source == "book.pth":
         convert(tmp_path / "ours", tmp_path / source, to="book")
     else:
         convert(tmp_path / "ours", tmp_path / "made", to="huggingface")

@@ -39,6 +39,7 @@ _TEXTS = (
     "params.json",
 )
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.\w+)")
+_PART = re.compile(r"consolidated\.\d|(?<![a-z])rank_?\d")
 _STEP = re.compile(r"(?P<stem>.*?)(?P<step>\d+)\.\w+")
 # Folders in which trainers put the model's own files.
 _INSIDE = ("model_and_optim", "model", "pytorch_model_fsdp_0", "weights", "checkpoint", "final")
@@ -218,7 +219,7 @@ def _open_folder(path: Path, part: str | None) -> Contents:
         if refused:
             raise CheckpointError(refused[0])
         raise CheckpointError(f"The folder '{path}' holds no weights, neither Origo's nor another program's: check the path.")
-    chosen = _one_of(path, list(opened))
+    chosen = _one_of(path, {file: contents.tensors for file, contents in opened.items()})
     inner = opened[chosen]
     beside = [file.name for file in opened if file != chosen]
     return Contents(
@@ -226,16 +227,23 @@ def _open_folder(path: Path, part: str | None) -> Contents:
     )
 
 
-def _one_of(path: Path, files: list[Path]) -> Path:
+def _one_of(path: Path, tensors: Mapping[Path, TensorFile]) -> Path:
     """Of several files with weights, the one that is meant."""
+    files = list(tensors)
     if len(files) == 1:
         return files[0]
+    if parts := [file.name for file in files if _PART.search(file.name)]:
+        raise CheckpointError(
+            f"The folder '{path}' holds what several processes had of one model ({', '.join(parts[:6])}), and nothing says how "
+            "it goes together: write it as one with the program that made it."
+        )
     for stem in ("model", "pytorch_model", "lit_model", "consolidated"):
         named = [file for file in files if file.name.partition(".")[0] == stem]
         if named:  # the same weights in two formats: the one that can be checked
             return min(named, key=lambda file: (file.suffix != ".safetensors", file.name))
     steps = [found for file in files if (found := _STEP.fullmatch(file.name))]
-    if len(steps) == len(files) and len({found["stem"] for found in steps}) == 1:
+    alike = len({frozenset(each.names) for each in tensors.values()}) == 1  # otherwise they are parts, or other models
+    if alike and len(steps) == len(files) and len({found["stem"] for found in steps}) == 1:
         return max(files, key=lambda file: int(_STEP.fullmatch(file.name)["step"]))  # type: ignore[index]
     raise CheckpointError(
         f"The folder '{path}' holds several files with weights ({', '.join(file.name for file in files[:6])}): name one."

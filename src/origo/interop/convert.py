@@ -30,7 +30,7 @@ from origo.interop.contents import as_json
 from origo.interop.format import Format
 from origo.interop.huggingface import HUGGINGFACE
 from origo.interop.nanogpt import NANOGPT
-from origo.interop.opening import ARCHITECTURE, cropped, open_any
+from origo.interop.opening import ARCHITECTURE, HEAD_SIZE, cropped, open_any
 from origo.interop.table import KEPT, Recipe, View, counts, nbytes, to_theirs, zeros
 from origo.interop.translation import biases, mask
 from origo.models.config import GPTConfig
@@ -120,7 +120,8 @@ def convert(
         raise StorageError(f"There is something at '{path}' already: give another name, or remove it.")
     for number, (skipped, reason) in enumerate(found.skipped):
         report.notes.insert(number, f"Passed over '{skipped}': {reason}")
-    report.unused = _unused(checkpoint)
+    _require_used(target, path, shard_bytes, tokenizer)
+    report.unused = _unused(checkpoint, target, path)
     if target in ("safetensors", "pth"):
         if drop or vocab_size is not None:
             raise ConfigError(
@@ -136,6 +137,7 @@ def convert(
         if tokenizer is not None:
             checkpoint._texts[TOKENIZER] = tokenizer
         job = _Translated(checkpoint, path, report, shard_bytes, progress, frozenset(drop))
+        job.keeps_texts = tokenizer is None
     job.prepare()
     if not dry_run:
         job.write()
@@ -174,6 +176,18 @@ def _target(to: str | None, path: Path, checkpoint: Checkpoint) -> tuple[str, st
     return "safetensors", "it is a folder"
 
 
+def _require_used(target: str, path: Path, shard_bytes: int | None, tokenizer: str | None) -> None:
+    """Refuse what would be passed over."""
+    if shard_bytes is not None and target not in ("huggingface", "safetensors"):
+        raise ConfigError(f"{target} is one file: leave --shard-size out, or choose --to huggingface or safetensors.")
+    if shard_bytes is not None and path.suffix == ".safetensors":
+        raise ConfigError(f"Shards are files in a folder: leave the ending of '{path}' away, or --shard-size out.")
+    if tokenizer is not None and (target not in ("huggingface", "origo") or path.suffix == ".safetensors"):
+        raise ConfigError(
+            f"{target} has no place for a tokenizer: leave --tokenizer out, or write a folder of huggingface or origo."
+        )
+
+
 def _require_gpt(checkpoint: Checkpoint, target: str) -> None:
     if checkpoint.architecture == ARCHITECTURE and checkpoint.config is not None:
         return
@@ -190,14 +204,24 @@ def _require_gpt(checkpoint: Checkpoint, target: str) -> None:
     )
 
 
-def _unused(checkpoint: Checkpoint) -> list[str]:
-    """What a source has besides the model."""
+def _unused(checkpoint: Checkpoint, target: str, path: Path) -> list[str]:
+    """What a source has besides what the result will have."""
+    plain = target in ("safetensors", "pth")
+    used = {MODEL}
+    if not plain or (target == "safetensors" and path.suffix and checkpoint.origin is None):
+        used.add(CONFIG)
+    if target in ("huggingface", "origo") and path.suffix != ".safetensors":
+        used |= {TOKENIZER, "vocab.json", "merges.txt"}
     if checkpoint.manifest is not None:
-        return [file for file in checkpoint.manifest.files if file not in (MODEL, CONFIG, TOKENIZER)]
+        return [file for file in checkpoint.manifest.files if file not in used]
     if checkpoint.origin is None:
         return []
     contents = checkpoint.origin.contents
-    return [*contents.further, *(key for key in contents.values if key not in contents.further), *checkpoint.origin.unused]
+    if target == "huggingface" and checkpoint.origin.format is HUGGINGFACE:
+        used |= contents.texts.keys()
+    texts = [name for name in contents.texts if name not in used] if contents.path.is_dir() else []
+    values = [key for key in contents.values if key not in contents.further]
+    return [*contents.further, *values, *checkpoint.origin.unused, *texts]
 
 
 class _Plain:
@@ -265,8 +289,15 @@ class _Translated:
         self.checkpoint, self.path, self.report = checkpoint, path, report
         self.shard_bytes, self.progress = shard_bytes, progress
         self.config = GPTConfig.from_dict(checkpoint.config)
+        self.keeps_texts = True
+        """Whether what transformers' folder says besides, is kept in another one of transformers."""
         self.format = _LAYOUTS.get(report.to)
         self.tensors = checkpoint.model
+        if self.format in (BOOK, BOOK_FAST) and self.config.n_heads * HEAD_SIZE != self.config.emb_dim:
+            report.notes.append(
+                f"The book's files do not say how many heads a model has: give n_heads={self.config.n_heads} where it is "
+                f"loaded (here --n-heads {self.config.n_heads})."
+            )
         if checkpoint.origin is not None:
             report.notes += checkpoint.origin.notes
             report.dropped += [f"{name} (nothing learned)" for name in checkpoint.origin.dropped]
@@ -286,6 +317,7 @@ class _Translated:
                     f"which makes it another model, give --drop {word}."
                 )
             self.report.dropped.append(reason)
+        before = self.tensors, self.config
         if "head" in lacks:
             recipes = {name: Recipe((name,)) for name in self.tensors.names if name != "out_head.weight"}
             self.tensors = View(self.tensors, {**recipes, "out_head.weight": Recipe(("tok_emb.weight",))})
@@ -293,6 +325,12 @@ class _Translated:
         if "gelu" in lacks:
             self.config = GPTConfig.from_dict(
                 {**self.config.to_dict(), "gelu": "erf" if self.config.gelu == "tanh" else "tanh"}
+            )
+        if lacks:
+            apart = _logits_apart(*before, self.tensors, self.config)
+            self.report.notes.append(
+                f"It is another model without {' and '.join(lacks)}: its logits are up to {apart:.2g} from the source's. What "
+                "was written is compared with that other model."
             )
 
     def _theirs(self) -> TensorFile:
@@ -343,7 +381,10 @@ class _Translated:
         elif self.format is HUGGINGFACE:
             files, index = _sharded(self.theirs, self.shard_bytes)
             dtype = self.tensors.dtypes["tok_emb.weight"]
-            written = {**index, **huggingface.texts(self.config, texts.get(TOKENIZER), dtype)}
+            origin = self.checkpoint.origin
+            same = origin is not None and origin.format is HUGGINGFACE and self.keeps_texts
+            theirs = origin.contents.texts if origin is not None and same else {}
+            written = {**index, **huggingface.texts(self.config, texts.get(TOKENIZER), dtype, theirs)}
             write_files(self.path, files, written, self.progress)
         elif self.format is NANOGPT:
             self._write_nanogpt()

@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint: PyTorch's own FSDP sharding, torchtitan, OLMo-core, lingua, Accelerate with FSDP.
 
-``.metadata`` is a pickle that says which piece of which tensor is where in the ``.distcp`` files; it is opened by an unpickler
-that knows those dozen classes and no others. Each piece is a ``torch.save`` of its own, opened with ``weights_only``. A tensor
-is put together when it is asked for; the pieces of one are in memory at a time.
+``.metadata`` is a pickle that says which piece of which tensor is where in the ``.distcp`` files. It is opened by an unpickler
+that has stand-ins for the dozen classes in it, and nothing else. Each piece is a ``torch.save`` of its own, opened with
+``weights_only``. A tensor is put together when it is asked for; the pieces of one are in memory at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from origo.errors import CheckpointError
 from origo.store.layout import are_counts, is_file_name
-from origo.store.pickles import require_bounded
+from origo.store.pickles import named_in, require_bounded
 from origo.store.reader import Damage, TensorFile
 from origo.store.tensorfile import dtype_name
 
@@ -29,12 +30,13 @@ METADATA = ".metadata"
 _MOST_BYTES = 256 << 20
 
 _M, _FS = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-# Everything that a .metadata may name: dataclasses, enumerations and dtypes, whose making runs no code of the file's.
-_ALLOWED = {
+_METADATA = (_M, "Metadata")
+# The classes that a .metadata may name. None of them is looked up: each has a stand-in, which keeps what it is given.
+_STOOD_IN = {
+    _METADATA,
     *(
         (_M, name)
         for name in (
-            "Metadata",
             "TensorStorageMetadata",
             "BytesStorageMetadata",
             "ChunkStorageMetadata",
@@ -47,36 +49,59 @@ _ALLOWED = {
     (_FS, "_StorageInfo"),
     (_FS, "_StoragePrefix"),
     ("torch.distributed.checkpoint.planner", "WriteItemType"),
-    ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib._local", "PosixPath"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath", "WindowsPath")),
 }
+# These are built-in types, which cannot be changed by what is built of them.
+_BUILT_IN: dict[tuple[str, str], type] = {("torch", "Size"): tuple, ("collections", "OrderedDict"): OrderedDict}
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, path: Path) -> None:
         super().__init__(io.BytesIO(data))
         self._path = path
+        self._classes: dict[tuple[str, str], type] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "pathlib" or module.startswith("pathlib."):
-            return str if (module, name) not in _ALLOWED else _joined_path
-        if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise CheckpointError(
-            f"'{self._path}' asks for {module}.{name}, which no checkpoint needs: it would run code, so it was not read."
-        )
+        if (module, name) in _STOOD_IN:
+            return self._classes.setdefault((module, name), _stand_in(name))
+        if (module, name) in _BUILT_IN:
+            return _BUILT_IN[module, name]
+        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+            return value
+        raise _Refused
 
     def persistent_load(self, pid: Any) -> Any:
         raise CheckpointError(f"'{self._path}' refers to something outside itself, so it was not read.")
 
+    def is_metadata(self, value: Any) -> bool:
+        """Whether what was read is what such a file has to hold."""
+        return type(value) is self._classes.get(_METADATA)
 
-def _joined_path(*parts: str) -> str:
-    return "/".join(parts)
+
+class _Refused(Exception):
+    pass
+
+
+def _stand_in(name: str) -> type:
+    """A class of its own for one unpickler: a pickle can set what it likes on a class that it is given."""
+
+    def keep(self: Any, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"dtype": state[0]})  # a tuple is TensorProperties'
+
+    return type(name, (), {"__init__": lambda self, *values: None, "__setstate__": keep, "offset": None, "index": None})
+
+
+def _asked_for(data: bytes) -> str:
+    """What a pickle names that no such file does, in words."""
+    named = [tuple(each.rsplit(".", 1)) for each in named_in(io.BytesIO(data), 1) if "." in each]
+    known = _STOOD_IN | _BUILT_IN.keys()
+    wanted = [
+        f"{module}.{name}"[:80]
+        for module, name in named
+        if (module, name) not in known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+    ]
+    return ", ".join(wanted[:6]) + (f" and {len(wanted) - 6} more" if len(wanted) > 6 else "")
 
 
 @dataclass(frozen=True)
@@ -108,6 +133,8 @@ def open_distributed(path: Path) -> TensorFile:
         for name, entry in metadata.state_dict_metadata.items():
             if not hasattr(entry, "chunks"):  # a number or an object: torch.save'd, and not needed
                 continue
+            if not isinstance(name, str) or not are_counts(entry.size):
+                raise CheckpointError(f"'{path / METADATA}' is damaged: it has no shape for {str(name)[:80]}.")
             shapes[name] = tuple(entry.size)
             dtypes[name] = dtype_name(entry.properties.dtype)
             pieces[name] = []
@@ -141,14 +168,43 @@ def _metadata(path: Path) -> Any:
         raise CheckpointError(f"'{path}' is empty, or larger than any list of tensors: a save may have been cut short.")
     try:
         require_bounded(data, path)
-        metadata = _Unpickler(data, path).load()
+        unpickler = _Unpickler(data, path)
+        metadata = unpickler.load()
     except CheckpointError:
         raise
+    except _Refused as error:
+        raise CheckpointError(
+            f"'{path}' asks for {_asked_for(data)}, which no checkpoint needs: it would run code, so it was not read."
+        ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"'{path}' is damaged ({type(error).__name__}).") from error
-    if type(metadata).__name__ != "Metadata" or not metadata.storage_data:
+    if not unpickler.is_metadata(metadata) or not getattr(metadata, "storage_data", None):
         raise CheckpointError(f"'{path}' is no metadata of torch.distributed.checkpoint.")
     return metadata
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file as a file, so that it need not be in memory to be read."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(wanted) or 0
+        self._at += count
+        return count
 
 
 class _Distributed(TensorFile):
@@ -175,13 +231,12 @@ class _Distributed(TensorFile):
     def _piece(self, name: str, piece: _Piece) -> Tensor:
         path = self.path / piece.file
         try:
-            with path.open("rb") as file:
-                file.seek(piece.offset)
-                data = file.read(piece.length)
-            archive = zipfile.ZipFile(io.BytesIO(data))
-            if sum(part.file_size for part in archive.infolist()) > len(data) or archive.testzip() is not None:
-                raise CheckpointError(f"'{path}' is damaged: a piece of {name} is not what was written.")
-            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            with path.open("rb", buffering=0) as file, io.BufferedReader(_Slice(file, piece.offset, piece.length)) as part:
+                archive = zipfile.ZipFile(part)
+                if sum(each.file_size for each in archive.infolist()) > piece.length or archive.testzip() is not None:
+                    raise CheckpointError(f"'{path}' is damaged: a piece of {name} is not what was written.")
+                part.seek(0)
+                value = torch.load(part, map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
         except Exception as error:  # a damaged piece can make torch raise nearly anything

@@ -6,6 +6,7 @@ are buffers (``attn.bias``, ``attn.masked_bias``). Source: transformers' modelin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from origo.data.tokenizer import END_OF_TEXT, Tokenizer
@@ -13,6 +14,7 @@ from origo.interop.contents import as_json
 from origo.interop.format import Format, Found, Stated
 from origo.interop.table import Rule, same, transposed
 from origo.models.config import GPTConfig
+from origo.store.layout import parse_json
 
 FIELDS = {
     "n_layers": "n_layer",
@@ -95,11 +97,27 @@ HUGGINGFACE = Format(
 )
 
 
-def texts(config: GPTConfig, tokenizer: str | None, dtype: str) -> dict[str, str]:
-    """The files beside the weights, by name; ``config.json`` last."""
+_KEPT = ("pad_token_id", "embd_pdrop", "attn_pdrop", "initializer_range", "use_cache", "task_specific_params")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+def texts(config: GPTConfig, tokenizer: str | None, dtype: str, theirs: Mapping[str, str]) -> dict[str, str]:
+    """The files beside the weights, by name; ``config.json`` last.
+
+    Args:
+        config: of the model.
+        tokenizer: the text of its ``tokenizer.json``, if it has one.
+        dtype: of its weights.
+        theirs: the texts of the folder that the model comes from, where it was one of transformers already: what they say
+            besides is kept, but for the names of code (``auto_map``).
+    """
     end, special = None, END_OF_TEXT
-    files: dict[str, str] = {}
-    if tokenizer is not None:
+    said = parse_json(theirs.get("config.json", "{}"), "config.json")
+    said = said if isinstance(said, dict) else {}
+    files = {name: text for name, text in theirs.items() if name in _TOKENIZER and '"auto_map"' not in text}
+    if "tokenizer_config.json" in files and tokenizer is not None:
+        files["tokenizer.json"] = tokenizer
+    elif tokenizer is not None:
         found = Tokenizer.from_json(tokenizer)
         end, special = found.end_of_text, found.end_of_text_token
         files["tokenizer.json"] = tokenizer
@@ -107,8 +125,10 @@ def texts(config: GPTConfig, tokenizer: str | None, dtype: str) -> dict[str, str
         files["tokenizer_config.json"] = as_json({**about, "bos_token": special, "eos_token": special, "unk_token": special})
     elif config.vocab_size >= 50257:
         end = 50256
-    ends = {"bos_token_id": end, "eos_token_id": end}
-    files["generation_config.json"] = as_json({"_from_model_config": True, **ends})
+    ends = {key: said.get(key, end) for key in ("bos_token_id", "eos_token_id")}
+    ends = {key: None if isinstance(number, int) and number >= config.vocab_size else number for key, number in ends.items()}
+    generation = as_json({"_from_model_config": True, **ends})
+    files["generation_config.json"] = theirs.get("generation_config.json", generation)
     values = config.to_dict()
     files["config.json"] = as_json(
         {
@@ -117,6 +137,7 @@ def texts(config: GPTConfig, tokenizer: str | None, dtype: str) -> dict[str, str
             **{theirs: values[ours] for ours, theirs in FIELDS.items()},
             "embd_pdrop": config.drop_rate,
             "attn_pdrop": config.drop_rate,
+            **{key: said[key] for key in _KEPT if key in said},
             "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
             "layer_norm_epsilon": 1e-5,
             **ends,

@@ -41,7 +41,9 @@ FORMATS: tuple[Format, ...] = (BOOK, BOOK_FAST, NANOGPT, HUGGINGFACE, LITGPT, NA
 """All layouts that are known, in the order in which they are tried."""
 
 ARCHITECTURE = "gpt"
-_HEAD_SIZE = 64  # of every GPT-2 that OpenAI and the book have
+HEAD_SIZE = 64
+"""Of every GPT-2 that OpenAI and the book have."""
+_OTHER_HEADS = ("score.", "classifier.", "qa_outputs.")  # of transformers' GPT2For…Classification and …QuestionAnswering
 _EMBEDDING, _POSITIONS, _HEAD = "tok_emb.weight", "pos_emb.weight", "out_head.weight"
 
 
@@ -125,6 +127,7 @@ def open_any(
         found = find_checkpoint(path, step, verify=verify)
         checkpoint = found.checkpoint
         if checkpoint.architecture is not None or remote.is_remote(path):
+            _require_unsaid(checkpoint, part, n_heads)
             return found
         contents = Contents(path, "a file that Origo wrote", checkpoint.model)
         understood = _understood(contents, n_heads)
@@ -137,6 +140,15 @@ def open_any(
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"'{path}' is neither a file nor a folder.")
     return FoundCheckpoint(_understood(open_contents(path, part), n_heads), [])
+
+
+def _require_unsaid(checkpoint: Checkpoint, part: str | None, n_heads: int | None) -> None:
+    """Refuse what a checkpoint of Origo's says itself."""
+    if part is not None:
+        raise ConfigError(f"'{checkpoint.path}' is Origo's own and holds one model: leave part {part!r} out.")
+    heads = (checkpoint.config or {}).get("n_heads", n_heads)
+    if n_heads is not None and heads != n_heads:
+        raise ConfigError(f"'{checkpoint.path}' says {heads} heads, and {n_heads} were given: leave them out.")
 
 
 def _is_ours(path: Path) -> bool:
@@ -262,8 +274,12 @@ def _as_ours(
 
 
 def _other_head(view: View, origin: Origin) -> str | None:
-    if _EMBEDDING not in view.shapes or (head := _shape(view, _HEAD) if _HEAD in view.names else None) is None:
+    if _EMBEDDING not in view.shapes:
         return None
+    if _HEAD not in view.names:
+        others = [name for name in origin.unused if name.startswith(_OTHER_HEADS)]
+        return f"it has {others[0]} in the place of a head: it classifies" if others else None
+    head = _shape(view, _HEAD)
     vocabulary = view.shapes[_EMBEDDING][0]
     has_bias = "out_head.bias" in origin.unused
     if head[0] != vocabulary or has_bias:
@@ -301,16 +317,16 @@ def _configured(origin: Origin, view: View, stated: Stated, n_heads: int | None)
         if config.setdefault("n_heads", n_heads) != n_heads:
             raise ConfigError(f"{stated.source} says {config['n_heads']} heads, and {n_heads} were given: leave them out.")
     elif "n_heads" not in config:
-        config["n_heads"] = max(1, width // _HEAD_SIZE)
-        if width % _HEAD_SIZE:
+        config["n_heads"] = max(1, width // HEAD_SIZE)
+        if width % HEAD_SIZE:
             config["n_heads"] = 1
             origin.problem = (
                 f"'{path}' does not say how many attention heads its model has, and its width of {width} is no multiple of "
-                f"{_HEAD_SIZE}: say it (n_heads= or --n-heads)."
+                f"{HEAD_SIZE}: say it (n_heads= or --n-heads)."
             )
         else:
             origin.notes.append(
-                f"{config['n_heads']} attention heads were assumed, of size {_HEAD_SIZE}, as GPT-2 has: the file does not say. "
+                f"{config['n_heads']} attention heads were assumed, of size {HEAD_SIZE}, as GPT-2 has: the file does not say. "
                 "If it was another number, give it (n_heads= or --n-heads)."
             )
     try:
@@ -464,4 +480,4 @@ def _few(items: Iterable[Any], verb: bool = True) -> str:
     return f"{said} {'is' if len(items) == 1 else 'are'}" if verb else said
 
 
-__all__ = ["ARCHITECTURE", "CONFIG", "FORMATS", "Origin", "cropped", "open_any", "warn_of"]
+__all__ = ["ARCHITECTURE", "CONFIG", "FORMATS", "HEAD_SIZE", "Origin", "cropped", "open_any", "warn_of"]

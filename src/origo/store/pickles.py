@@ -16,6 +16,7 @@ from origo.errors import CheckpointError
 _MOST_PARTS = 20_000_000
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _IGNORED = ("PROTO", "STOP", "FRAME")
+_KEPT, _AGAIN = ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
 _REFUSED = ("builtins bytearray", "__builtin__ bytearray")  # of any size that it is asked for
 
 
@@ -41,20 +42,34 @@ def called(file: BinaryIO, pickles: int) -> list[str]:
     >>> called(io.BytesIO(b"cposix\\nsystem\\n(Vecho\\ntR."), 1)
     ['posix.system']
     """
+    return [name for name in named_in(file, pickles) if not name.startswith("torch.") and name != "collections.OrderedDict"]
+
+
+def named_in(file: BinaryIO, pickles: int) -> list[str]:
+    """Everything that pickles that follow each other ask for by name, sorted; as far as they can be read."""
     found: set[str] = set()
-    words: list[str] = []
     try:
         for _ in range(pickles):
+            words: list[str] = []
+            memo: dict[int, str] = {}
+            kept, last = 0, ""
             for opcode, argument, _place in pickletools.genops(file):
                 if opcode.name == "GLOBAL":
                     found.add(str(argument).replace(" ", "."))
                 elif opcode.name == "STACK_GLOBAL":
                     found.add(".".join(words[-2:]))
-                elif isinstance(argument, str):
-                    words.append(argument)
+                elif opcode.name in _KEPT:
+                    memo[kept if argument is None else int(argument)] = last
+                    kept += 1
+                    continue
+                if opcode.name in _AGAIN and argument is not None:
+                    argument = memo.get(int(argument), "")
+                last = argument if isinstance(argument, str) else ""
+                if last:
+                    words.append(last)
     except Exception:  # it need not even be a whole pickle
         pass
-    return sorted(name for name in found if not name.startswith("torch.") and name != "collections.OrderedDict")
+    return sorted(found)
 
 
 class _Count:
@@ -72,12 +87,10 @@ class _Count:
 
     def _step(self, name: str, argument: Any) -> None:
         stack = self._stack
-        if name in ("BINGET", "LONG_BINGET", "GET"):
+        if name in _AGAIN:
             stack.append(self._memo[int(argument)])
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            self._memo[int(argument)] = stack[-1]
-        elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = stack[-1]
+        elif name in _KEPT:
+            self._memo[len(self._memo) if argument is None else int(argument)] = stack[-1]
         elif name == "MARK":
             self._marks.append(len(stack))
         elif name == "TUPLE":

@@ -596,8 +596,21 @@ def read_pickle(path: Path) -> tuple[Any, bool]:
                 f"'{path}' is not a plain state dict: reading it would run code that is stored in it"
                 f"{_wanted(path, is_zip)}, so it was not read. Where it was made, save again with origo.save(model, path)."
             ) from error
+        if not is_zip and _begins_as_a_zip(path):
+            raise CheckpointError(
+                f"'{path}' is cut short: it begins as a file of torch.save, and the list at its end is missing. Copy or "
+                "download it again, or take an earlier one."
+            ) from error
         reason = type(error).__name__ if is_zip else "it is neither safetensors nor written by torch.save"
         raise CheckpointError(f"'{path}' is no weight file, or it is damaged ({reason}).") from error
+
+
+def _begins_as_a_zip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError:
+        return False
 
 
 def _wanted(path: Path, is_zip: bool) -> str:
@@ -618,6 +631,11 @@ def _require_plain_zip(path: Path) -> None:
     """Refuse a zip that unpacks to more than it is: ``torch.save`` does not compress, and writes each part once."""
     archive = zipfile.ZipFile(path)
     parts = archive.infolist()
+    if any(part.filename.endswith("/constants.pkl") for part in parts):
+        raise CheckpointError(
+            f"'{path}' is a program of torch.jit.save: code, with the weights inside. It was not read; where it was made, save "
+            "again with origo.save(model, path)."
+        )
     unpacked = sum(part.file_size for part in parts)
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or unpacked > path.stat().st_size:
         raise CheckpointError(f"'{path}' is a compressed zip ({unpacked:,} bytes unpacked), which torch.save does not write.")
