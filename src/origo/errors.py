@@ -47,6 +47,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+LESS_MEMORY = "lower --micro-batch or --context-length, give --gradient-checkpointing, or take a smaller --preset"
+"""What to do where memory is too small for training."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on the CPU."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

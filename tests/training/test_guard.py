@@ -351,3 +351,22 @@ def test_a_full_disk_at_a_roll_back_does_not_end_training(
     rows = metrics(tmp_path / "runs/book")
     assert [row["step"] for row in rows if "event" not in row] == list(range(0, 61, 5)), "no row is missing, none is twice"
     assert sum("event" in row for row in rows) == 7
+
+
+def test_memory_that_runs_out_in_mid_run_is_told_with_where_it_goes_on(
+    origo: Run, book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Stepper.__call__
+
+    def too_much(self: Stepper, batch: Batch, learning_rate: float, step: int) -> Result:
+        if step == 45:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99999999999 bytes")
+        return real(self, batch, learning_rate, step)
+
+    monkeypatch.setattr(Stepper, "__call__", too_much)
+    done = origo("train", "--data", book, *RUN)
+    assert done.returncode == 2
+    assert "Out of memory after step 45: lower --micro-batch" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith("The same command goes on from step 40.")
+    monkeypatch.undo()
+    assert origo("train", "--data", book, *RUN).returncode == 0

@@ -42,6 +42,11 @@ def test_a_file_holds_any_of_them_and_flags_go_before_it(origo: Run, book: Path,
         ("[run]\nsteps = 3", "has 'steps', which is no option"),
         ("steps = [[1]]", "'steps' in 'x.toml' has to be"),
         ("steps", "'x.toml' is no TOML file"),
+        ("steps = 'many'", "'steps' in 'x.toml' has to be a whole number, not 'many'"),
+        ("steps = 3.5", "'steps' in 'x.toml' has to be a whole number, not 3.5"),
+        ("weight_decay = true", "'weight_decay' in 'x.toml' has to be a number, not True"),
+        ("deterministic = 1", "'deterministic' in 'x.toml' has to be true or false, not 1"),
+        ("compile = 'sometimes'", "'compile' in 'x.toml' has to be one of auto, whole, blocks, off, not 'sometimes'"),
     ],
 )
 def test_what_a_file_has_wrong_is_named(origo: Run, tmp_path: Path, text: str, says: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from origo.errors import ConfigError, nearest, storage_error
 from origo.training.options import LENGTHS, SIZES, TrainOptions, flag
@@ -34,10 +35,11 @@ def arguments_of(path: Path, instead: Collection[str] = ()) -> list[str]:
     except ValueError as error:  # of the text's encoding, too
         raise ConfigError(f"'{path}' is no TOML file: {error}.") from error
     sections = {
-        subject.name: {flag(field.name).lstrip("-") for field in dataclasses.fields(getattr(TrainOptions(), subject.name))}
+        subject.name: {flag(name).lstrip("-"): hint for name, hint in get_type_hints(type(options)).items()}
         for subject in dataclasses.fields(TrainOptions)
+        for options in [getattr(TrainOptions(), subject.name)]
     }
-    every = set().union(*sections.values())
+    every = {name: hint for section in sections.values() for name, hint in section.items()}
     arguments: list[list[str]] = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -68,16 +70,34 @@ def one_of_each(arguments: Sequence[str], where: str) -> set[str]:
     return found
 
 
-def _argument(key: str, value: Any, known: set[str], path: Path) -> list[str]:
+def _argument(key: str, value: Any, known: Mapping[str, Any], path: Path) -> list[str]:
     name = key.replace("_", "-")
     if name not in known:
         raise ConfigError(f"'{path}' has {key!r}{nearest(name, known)}, which is no option: see origo train --help.")
     parts = value if isinstance(value, list) else [value]
     if not parts or not all(isinstance(part, str | int | float) for part in parts):
         raise ConfigError(f"{key!r} in '{path}' has to be a text, a number, true or false, or a list of texts, not {value!r}.")
+    if wanted := _wanted(known[name], value):
+        raise ConfigError(f"{key!r} in '{path}' has to be {wanted}, not {value!r}.")
     if isinstance(value, bool) and name in _SWITCHES:
         return [f"--{'' if value else 'no-'}{name}"]
     return [f"--{name}", *map(str, parts)]
+
+
+def _wanted(hint: Any, value: Any) -> str:
+    """What an option of this type takes, in words; empty where the value is such a one."""
+    kinds = [kind for kind in (get_args(hint) if isinstance(hint, UnionType) else [hint]) if kind is not type(None)]
+    if get_origin(kinds[0]) is Literal:
+        known = get_args(kinds[0])
+        return "" if value in known else f"one of {', '.join(known)}"
+    for kind, fitting, words in (
+        (bool, (bool,), "true or false"),
+        (int, (int,), "a whole number"),
+        (float, (int, float), "a number"),
+    ):
+        if kind in kinds and len(kinds) == 1:
+            return "" if isinstance(value, fitting) and (kind is bool or not isinstance(value, bool)) else words
+    return ""
 
 
 _SWITCHES = {

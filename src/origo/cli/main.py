@@ -13,7 +13,7 @@ import os
 import sys
 from importlib.metadata import version
 
-from origo.errors import ConfigError, OrigoError, is_out_of_memory, nearest
+from origo.errors import LESS_MEMORY, ConfigError, OrigoError, is_out_of_memory, nearest
 
 INTERRUPTED = 130
 
@@ -61,11 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            "origo: Out of memory: lower --micro-batch or --context-length, give --gradient-checkpointing, or take a smaller "
-            "--preset.",
-            file=sys.stderr,
-        )
+        print(f"origo: Out of memory: {LESS_MEMORY}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("origo: stopped.", file=sys.stderr)

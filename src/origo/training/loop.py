@@ -22,7 +22,7 @@ from origo.data.batches import TrainingBatches
 from origo.data.prefetch import Prefetcher
 from origo.data.tokenizer import Tokenizer
 from origo.data.tokens import TokenData, put_back
-from origo.errors import CheckpointError, ConfigError, OrigoError, RunError, StorageError
+from origo.errors import LESS_MEMORY, CheckpointError, ConfigError, OrigoError, RunError, StorageError, is_out_of_memory
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.snapshot import stored_objects, stored_values
@@ -142,6 +142,12 @@ def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer,
             trainer.go_on_after(start)
     try:
         return trainer.run(began)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or not (kept := checkpointer.steps):
+            raise
+        raise RunError(
+            f"Out of memory after step {trainer.step}: {LESS_MEMORY}. The same command goes on from step {kept[-1]}."
+        ) from error
     finally:
         trainer.prefetcher.close()
 
