@@ -249,3 +249,10 @@ def test_a_damaged_step_is_passed_over_and_told(tmp_path: Path) -> None:
         origo.load(tmp_path, into=model)
     with pytest.warns(UserWarning, match="Passed over"):
         assert origo.open_checkpoint(tmp_path).path.name == "step-000000001"
+
+
+def test_loading_needs_no_compiler(tmp_path: Path, tiny: GPT, in_fresh_process: Callable[[str], str]) -> None:
+    """What torch does with a model on the meta device imports its compiler and sympy: a second and a half for nothing."""
+    origo.save(tiny, tmp_path / "model")
+    program = "import sys, origo; origo.load_model('model'); print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])"
+    assert in_fresh_process(program).strip() == "[]"

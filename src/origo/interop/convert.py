@@ -394,8 +394,7 @@ class _Translated:
 
     def _write_nanogpt(self) -> None:
         every = self.config.bias or self.config.qkv_bias  # nanoGPT has all biases or none
-        with torch.device("meta"):
-            model = GPT(GPTConfig.from_dict({**self.config.to_dict(), "bias": every, "qkv_bias": every}))
+        model = GPT.without_values(GPTConfig.from_dict({**self.config.to_dict(), "bias": every, "qkv_bias": every}))
         names = [name for name, _ in model.named_parameters()]
         kept = _moments(self.checkpoint, names)
         with _on_disk(self.theirs, self.path, self.progress) as values:
@@ -597,8 +596,7 @@ def _logits_apart(one: TensorFile, config: GPTConfig, other: TensorFile, other_c
 
 
 def _logits(tensors: TensorFile, config: GPTConfig) -> Tensor:
-    with torch.device("meta"):
-        model = GPT(config).eval()
+    model = GPT.without_values(config).eval()
     tokens = torch.arange(min(_TRIED, config.context_length), device="cpu") * 7919 % config.vocab_size
 
     def weights(prefix: str, module: torch.nn.Module) -> dict[str, Tensor]:

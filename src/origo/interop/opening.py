@@ -393,8 +393,7 @@ def _as_written_by_us(
 
 def _require_whole(origin: Origin, view: View, config: GPTConfig) -> None:
     """Every tensor that a model of this configuration has, in its shape."""
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in GPT.without_values(config).state_dict().items()}
     have = set(view.names)
     if absent := [name for name in wanted if name not in have]:
         raise CheckpointError(

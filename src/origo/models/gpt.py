@@ -13,11 +13,13 @@ training), and the caller chooses the compute dtype with ``torch.autocast``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from origo.models.config import GPTConfig
@@ -140,6 +142,17 @@ class Head(nn.Linear):
         return -(-self.out_features // HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves initialisation out: torch's own, on the meta device, begins by importing its compiler, which takes a second."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     """A GPT-2.
 
@@ -166,6 +179,12 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.out_head.weight = self.tok_emb.weight
             self.register_load_state_dict_pre_hook(_complete_tie)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def without_values(cls, config: GPTConfig) -> GPT:
+        """One on the meta device, of shapes alone: to be loaded into, or counted."""
+        with torch.device("meta"), _NothingDrawn():
+            return cls(config)
 
     def reset_parameters(self) -> None:
         """GPT-2's initialisation: N(0, 0.02), biases 0, and the layers that write to the residual stream scaled down by

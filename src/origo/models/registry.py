@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from origo.errors import CheckpointError, ConfigError
@@ -86,9 +85,8 @@ def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
             f"origo.register_architecture({architecture!r}, ModelClass, ConfigClass) before loading it."
         )
     known = _ARCHITECTURES[architecture]
-    if known.config_cls is GPTConfig:
-        with torch.device("meta"):  # no values are drawn that would be overwritten; all that a GPT has is stored
-            return known.model_cls(GPTConfig.from_dict(config))
+    if issubclass(known.model_cls, GPT):
+        return known.model_cls.without_values(GPTConfig.from_dict(config))  # all that a GPT has is stored
     try:
         return known.model_cls(known.config_cls(**config))
     except TypeError as error:

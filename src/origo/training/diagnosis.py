@@ -177,8 +177,7 @@ def _config(preset: str) -> GPTConfig:
 @functools.cache
 def parameters_of(preset: str) -> int:
     """Number of weights, without making any."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(_config(preset)).parameters())
+    return sum(parameter.numel() for parameter in GPT.without_values(_config(preset)).parameters())
 
 
 def memory_of(preset: str, precision: str) -> int:
