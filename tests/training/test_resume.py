@@ -44,7 +44,7 @@ RUNS = {
 
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_kills_change_nothing(origo_process: Run, book: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
-    kills = 50 if IN_FULL else 3
+    kills = 50 if IN_FULL else 2
     done = origo_process("check-resume", "--kills", kills, "--folder", tmp_path / "both", "--data", book, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The same to the last bit" in done.stdout
