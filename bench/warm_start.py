@@ -24,7 +24,7 @@ TARGET = 1 / 5
 CHILD = """
 import json, sys, torch
 from origo import GPT, GPTConfig
-from origo.training.compile_cache import warm_start
+from origo.compiling.cache import warm_start
 from origo.training.options import OptimizationOptions
 from origo.training.precision import choose_compute
 from origo.training.step import Stepper

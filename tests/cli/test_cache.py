@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from origo.training import compile_archive, compile_cache
-from origo.training.compile_facts import facts, key_of
+from origo.compiling import archive, cache
+from origo.compiling.facts import facts, key_of
 from tests.cli.test_inspect import told
 from tests.conftest import Run
 
@@ -22,7 +22,7 @@ Entry = tuple[tarfile.TarInfo, bytes]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This machine's, with three files in it."""
     monkeypatch.setenv("ORIGO_CACHE_DIR", str(tmp_path / "cache"))
-    made = compile_cache.open_folder()
+    made = cache.open_folder()
     for name in ("aa/code.so", "fxgraph/bb/entry", "locks/x.lock"):
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_bytes(name.encode())
@@ -146,7 +146,7 @@ def test_a_hostile_archive_changes_nothing(origo: Run, folder: Path, tmp_path: P
 def test_an_archive_that_would_fill_the_disk_is_refused_before_it_does(
     origo: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compile_cache, "LIMIT_BYTES", 10 << 20)
+    monkeypatch.setattr(cache, "LIMIT_BYTES", 10 << 20)
     pack(tmp_path / "x.tar.gz", about(), entry(f"{folder.name}/aa/zeros", bytes(20 << 20)))
     assert (tmp_path / "x.tar.gz").stat().st_size < 1 << 20
     before = contents(folder)
@@ -154,8 +154,8 @@ def test_an_archive_that_would_fill_the_disk_is_refused_before_it_does(
     assert done.returncode == 2
     assert "larger than 10 MiB" in done.stderr
     assert contents(folder) == before
-    monkeypatch.setattr(compile_cache, "LIMIT_BYTES", 1 << 30)
-    monkeypatch.setattr(compile_archive, "_MOST_FILES", 1)
+    monkeypatch.setattr(cache, "LIMIT_BYTES", 1 << 30)
+    monkeypatch.setattr(archive, "_MOST_FILES", 1)
     assert origo("cache", "import", "x.tar.gz", "--i-trust-it").returncode == 2
 
 

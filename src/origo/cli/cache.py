@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import tyro
 
 from origo.cli.report import age, counted, print_facts, print_heading, print_json, print_table
+from origo.compiling import cache
+from origo.compiling.archive import export_cache, import_cache
+from origo.compiling.facts import facts, key_of
 from origo.errors import ConfigError
-from origo.training import compile_cache
-from origo.training.compile_archive import export_cache, import_cache
-from origo.training.compile_facts import facts, key_of
 from origo.training.display import size
 
 
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:
         told = f"{counted(added, 'file')} taken over from '{file}'; what was there already stayed."
         print_json({"file": file, "added": added}) if given.json else print(told)
     elif given.action == "clear":
-        freed, busy = compile_cache.clear()
+        freed, busy = cache.clear()
         left = f" Left alone, because another process is compiling: {', '.join(busy)}." if busy else ""
         print_json({"bytes": freed, "in_use": busy}) if given.json else print(f"{size(freed)} freed.{left}")
     else:
@@ -66,14 +66,14 @@ def run(arguments: list[str]) -> int:
 
 def _list(*, as_json: bool) -> None:
     here = facts()
-    key, there = key_of(here), compile_cache.all_kept()
+    key, there = key_of(here), cache.all_kept()
     total = sum(kept.size for kept in there)
     if as_json:
         print_json(
             {
-                "path": compile_cache.root(),
+                "path": cache.root(),
                 "bytes": total,
-                "limit_bytes": compile_cache.LIMIT_BYTES,
+                "limit_bytes": cache.LIMIT_BYTES,
                 "this_machine": {"key": key, "about": here},
                 "keys": [
                     {"key": k.key, "bytes": k.size, "used": _utc(k.used_at), "this_machine": k.key == key, "about": k.facts}
@@ -82,8 +82,8 @@ def _list(*, as_json: bool) -> None:
             }
         )
         return
-    print_heading(f"Compiled code in '{compile_cache.root()}'")
-    print_facts({"size": f"{size(total)} of {size(compile_cache.LIMIT_BYTES)} at most", "this machine": key})
+    print_heading(f"Compiled code in '{cache.root()}'")
+    print_facts({"size": f"{size(total)} of {size(cache.LIMIT_BYTES)} at most", "this machine": key})
     rows = [("", "key", "size", "used", "for")]
     for kept in there:
         about = ", ".join(kept.facts.get(fact, "?").partition(",")[0] for fact in ("torch", "Python", "processor", "GPU"))

@@ -11,13 +11,13 @@ import tyro
 from rich.console import Console
 
 from origo.cli.report import counted, print_facts, print_heading, print_json
-from origo.training import machine as find
-from origo.training.diagnosis import Diagnosis, Machine, choose_precision, diagnose
-from origo.training.disk import Disk, look_at
+from origo.doctor import machine as find
+from origo.doctor.diagnosis import Diagnosis, Machine, choose_precision, diagnose
+from origo.doctor.disk import Disk, look_at
+from origo.doctor.trial import Trial, try_compiling
 from origo.training.display import Display, size
 from origo.training.options import DataOptions, RunOptions
 from origo.training.precision import choose_compute, computes_in_bf16
-from origo.training.trial import Trial, try_compiling
 
 
 @dataclass(frozen=True)

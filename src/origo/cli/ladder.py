@@ -15,10 +15,10 @@ from rich.table import Table
 
 from origo.cli.report import print_json, print_table
 from origo.errors import ConfigError, storage_error
+from origo.ladder.ladder import BOOK_VOCABULARY, CPU_VOCABULARY, Figure, Ladder, climb
 from origo.models.config import GPTConfig
 from origo.store.filesystem import replace_file
 from origo.training.display import Display, clock, size
-from origo.training.ladder import BOOK_VOCABULARY, CPU_VOCABULARY, Figure, Ladder, climb
 from origo.training.plot import plot_ladder
 from origo.training.precision import choose_compute
 

@@ -1,1 +1,1 @@
-"""The loop and what it needs: options, precision, compilation, optimizer, evaluation, display, proof."""
+"""The loop and what it needs: options, precision, optimizer, evaluation, display, proof."""

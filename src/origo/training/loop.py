@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from origo.checkpointer import Checkpointer
+from origo.compiling.cache import warm_start
+from origo.compiling.compilation import Compilation, How, graphs_compiled, why_compiled_again
 from origo.data.batches import TrainingBatches
 from origo.data.prefetch import Prefetcher
 from origo.data.tokenizer import Tokenizer
@@ -30,8 +32,6 @@ from origo.state.rng import seed_all
 from origo.store.layout import TOKENIZER
 from origo.store.reader import Checkpoint
 from origo.store.run import newest_good
-from origo.training.compilation import Compilation, How, graphs_compiled, why_compiled_again
-from origo.training.compile_cache import warm_start
 from origo.training.display import Display, Standing
 from origo.training.evaluation import held_out_loss
 from origo.training.guard import TOO_MANY

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from origo.compiling.compilation import Compilation, How, compile_in_place, uncompile
+from origo.compiling.policy import choose, recall, remember
 from origo.errors import is_out_of_memory
 from origo.models.gpt import GPT
-from origo.training.compilation import Compilation, How, compile_in_place, uncompile
-from origo.training.compile_policy import choose, recall, remember
 from origo.training.guard import Guard
 from origo.training.memory import give_back_freed_memory, keep_freed_memory
 from origo.training.optimizer import Average, build_optimizers

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from origo.compiling.compilation import compile_in_place
 from origo.errors import is_out_of_memory
+from origo.ladder.model import LadderModel, Parts
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
-from origo.training.compilation import compile_in_place
-from origo.training.ladder_model import LadderModel, Parts
 from origo.training.metering import memory_in_use
 from origo.training.options import OptimizationOptions
 from origo.training.precision import choose_compute
@@ -174,7 +174,7 @@ class RungProcess:
 
 def command_of(setting: Setting) -> list[str]:
     """What starts the process of a rung."""
-    return [sys.executable, "-P", "-m", "origo.training.ladder_process", setting.to_json()]
+    return [sys.executable, "-P", "-m", "origo.ladder.process", setting.to_json()]
 
 
 # --- the process itself ---

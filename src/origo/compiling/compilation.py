@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import nn
 
-from origo.training.inductor import forget_broken
+from origo.compiling.inductor import forget_broken
 
 _MOST_BROKEN = 16  # libraries that a killed compiler can have left unfinished; it works on a few at a time
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from origo.compiling.compilation import compile_in_place, uncompile
 from origo.data.batches import TrainingBatches
-from origo.training.compilation import compile_in_place, uncompile
 from tests.conftest import TINY_RUN, Run
 
 

@@ -2,7 +2,7 @@
 
 1. A rung adds its technique to those of the rungs below it. One that cannot apply, or fails, says why, and the rungs above do
    without it.
-2. Each runs in a process of its own (:mod:`origo.training.ladder_process`), and is measured in turns with the rung before,
+2. Each runs in a process of its own (:mod:`origo.ladder.process`), and is measured in turns with the rung before,
    which is still alive: this one, that one, that one, this one. Its factor is the median over pairs of turns, so what else the
    machine does meets both; its tokens a second are the median of its own turns; the total is the product of the factors.
 3. What is left of the time is shared out anew at each rung, so the whole stays within it.
@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from origo.errors import ConfigError
+from origo.ladder.process import OutOfTime, RungFailed, RungProcess, Setting, Technique, command_of
 from origo.models.config import GPTConfig
 from origo.training.display import Activity, Display, size
-from origo.training.ladder_process import OutOfTime, RungFailed, RungProcess, Setting, Technique, command_of
 from origo.training.metering import Peak, peak_of, training_flops_per_token
 from origo.training.precision import Compute
 

@@ -11,7 +11,7 @@ any time costs a compilation and nothing else.
 
 **It is code.** Its place is decided by the machine alone (ORIGO_CACHE_DIR, or the system's folder for caches): never by an
 option, because a run that came from elsewhere brings its options along, and never by anything in a checkpoint. A folder that
-somebody else owns, or could write to, is not used. :mod:`origo.training.compile_archive` moves it on purpose.
+somebody else owns, or could write to, is not used. :mod:`origo.compiling.archive` moves it on purpose.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from pathlib import Path
 
 import platformdirs
 
+from origo.compiling.facts import facts, key_of, read_facts
+from origo.compiling.inductor import HEADERS, Counts, counters, point_at, user_decides
 from origo.errors import StorageError, storage_error
-from origo.training.compile_facts import facts, key_of, read_facts
-from origo.training.inductor import HEADERS, Counts, counters, point_at, user_decides
 
 if sys.platform == "win32":
     fcntl = None

@@ -1,6 +1,6 @@
 """What follows from the facts about a machine: the settings for it, what each is worth here, what is wrong, and the remedies.
 
-Nothing is measured in this file. A figure that it gives was measured on this machine by :mod:`origo.training.machine`, ``disk``
+Nothing is measured in this file. A figure that it gives was measured on this machine by :mod:`origo.doctor.machine`, ``disk``
 or ``trial``, or computed from such figures; where there is none, it says so.
 """
 
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
+from origo.doctor.disk import IN_CONTAINER, IN_MEMORY, Disk
+from origo.doctor.machine import Compiler, Cores, Gpu, Memory, Versions
+from origo.doctor.trial import PRESET, Trial
 from origo.models.config import PRESETS, GPTConfig
 from origo.models.gpt import GPT
-from origo.training.disk import IN_CONTAINER, IN_MEMORY, Disk
 from origo.training.display import clock, size
-from origo.training.machine import Compiler, Cores, Gpu, Memory, Versions
 from origo.training.metering import training_flops_per_token
 from origo.training.options import DEFAULT_STEPS, DataOptions, ModelOptions, OptimizationOptions, RunOptions
-from origo.training.trial import PRESET, Trial
 
 _OLDEST_TORCH = (2, 6)
 _WORTH_IT = 1.05  # times as fast; less is within what a shared machine varies by

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from origo import GPT, GPTConfig
 from origo.errors import ConfigError
-from origo.training import ladder as module
+from origo.ladder import ladder as module
+from origo.ladder.ladder import RUNGS, Figure, Ladder, climb
+from origo.ladder.model import LadderModel, Parts
+from origo.ladder.process import Setting, command_of
 from origo.training.display import Display
-from origo.training.ladder import RUNGS, Figure, Ladder, climb
-from origo.training.ladder_model import LadderModel, Parts
-from origo.training.ladder_process import Setting, command_of
 from origo.training.precision import Compute
 
 SHAPE = GPTConfig(vocab_size=101, context_length=16, emb_dim=32, n_heads=4, n_layers=2)

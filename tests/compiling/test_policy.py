@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from origo.training.compilation import Compilation
-from origo.training.compile_policy import Costs, choose, recall, remember
+from origo.compiling.compilation import Compilation
+from origo.compiling.policy import Costs, choose, recall, remember
 from tests.conftest import TINY_RUN, Run
 
 SHAPE = {"n_layers": 2}

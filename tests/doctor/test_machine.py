@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from origo.doctor import machine as find
+from origo.doctor.diagnosis import Machine, diagnose, memory_of, parameters_of
+from origo.doctor.disk import Disk, file_system, look_at, write_speed
+from origo.doctor.trial import Trial, try_compiling
 from origo.errors import ConfigError
-from origo.training import machine as find
-from origo.training.diagnosis import Machine, diagnose, memory_of, parameters_of
-from origo.training.disk import Disk, file_system, look_at, write_speed
-from origo.training.trial import Trial, try_compiling
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="these files are Linux's")
@@ -169,7 +169,7 @@ def test_nothing_is_left_when_it_is_stopped_in_between(tmp_path: Path, stop: str
     program = f"""
 import os, signal
 from pathlib import Path
-from origo.training import disk
+from origo.doctor import disk
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 flush = os.fsync
 def flush_and_be_stopped(descriptor):

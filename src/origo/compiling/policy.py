@@ -19,9 +19,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from origo.compiling.cache import root
+from origo.compiling.compilation import Compilation, How
 from origo.store.filesystem import replace_file
-from origo.training.compilation import Compilation, How
-from origo.training.compile_cache import root
 
 _FILE = "costs.json"
 _MOST_SHAPES = 200

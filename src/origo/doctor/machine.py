@@ -1,8 +1,8 @@
 """What this machine is, and what it can do: facts alone, each found out by a function of its own.
 
 Whatever a system does not tell is None, never a guess. Where a function reads files of the system it takes the folder that
-stands for ``/``, so that the files of another machine can be given. Disks are in :mod:`origo.training.disk`, what
-``torch.compile`` does here in :mod:`origo.training.trial`, and what follows from it all in :mod:`origo.training.diagnosis`.
+stands for ``/``, so that the files of another machine can be given. Disks are in :mod:`origo.doctor.disk`, what
+``torch.compile`` does here in :mod:`origo.doctor.trial`, and what follows from it all in :mod:`origo.doctor.diagnosis`.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from origo.compiling import cache
+from origo.compiling.cache import ABOUT
+from origo.compiling.facts import facts, key_of, read_facts
 from origo.errors import CheckpointError, ConfigError, storage_error
-from origo.training import compile_cache
-from origo.training.compile_cache import ABOUT
-from origo.training.compile_facts import facts, key_of, read_facts
 
 _MOST_FILES = 100_000
 _LARGEST_ABOUT = 1 << 16
@@ -35,10 +35,10 @@ def export_cache(target: Path) -> int:
         ConfigError: there is none yet.
         StorageError: it cannot be written.
     """
-    folder = compile_cache.root() / key_of(facts())
+    folder = cache.root() / key_of(facts())
     if not (folder / ABOUT).is_file():
-        raise ConfigError(f"There is no compiled code of this machine in '{compile_cache.root()}' yet: origo train makes some.")
-    compile_cache.require_private(folder)
+        raise ConfigError(f"There is no compiled code of this machine in '{cache.root()}' yet: origo train makes some.")
+    cache.require_private(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and _is_moved(path))
     files.sort(key=lambda path: path != folder / ABOUT)  # it comes first, so that a reader can refuse before it reads on
     temporary = target.with_name(f".origo-writing-{target.name}-{os.getpid()}")
@@ -79,12 +79,12 @@ def import_cache(source: Path, *, trusted: bool) -> int:
         raise storage_error("read the archive", source, error) from error
     with stream:
         try:
-            folder = compile_cache.open_folder()
-            with compile_cache.temporary_folder() as place:
+            folder = cache.open_folder()
+            with cache.temporary_folder() as place:
                 _unpack(source, stream, place, folder.name)
                 return _take_over(place, folder)
         except OSError as error:
-            raise storage_error("keep compiled code", compile_cache.root(), error) from error
+            raise storage_error("keep compiled code", cache.root(), error) from error
 
 
 def _unpack(source: Path, stream: IO[bytes], place: Path, key: str) -> None:
@@ -191,5 +191,5 @@ class _Bounded(io.RawIOBase):
 
     @staticmethod
     def _require_within(position: int) -> None:
-        if position > compile_cache.LIMIT_BYTES:
-            raise ValueError(f"it is larger than {compile_cache.LIMIT_BYTES >> 20} MiB, the most that the cache may have")
+        if position > cache.LIMIT_BYTES:
+            raise ValueError(f"it is larger than {cache.LIMIT_BYTES >> 20} MiB, the most that the cache may have")

@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 
 from origo.cli.main import main
+from origo.compiling import cache, inductor
+from origo.compiling.cache import ABOUT, bound, open_folder, root, warm_start
+from origo.compiling.facts import facts, key_of
+from origo.compiling.inductor import Counts
 from origo.errors import StorageError
-from origo.training import compile_cache, inductor
-from origo.training.compile_cache import ABOUT, bound, open_folder, root, warm_start
-from origo.training.compile_facts import facts, key_of
-from origo.training.inductor import Counts
 from tests.conftest import TINY_RUN, Run
 
 # One step of a training, as the loop takes it, in a process of its own.
 PROGRAM = """
 import json, os, torch
 from origo import GPT, GPTConfig
-from origo.training.compile_cache import warm_start
+from origo.compiling.cache import warm_start
 from origo.training.options import OptimizationOptions
 from origo.training.precision import choose_compute
 from origo.training.step import Stepper
@@ -108,7 +108,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this process's own, that torch is not pointed at by the tests."""
     monkeypatch.setenv("ORIGO_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(inductor, "_set_here", {})
-    monkeypatch.setattr(compile_cache, "point_at", lambda folder: None)
+    monkeypatch.setattr(cache, "point_at", lambda folder: None)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     return tmp_path / "cache" / "compiled"
 
@@ -297,12 +297,12 @@ def test_the_size_is_bounded_and_what_was_used_longest_ago_goes_first(here: Path
         put(here / key, "aa/code.so", 1000, days)
         put(here / key, ABOUT, 2, days)
     put(here, "notes.txt", 1000, 100)
-    total = sum(kept.size for kept in compile_cache.all_kept())
+    total = sum(kept.size for kept in cache.all_kept())
     assert bound(total) == 0
     assert bound(total - 1) == 1002
-    assert {kept.key for kept in compile_cache.all_kept()} == {mine.name, old, recent}
+    assert {kept.key for kept in cache.all_kept()} == {mine.name, old, recent}
     assert bound(total - 1500) == 1002
-    assert {kept.key for kept in compile_cache.all_kept()} == {mine.name, recent}
+    assert {kept.key for kept in cache.all_kept()} == {mine.name, recent}
     assert (here / "notes.txt").exists(), "what is not a key is not ours"
 
 
@@ -317,7 +317,7 @@ def test_of_this_machines_key_files_go_but_not_those_just_used(
     module = type(sys)("found_compiled")
     module.__file__ = str(used[0])
     monkeypatch.setitem(sys.modules, "found_compiled", module)
-    size = sum(kept.size for kept in compile_cache.all_kept())
+    size = sum(kept.size for kept in cache.all_kept())
     assert bound(size - 1500) == 2000
     assert [path.exists() for path in unused] == [False, False, True, True, True]
     bound(0)
@@ -330,18 +330,18 @@ def test_what_another_process_compiles_into_stays(here: Path) -> None:
     mine = open_folder()
     put(mine, "aa/code.so", 1000, 10)
     other = put(here / ("0" * 16), "aa/code.so", 1000, 10).parent.parent
-    holding = [compile_cache._lock(folder, alone=False) for folder in (mine, other)]
+    holding = [cache._lock(folder, alone=False) for folder in (mine, other)]
     try:
         assert bound(0) == 0
-        assert compile_cache.clear() == (0, [mine.name, other.name])
+        assert cache.clear() == (0, [mine.name, other.name])
     finally:
         for descriptor in holding:
             assert descriptor is not None
             os.close(descriptor)
-    freed, busy = compile_cache.clear()
+    freed, busy = cache.clear()
     assert freed > 2000
     assert busy == []
-    assert compile_cache.all_kept() == []
+    assert cache.all_kept() == []
 
 
 @pytest.mark.parametrize(

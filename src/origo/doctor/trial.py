@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from origo.compiling.compilation import compile_in_place
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
-from origo.training.compilation import compile_in_place
 from origo.training.options import DataOptions, OptimizationOptions
 from origo.training.precision import choose_compute
 from origo.training.step import Batch, Stepper
@@ -78,7 +78,7 @@ def try_compiling(device: str, precision: str, *, seconds: float = 55.0) -> Tria
     ) as name:
         folder = Path(name)
         environment = {**os.environ, _CACHE: str(folder / "cache")}
-        command = [sys.executable, "-P", "-m", "origo.training.trial", request]
+        command = [sys.executable, "-P", "-m", "origo.doctor.trial", request]
         # Files rather than pipes: torch's own processes hold on to a pipe after the one that is waited for has gone.
         with (folder / "told").open("wb") as told, (folder / "errors").open("wb") as errors:
             process = subprocess.Popen(

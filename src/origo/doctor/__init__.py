@@ -1,0 +1,1 @@
+"""What this machine can do, what settings suit it, and what is wrong with it."""
