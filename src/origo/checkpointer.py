@@ -264,6 +264,8 @@ class Checkpointer:
             StorageError: one could not be renamed.
         """
         with self._lock:
+            if not first_process():
+                return
             self._task.wait()
             self.acquire()
             pinned = set(pins(self.directory).values())

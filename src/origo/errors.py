@@ -47,6 +47,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+class Quiet(OrigoError):
+    """Another process tells the user of it."""
+
+
 LESS_MEMORY = "lower --micro-batch or --context-length, give --gradient-checkpointing, or take a smaller --preset"
 """What to do where memory is too small for training."""
 

@@ -43,6 +43,8 @@ def run(arguments: list[str]) -> int:
     for argument in options:
         if argument.split("=")[0] in ("--name", "--runs-dir", "--time-limit"):
             raise ConfigError(f"{argument.split('=')[0]} is not for check-resume, which has two runs of its own: leave it out.")
+        if argument.split("=")[0] == "--processes":
+            raise ConfigError("check-resume kills a run of one process: leave --processes out.")
     if ours.folder is not None and ours.folder.exists() and any(ours.folder.iterdir()):
         raise ConfigError(f"'{ours.folder}' is not empty: name a new --folder.")
     seed = random.randrange(10**6) if ours.kill_seed is None else ours.kill_seed

@@ -13,7 +13,7 @@ import os
 import sys
 from importlib.metadata import version
 
-from origo.errors import LESS_MEMORY, ConfigError, OrigoError, is_out_of_memory, nearest
+from origo.errors import LESS_MEMORY, ConfigError, OrigoError, Quiet, is_out_of_memory, nearest
 
 INTERRUPTED = 130
 
@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         code: int = importlib.import_module(f"origo.cli.{command.replace('-', '_')}").run(arguments[1:])
         sys.stdout.flush()
         return code
+    except Quiet:
+        return 2
     except OrigoError as error:
         print(f"origo: {error}", file=sys.stderr)
         return 2
@@ -64,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"origo: Out of memory: {LESS_MEMORY}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("origo: stopped.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("origo: stopped.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,10 +15,13 @@ from typing import Annotated
 import tyro
 
 from origo.cli.config import arguments_of, one_of_each
+from origo.errors import OrigoError, Quiet
 from origo.store.layout import MODEL
 from origo.training.display import Display, size
+from origo.training.launch import launch
 from origo.training.loop import Outcome, train
 from origo.training.options import LENGTHS, SIZES, DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
+from origo.training.ranks import launched
 from origo.training.run_folder import FINISHED, RunFolder
 
 
@@ -45,7 +48,16 @@ class _Arguments:
 def run(arguments: list[str]) -> int:
     """``origo train``."""
     display = Display()
-    outcome = train(parse_options(arguments), display)
+    try:
+        options = parse_options(arguments)
+    except OrigoError as error:
+        raise error if os.environ.get("RANK", "0") == "0" else Quiet from error
+    if options.run.processes > 1 and not launched():
+        called = [sys.argv[0]] if Path(sys.argv[0]).name == "origo" else ["-m", "origo"]
+        return launch(options.run.processes, [sys.executable, *called, "train", *arguments])
+    outcome = train(options, display)
+    if not outcome.tells:
+        return outcome.exit_code
     if outcome.status != FINISHED:
         kept = f"all of it is kept in '{outcome.checkpoint}'. The same command continues."
         if outcome.spoilt:

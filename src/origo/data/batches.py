@@ -29,18 +29,27 @@ class TrainingBatches:
         batch_size: windows in a batch.
         seed: which order.
         description: what an error calls the corpus.
+        share: of each batch that is wanted, as (which, of how many); the windows are the same however many share them.
 
     Raises:
         DataError: the stream is shorter than one batch.
     """
 
     def __init__(
-        self, stream: TokenStream, context_length: int, batch_size: int, seed: int, description: str = "The corpus"
+        self,
+        stream: TokenStream,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        description: str = "The corpus",
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._tokens = stream.tokens
         self.context_length = context_length
         self.batch_size = batch_size
         self.seed = seed
+        size = batch_size // share[1]
+        self._share = slice(share[0] * size, (share[0] + 1) * size)
         self.windows = max(0, (len(stream) - 1) // context_length)
         if self.windows < batch_size:
             raise DataError(
@@ -49,8 +58,8 @@ class TrainingBatches:
             )
 
     def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a batch, both [batch_size, context_length] int64."""
-        numbers = window_numbers(batch, self.batch_size, self.windows, self.seed)
+        """Inputs and targets of a batch, or of the share of it, both [sequences, context_length] int64."""
+        numbers = window_numbers(batch, self.batch_size, self.windows, self.seed)[self._share]
         return _inputs_and_targets(self._tokens, numbers * self.context_length, self.context_length)
 
 

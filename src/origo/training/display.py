@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
@@ -168,6 +169,11 @@ class Display:
     Args:
         console: where to; standard output by default.
     """
+
+    @classmethod
+    def silent(cls) -> Display:
+        """One that shows nothing, for a process that leaves talking to another."""
+        return cls(Console(file=io.StringIO(), quiet=True))
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or _Console(highlight=False, soft_wrap=True, emoji=False)

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import torch
 from torch import nn
 
 from origo.data.batches import IGNORED_TARGET, evaluation_batches
 from origo.data.tokens import TokenStream
 from origo.models.eager import without_compilation
+from origo.state.processes import gathered
 from origo.training.precision import Compute
 
 
 def held_out_loss(
-    model: nn.Module, stream: TokenStream, context_length: int, batch_size: int, limit: int, compute: Compute
+    model: nn.Module,
+    stream: TokenStream,
+    context_length: int,
+    batch_size: int,
+    limit: int,
+    compute: Compute,
+    share: tuple[int, int] = (0, 1),
 ) -> float:
-    """Mean cross-entropy in nats a token over at most ``limit`` batches; NaN where the stream has nothing to predict."""
-    total, tokens = 0.0, 0
+    """Mean cross-entropy in nats a token over at most ``limit`` batches; NaN where the stream has nothing to predict.
+
+    Args:
+        share: of the batches, as (which process, of how many): each computes its own, and all have the result.
+    """
+    which, of_how_many = share
+    sums: list[tuple[float, int]] = []
     was_training = model.training
     model.eval()
     with torch.inference_mode(), compute.autocast(), without_compilation():
-        for inputs, targets in evaluation_batches(stream, context_length, batch_size, limit):
+        for number, (inputs, targets) in enumerate(evaluation_batches(stream, context_length, batch_size, limit)):
+            if number % of_how_many != which:
+                continue
             counted = int((targets != IGNORED_TARGET).sum())
             loss = model(inputs.to(compute.device), targets.to(compute.device))
-            total += float(loss) * counted
-            tokens += counted
+            sums.append((float(loss) * counted, counted))
     model.train(was_training)
+    shares = gathered(sums, together=of_how_many > 1)
+    # In the batches' order, whoever computed them: the same bits as from one process.
+    rounds = [each for batches in zip_longest(*shares) for each in batches if each is not None]
+    total, tokens = sum(loss for loss, _ in rounds), sum(count for _, count in rounds)
     return total / tokens if tokens else float("nan")

@@ -9,9 +9,10 @@ step, and the state of every random number generator.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ from origo.data.batches import TrainingBatches
 from origo.data.prefetch import Prefetcher
 from origo.data.tokenizer import Tokenizer
 from origo.data.tokens import TokenData, put_back
-from origo.errors import LESS_MEMORY, CheckpointError, ConfigError, OrigoError, RunError, StorageError, is_out_of_memory
+from origo.errors import (
+    LESS_MEMORY,
+    CheckpointError,
+    ConfigError,
+    OrigoError,
+    Quiet,
+    RunError,
+    StorageError,
+    is_out_of_memory,
+)
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.snapshot import stored_objects, stored_values
@@ -36,12 +46,14 @@ from origo.training.display import Display, Standing
 from origo.training.evaluation import held_out_loss
 from origo.training.guard import TOO_MANY
 from origo.training.keeping import Keeper
+from origo.training.launch import leave_with_the_launcher
 from origo.training.metering import Meter, Peak, memory_in_use, peak_of, training_flops_per_token
 from origo.training.options import TrainOptions, duration
 from origo.training.plot import plot_losses
 from origo.training.precision import Compute, choose_compute
 from origo.training.preparation import prepare_data
 from origo.training.proof import Proof, prove
+from origo.training.ranks import LAUNCHER, PATIENCE_SECONDS, Ranks, is_lost_connection, join
 from origo.training.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, require_same_run
 from origo.training.sample import write_sample
 from origo.training.schedule import make_schedule
@@ -50,6 +62,7 @@ from origo.training.start import Start, starting_point
 from origo.training.step import Batch, Result, Stepper
 from origo.training.tracking import Tracker, make_tracker, require_tracker
 
+_MOST_DRAWING = 0.1  # of the time is spent on drawing the picture
 _TREND = 16  # rows whose losses are shown as bars
 _MOST_ROLL_BACKS = 3
 """With nothing kept between them, each to an older checkpoint where there is one, before the run stops with a diagnosis."""
@@ -82,6 +95,8 @@ class Outcome:
     roll_backs: int = 0
     share_waited: float = 0.0
     """Of the steps' time, for data."""
+    tells: bool = True
+    """Whether this process is the one that tells the user."""
 
 
 def train(options: TrainOptions, display: Display) -> Outcome:
@@ -91,27 +106,64 @@ def train(options: TrainOptions, display: Display) -> Outcome:
         OrigoError: something of the user's or of the surroundings prevents it; said in a sentence.
     """
     began = time.monotonic()
-    folder = RunFolder(options.run_path)
+    leave_with_the_launcher()
+    ranks, device = join(options.run.device)
+    folder = RunFolder(options.run_path, writes=ranks.first)
+    if not ranks.first:
+        display = Display.silent()
     checkpointer = Checkpointer(
         folder.checkpoints,
         keep_last=options.run.keep_last,
         keep_every=options.run.keep_every or None,
         keep_best="val_loss" if options.run.keep_best else None,
     )
-    with checkpointer:
-        outcome = _train(options, folder, checkpointer, display, began)
-    for note in checkpointer.notes:
-        display.warn(note)
-    return outcome
+    try:
+        with checkpointer:
+            outcome = _train(options, folder, checkpointer, display, began, ranks, device)
+        for note in checkpointer.notes:
+            display.warn(note)
+        ranks.leave()
+        return replace(outcome, tells=ranks.first)
+    except Exception as error:
+        if (told := _as_told(error, ranks, checkpointer)) is not error:
+            raise told from error
+        raise
 
 
-def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer, display: Display, began: float) -> Outcome:
+def _as_told(error: Exception, ranks: Ranks, checkpointer: Checkpointer) -> Exception:
+    """An error as it is to be told, once, where several processes may have the same one or come to know of it."""
+    if ranks.count == 1:
+        return error
+    if not isinstance(error, OrigoError) and is_lost_connection(error):
+        kept = checkpointer.steps
+        where = f"from step {kept[-1]}" if kept else "from the beginning"
+        error = RunError(
+            f"Process {ranks.number} lost its connection to another one, which has died, or did not answer for "
+            f"{PATIENCE_SECONDS // 60} minutes ({str(error).splitlines()[0][:120]}). The same command goes on {where}."
+        )
+        if LAUNCHER in os.environ:
+            return Quiet()  # which process it was, the launcher knows
+    if isinstance(error, OrigoError):
+        return error if ranks.tells() else Quiet()
+    error.add_note(f"In process {ranks.number} of {ranks.count}.")
+    return error
+
+
+def _train(
+    options: TrainOptions,
+    folder: RunFolder,
+    checkpointer: Checkpointer,
+    display: Display,
+    began: float,
+    ranks: Ranks,
+    device: str,
+) -> Outcome:
     require_tracker(options.run.track)
     before = folder.description()
     if before is not None:
         changes = require_same_run(before["options"], options, folder.path)
         if before["status"] != FINISHED:
-            checkpointer.acquire()  # before looking what is there: another process may be adding to it
+            ranks.all_or_none(checkpointer.acquire)  # before looking what is there: another process may be adding to it
         found = newest_good(folder.checkpoints)
         for path, reason in found.skipped if found else ():
             display.warn(f"Passed over '{path}': {reason}")
@@ -121,15 +173,15 @@ def _train(options: TrainOptions, folder: RunFolder, checkpointer: Checkpointer,
             display.note(f"Changed since the run was started: {change}.")
     else:
         found = None
-        folder.require_writable()
-    compute = choose_compute(options.run.device, options.run.precision)
+        ranks.all_or_none(folder.require_writable)
+    compute = choose_compute(device, options.run.precision)
     compute.repeat_exactly(options.run.deterministic)
     start, source = None, found.checkpoint if found else None
     if found is None and options.model.start_from is not None:
         options, start = starting_point(options)
         source = start.checkpoint if options.data.tokenizer is None else None
-    tokenizer, tokens = prepare_data(options, source, display)
-    trainer = Trainer(options, folder, checkpointer, compute, tokenizer, tokens, display)
+    tokenizer, tokens = ranks.in_turn(lambda: prepare_data(options, source, display))
+    trainer = Trainer(options, folder, checkpointer, compute, tokenizer, tokens, display, ranks)
     if before is not None and before.get("steps") == trainer.schedule.steps:  # of a longer run, what pays may be another way
         trainer.compiled = before.get("compiled")
     if found is not None:
@@ -164,21 +216,22 @@ class Trainer:
         tokenizer: Tokenizer,
         tokens: TokenData,
         display: Display,
+        ranks: Ranks,
     ) -> None:
         self.options, self.folder, self.checkpointer = options, folder, checkpointer
-        self.compute, self.display = compute, display
+        self.compute, self.display, self.ranks = compute, display, ranks
         self.tokenizer, self.tokens = tokenizer, tokens
         self.config: GPTConfig = options.model.config(tokenizer.vocab_size)
         self.schedule = make_schedule(options.optimization, self.config.context_length, len(tokens.train))
-        self.micro_batches = self.schedule.micro_batches(options.optimization.micro_batch)
-        seed = options.optimization.seed
+        self.micro_batches = self.schedule.micro_batches(options.optimization.micro_batch, ranks.count)
+        seed, size, share = options.optimization.seed, self.schedule.batch_size, (ranks.number, ranks.count)
         self.batches = TrainingBatches(
-            tokens.train, self.config.context_length, self.schedule.batch_size, seed, options.data.corpus.description
+            tokens.train, self.config.context_length, size, seed, options.data.corpus.description, share
         )
         self.prefetcher = Prefetcher(self.batches.__getitem__, compute.device)
         seed_all(seed)
         self.model = GPT(self.config).to(compute.device)
-        self.stepper = Stepper(self.model, options.optimization, compute)
+        self.stepper = Stepper(self.model, options.optimization, compute, ranks)
         self.keeper = Keeper(checkpointer, folder.checkpoints, display)
         self.step = 0  # steps done
         self.seconds = 0.0  # that they and everything between them took
@@ -200,10 +253,11 @@ class Trainer:
         self.compiled_again = 0  # graphs, since then
         self.peak: Peak | None = None
         self.tracker = make_tracker(None, folder.path, {}, 0)
-        self.tracked = options.run.track is not None
+        self.tracked = options.run.track is not None and ranks.first
         self.losses: list[float] = []  # of the last rows
         self.sample = ""  # the newest one
-        self.began_at = time.monotonic()
+        self.began_at = self.drawn_at = time.monotonic()
+        self.drawing_seconds = 0.3  # of the last picture
         self.written = True  # whether what is only looked at could be written the last time
 
     @property
@@ -225,10 +279,11 @@ class Trainer:
                     "bring the text back, start a new run under another --name, or go on with --data-changed accept."
                 )
             self.display.warn("The text has changed; going on with the new one, as --data-changed says.")
-        for name, now in self._surroundings().items():
-            if (then := progress[name]) != now:
+        for name, now in {"processes": "1", **self._surroundings()}.items():
+            if (then := progress.get(name, "1")) != now:
                 self.display.warn(f"Not bit for bit as without the interruption, going on: {name} was {then}, is {now}.")
-        if self.options.optimization.micro_batch == "auto":  # another split of a batch adds up in another order
+        as_many = progress.get("processes", "1") == str(self.ranks.count)
+        if self.options.optimization.micro_batch == "auto" and as_many:  # another split of a batch adds up in another order
             self.micro_batches = [size for size in self.micro_batches if size <= progress["micro_batch"]]
         self.restore(checkpoint)
 
@@ -273,8 +328,8 @@ class Trainer:
             compilation, first_loss = self._prepare()
         else:  # stopped after its last step, or asked for fewer than it has
             compilation, first_loss = None, math.nan
-        self.checkpointer.acquire()  # the first thing that leaves a trace of a new run
-        self._describe(RUNNING)
+        self.ranks.all_or_none(self.checkpointer.acquire)  # the first thing that leaves a trace of a new run
+        self.ranks.all_or_none(lambda: self._describe(RUNNING))
         self.folder.keep_metrics(self.rows_written)
         self.folder.keep_tokenizer(self.tokenizer.to_json())
         self.tracker = self._new_tracker()
@@ -287,7 +342,7 @@ class Trainer:
             self.display.note(f"Continuing after step {self.step} of {steps}.")
         limit = duration(run.time_limit) if run.time_limit else None
         due = False  # a checkpoint
-        with self.display.training(), StopRequest(limit, began) as stop:
+        with self.display.training(), StopRequest(limit, began, self.ranks) as stop:
             while self.step < steps and not self.settled and not stop.requested:
                 measured = (self.step + 1) % run.eval_every == 0 or self.step + 1 == steps
                 logged = (self.step + 1) % run.log_every == 0 or measured
@@ -317,14 +372,20 @@ class Trainer:
             if spoilt:  # stopped before anybody had looked
                 self.keeper.settle()
             else:
-                self.keeper.keep_for_sure(self.step, lambda: self._state(started_at), self._metrics())
+                self.ranks.all_or_none(
+                    lambda: self.keeper.keep_for_sure(self.step, lambda: self._state(started_at), self._metrics())
+                )
         self._track(lambda tracker: tracker.close())
+        self._draw()
         if self.step < steps and not self.settled:
             self._describe(INTERRUPTED)
             return self._outcome(INTERRUPTED, compilation, None, stop, spoilt=spoilt)
         if self.step < steps:
             self.display.note(f"Stopped after step {self.step}: {self.stale} measurements without a better held-out loss.")
-        proof = self._prove()
+        # By another process, which may have measured otherwise; or no number, for a reason that may be gone.
+        if self.measured_step != self.step or not math.isfinite(self.held_out):
+            self._measure()
+        proof = self._prove() if self.ranks.first else None
         self._describe(FINISHED)
         return self._outcome(FINISHED, compilation, proof)
 
@@ -341,8 +402,8 @@ class Trainer:
             activity.result = f"{compilation}{warm}" if compilation.compiled else str(compilation)
             if how == "auto" and not compilation.compiled and not compilation.reason:
                 activity.result += f": it would not pay in {self.schedule.steps - self.step:,} steps (--compile whole does it)"
-            if self.stepper.micro_batch < self.schedule.batch_size:
-                parts = self.schedule.batch_size // self.stepper.micro_batch
+            if self.stepper.micro_batch < self.schedule.batch_size // self.ranks.count:
+                parts = self.schedule.batch_size // self.ranks.count // self.stepper.micro_batch
                 activity.result += f"; {parts} micro-batches of {self.stepper.micro_batch} a step"
         self.compilation = compilation if compilation.compiled else None
         self.compiled = compilation.how
@@ -372,7 +433,7 @@ class Trainer:
         """
         failed, streak = self.step, int(self.stepper.guard.streak)
         last = self.pending[-1]
-        self.keeper.settle()
+        self.ranks.all_or_none(self.keeper.settle)  # what the first one writes is there for all
         found = self.keeper.to_go_back_to(self.tried)
         spoilt = [name for name, weights in self.model.named_parameters() if not weights.isfinite().all()]
         seen = (
@@ -392,6 +453,7 @@ class Trainer:
             )
         first, end = self._batch_number(_step_of(found)), self._batch_number(failed)
         skipped = [*self.skipped, [first, end - first]]
+        self.ranks.all_or_none(lambda: None)  # all of them have seen what is there
         self._tell_pending()
         rows = [*self.folder.read_metrics()[: self.rows_written], *self.rows]
         self.restore(found)
@@ -422,6 +484,8 @@ class Trainer:
             self.best, self.best_step, self.stale = self.held_out, self.step, 0
         elif self.step:
             self.stale += 1
+        if not self.ranks.first:
+            return
         try:
             text = write_sample(self.model, self.tokenizer, self.tokens.held_out)
         except CheckpointError:  # of weights that are spoilt, which is told elsewhere
@@ -437,8 +501,9 @@ class Trainer:
 
     def _held_out_loss(self, model: GPT) -> float:
         size = self.stepper.micro_batch or self.micro_batches[0]
+        share = self.ranks.number, self.ranks.count
         return held_out_loss(
-            model, self.tokens.held_out, self.config.context_length, size, self._eval_batches(size), self.compute
+            model, self.tokens.held_out, self.config.context_length, size, self._eval_batches(size), self.compute, share
         )
 
     def _eval_batches(self, size: int) -> int:
@@ -473,9 +538,17 @@ class Trainer:
                 row["ema_val_loss"] = _finite(self._held_out_loss(self.stepper.average.model))
         self.rows.append(row)
         self._write(self._write_rows)
-        if measured:
-            self._write(lambda: plot_losses(self.folder.read_metrics(), self.folder.loss_plot, self.folder.path.name))
+        if measured and time.monotonic() - self.drawn_at > self.drawing_seconds / _MOST_DRAWING:
+            self._draw()
         self.display.standing(self._standing(loss, rate), keep=measured)
+
+    def _draw(self) -> None:
+        """The picture of the losses."""
+        if self.ranks.first:
+            start = time.monotonic()
+            self._write(lambda: plot_losses(self.folder.read_metrics(), self.folder.loss_plot, self.folder.path.name))
+            self.drawn_at = time.monotonic()
+            self.drawing_seconds = self.drawn_at - start
 
     def _standing(self, loss: float, rate: float) -> Standing:
         self.losses = [*self.losses, loss][-_TREND:]
@@ -498,7 +571,7 @@ class Trainer:
             self.best_step,
             self.losses,
             self.meter.mean_tokens_per_second(),
-            rate * training_flops_per_token(self.config) / self.peak.flops if self.peak else 0.0,
+            rate * training_flops_per_token(self.config) / (self.peak.flops * self.ranks.count) if self.peak else 0.0,
             self.peak.source if self.peak else "",
             self.meter.mean_share_waited(),
             memory_in_use(self.compute.device),
@@ -545,7 +618,8 @@ class Trainer:
     def _new_tracker(self) -> Tracker:
         """One that replaces what is there of later steps."""
         first = self.step + 1 if self.step else 0
-        return make_tracker(self.options.run.track, self.folder.path, self.options.to_dict(), first)
+        which = self.options.run.track if self.ranks.first else None
+        return make_tracker(which, self.folder.path, self.options.to_dict(), first)
 
     def _track_from_here(self) -> None:
         """After a roll-back the same steps come again; a library that is told no more stays so."""
@@ -602,7 +676,8 @@ class Trainer:
     def _surroundings(self) -> dict[str, str]:
         """What the last bit of a result depends on, besides the options."""
         where = f"{self.compute}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-        return {"torch": str(torch.__version__), "machine": where}
+        surroundings = {"torch": str(torch.__version__), "machine": where}
+        return surroundings | ({"processes": str(self.ranks.count)} if self.ranks.count > 1 else {})
 
     def _metrics(self) -> dict[str, float]:
         measured = self.measured_step == self.step and math.isfinite(self.held_out)
@@ -611,9 +686,6 @@ class Trainer:
     def _prove(self) -> Proof:
         checkpoint = self.keeper.checkpoint
         assert checkpoint is not None
-        # By another process, which may have measured otherwise; or no number, for a reason that may be gone.
-        if self.measured_step != self.step or not math.isfinite(self.held_out):
-            self._measure()
         if not math.isfinite(self.held_out):
             raise RunError(
                 f"The held-out loss is not a number, so nothing shows that '{checkpoint}' is what was trained; its weights are "

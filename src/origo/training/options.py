@@ -208,12 +208,14 @@ class RunOptions:
     """Stop, with everything kept, before this much time has passed, as 3h55m: for batch schedulers. Exit code 75."""
     track: Annotated[Literal["tensorboard", "wandb"] | None, arg(help_behavior_hint="(default: none)")] = None
     """Send the figures there too; both are extras: pip install 'origo[tensorboard]'."""
+    processes: int = 1
+    """How many processes of this machine share each batch: one for each GPU. Several machines: torchrun (docs/scale.md)."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
 
     def check(self) -> None:
         """Raise a ConfigError for a value that cannot work."""
-        _require_positive(self, "eval_every", "eval_batches", "save_every", "keep_last", "log_every")
+        _require_positive(self, "eval_every", "eval_batches", "save_every", "keep_last", "log_every", "processes")
         if self.time_limit is not None:
             duration(self.time_limit)
         if self.name is not None and (not self.name or Path(self.name).name != self.name or self.name.startswith(".")):

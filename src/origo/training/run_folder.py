@@ -27,7 +27,7 @@ RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 CHANGEABLE = {
     *("data", "text_field"),  # how it is spelled; whether it is the same text is seen by the tokens
     *("cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "keep_every", "keep_best"),
-    *("log_every", "compile", "precision", "deterministic", "device", "time_limit", "data_changed", "track"),
+    *("log_every", "compile", "precision", "deterministic", "device", "processes", "time_limit", "data_changed", "track"),
     *("steps", "epochs", "tokens", "learning_rate", "schedule", "min_learning_rate", "warmup_steps", "decay_share"),
     *("micro_batch", "grad_clip", "spike_sigma", "patience", "gradient_checkpointing"),
 }
@@ -39,6 +39,8 @@ class RunFolder:
     """The files of one run."""
 
     path: Path
+    writes: bool = True
+    """False in a process that leaves writing to another one: what would be written is passed over."""
 
     @property
     def checkpoints(self) -> Path:
@@ -61,6 +63,8 @@ class RunFolder:
         Raises:
             StorageError: the folder cannot be made here.
         """
+        if not self.writes:
+            return
         ancestor = self.path
         while not ancestor.exists() and ancestor != ancestor.parent:
             ancestor = ancestor.parent
@@ -99,15 +103,21 @@ class RunFolder:
 
     def describe(self, options: TrainOptions, status: str, **facts: Any) -> None:
         """Write run.json anew."""
+        if not self.writes:
+            return
         text = json.dumps({"status": status, **facts, "options": options.to_dict()}, indent=2) + "\n"
         replace_file(self.path / "run.json", text)
 
     def keep_tokenizer(self, text: str) -> None:
         """Write the tokenizer beside the run's description, as every checkpoint has it too."""
+        if not self.writes:
+            return
         replace_file(self.path / "tokenizer.json", text)
 
     def add_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows: all of them, or none."""
+        if not self.writes:
+            return
         try:
             with self.metrics.open("ab", buffering=0) as file:
                 end = file.tell()
@@ -139,10 +149,14 @@ class RunFolder:
 
     def keep_metrics(self, count: int) -> None:
         """Take out all rows after the first ``count``: their steps will be trained again."""
+        if not self.writes:
+            return
         replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in self.read_metrics()[:count]))
 
     def sync_metrics(self) -> None:
         """Return when the rows are on the disk."""
+        if not self.writes:
+            return
         try:
             with self.metrics.open("ab") as file:
                 os.fsync(file.fileno())
@@ -151,6 +165,8 @@ class RunFolder:
 
     def add_sample(self, step: int, text: str) -> None:
         """Keep a sample of what the model writes."""
+        if not self.writes:
+            return
         replace_file(self.path / "samples" / f"step-{step:09d}.txt", text)
 
 

@@ -46,20 +46,24 @@ class Schedule:
             above = 1.0
         return options.learning_rate * (options.min_learning_rate + (1 - options.min_learning_rate) * above)
 
-    def micro_batches(self, given: str) -> list[int]:
-        """The sizes of micro-batch to try, the largest first; each divides the batch.
+    def micro_batches(self, given: str, processes: int = 1) -> list[int]:
+        """The sizes of micro-batch to try, the largest first; each divides a process's share of the batch.
 
         Raises:
-            ConfigError: the one that is asked for does not divide it.
+            ConfigError: the one that is asked for does not divide it, or the processes cannot share it.
         """
-        fitting = [size for size in range(self.batch_size, 0, -1) if self.batch_size % size == 0]
+        share, left = divmod(self.batch_size, processes)
+        if left:
+            nearest = max(1, round(self.batch_size / processes)) * processes
+            raise ConfigError(
+                f"A step of {self.batch_size} sequences cannot be shared by {processes} processes: take --batch-size {nearest}."
+            )
+        fitting = [size for size in range(share, 0, -1) if share % size == 0]
         if given == "auto":
             return fitting
         if int(given) not in fitting:
             closest = min(fitting, key=lambda size: abs(size - int(given)))
-            raise ConfigError(
-                f"A batch of {self.batch_size} sequences is not a multiple of --micro-batch {given}: take {closest}."
-            )
+            raise ConfigError(f"A batch of {share} sequences is not a multiple of --micro-batch {given}: take {closest}.")
         return [int(given)]
 
 

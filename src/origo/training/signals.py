@@ -13,6 +13,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from origo.training.ranks import Ranks
+
 TIME_IS_UP = 75  # EX_TEMPFAIL of sysexits.h: the same command, again
 
 # SIGUSR1 is what batch schedulers send ahead of their SIGTERM (as Slurm with --signal); Windows has none.
@@ -25,14 +27,16 @@ class StopRequest:
     Args:
         time_limit: seconds that the run may take in all, as of ``since``; None for any time.
         since: when it began, of :func:`time.monotonic`.
+        ranks: this process among those that have to stop together; then each has to ask after each step.
     """
 
-    def __init__(self, time_limit: float | None = None, since: float = 0.0) -> None:
+    def __init__(self, time_limit: float | None = None, since: float = 0.0, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         self.exit_code = 0
         """0, or the exit code that tells why to stop: 128 and the signal's number, as a shell has it, or 75 for the time."""
         self.reason = ""
         self.reserve = 0.0
         """Seconds that stopping takes: writing the last checkpoint."""
+        self._ranks = ranks
         self._ends = None if time_limit is None else since + time_limit
         self._longest = 0.0  # seconds from one look at the clock to the next
         self._looked_at = time.monotonic()
@@ -45,7 +49,11 @@ class StopRequest:
         self._longest, self._looked_at = max(self._longest, now - self._looked_at), now
         if not self.exit_code and self._ends is not None and now + self._longest + self.reserve >= self._ends:
             self.exit_code, self.reason = TIME_IS_UP, "the --time-limit is reached"
-        return bool(self.exit_code)
+        agreed = self._ranks.largest(self.exit_code)
+        if agreed and agreed != self.exit_code:
+            self.exit_code = agreed
+            self.reason = "the --time-limit is reached" if agreed == TIME_IS_UP else _reason(agreed - 128)
+        return bool(agreed)  # not what has come while they agreed: that is for the next time
 
     def __enter__(self) -> StopRequest:
         self._looked_at = time.monotonic()
@@ -60,7 +68,12 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
         if not self.exit_code:
-            self.exit_code, self.reason = 128 + number, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        print(f"\nFinishing the step and keeping it{again}.", file=sys.stderr, flush=True)
+            self.exit_code, self.reason = 128 + number, _reason(number)
+        if self._ranks.first:
+            print(f"\nFinishing the step and keeping it{again}.", file=sys.stderr, flush=True)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _reason(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -6,23 +6,27 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from origo.compiling.compilation import Compilation, How, compile_in_place, uncompile
 from origo.compiling.policy import choose, recall, remember
+from origo.data.order import epoch_key
 from origo.errors import is_out_of_memory
 from origo.models.gpt import GPT
+from origo.state.processes import agreed
 from origo.training.guard import Guard
 from origo.training.memory import give_back_freed_memory, keep_freed_memory
 from origo.training.optimizer import Average, build_optimizers
 from origo.training.options import OptimizationOptions
 from origo.training.precision import Compute
+from origo.training.ranks import GradientMean, Ranks
 
 _SLOWER = 1.1  # as often as a step takes where compiling is undone; less is noise, on a machine that does other things too
 
+T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both [sequences, context_length] int64
 
 
@@ -43,11 +47,13 @@ class Stepper:
 
     Args:
         model: on the device that computes.
+        ranks: this process among those that share each batch.
     """
 
-    def __init__(self, model: GPT, options: OptimizationOptions, compute: Compute) -> None:
-        self.model, self.compute = model, compute
+    def __init__(self, model: GPT, options: OptimizationOptions, compute: Compute, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+        self.model, self.compute, self.ranks = model, compute, ranks
         self._options = options
+        self._gradients = GradientMean(model, ranks)
         self.optimizers = build_optimizers(model, options)
         self.average = Average(model, options.ema) if options.ema else None
         fp16 = compute.dtype == torch.float16
@@ -129,14 +135,17 @@ class Stepper:
             keep_freed_memory()
         automatic = how == "auto"
         if how == "auto":
-            once()  # at the first, memory is new
+            self._everywhere(once)  # at the first, memory is new
             eager_seconds = min(timed(), timed())
-            how = choose(steps, eager_seconds, on_cpu, recall(self._shape))
-        compilation = compile_in_place(self.model, how, once, reraise=is_out_of_memory)
+            how = agreed(lambda: choose(steps, eager_seconds, on_cpu, recall(self._shape)))
+        chosen: How = how  # type: ignore[assignment]  # it is not auto any more
+        compilation = self._everywhere(lambda: compile_in_place(self.model, chosen, once, reraise=is_out_of_memory))
         if automatic and compilation.compiled:
             compilation = replace(compilation, eager_seconds=eager_seconds, compiled_seconds=min(timed(), timed()))
-            remember(self._shape, compilation)
-            if compilation.compiled_seconds > _SLOWER * eager_seconds:
+            if self.ranks.first:
+                remember(self._shape, compilation)
+            slower = compilation.compiled_seconds > _SLOWER * eager_seconds
+            if agreed(lambda: slower):
                 uncompile(self.model)
                 once()  # the loss that is told is that of the way that is taken
                 compilation = replace(compilation, how="off", reason="a compiled step takes longer here")
@@ -144,7 +153,20 @@ class Stepper:
             compilation = replace(compilation, eager_seconds=eager_seconds)
         del held
         give_back_freed_memory()
-        return compilation, losses[-1]
+        return compilation, float(self.ranks.mean(torch.tensor(losses[-1], device=self.compute.device)))
+
+    def _everywhere(self, work: Callable[[], T]) -> T:
+        """Do what may take more memory than there is; where it does in one process, it is said to in all."""
+        failure: Exception | None = None
+        try:
+            result = work()
+        except (RuntimeError, MemoryError) as error:
+            if self.ranks.count == 1 or not is_out_of_memory(error):
+                raise
+            failure = error
+        if self.ranks.largest(failure is not None):
+            raise failure or MemoryError("out of memory in another process")
+        return result
 
     @property
     def _shape(self) -> dict[str, Any]:
@@ -163,11 +185,16 @@ class Stepper:
         """
         parts = list(zip(batch[0].split(self.micro_batch), batch[1].split(self.micro_batch), strict=True))
         losses = []
+        if self.ranks.count > 1:  # what is dropped out differs between them, and is the same when the step is taken again
+            torch.manual_seed(epoch_key(self._options.seed, number * self.ranks.count + self.ranks.number))
         for part in parts:
             loss = self._loss(part)
+            if part is parts[-1]:
+                self._gradients.begin()
             self._scaler.scale(loss / len(parts) if len(parts) > 1 else loss).backward()
             losses.append(loss.detach())
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        self._gradients.finish()
+        loss = self.ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).mean())
         if self._scaler.is_enabled():
             for optimizer in self.optimizers:
                 self._scaler.unscale_(optimizer)

@@ -1,0 +1,249 @@
+"""The processes of one training: the share of each, and what they agree upon.
+
+Each has the whole model and its own sequences of a batch. Nothing is wrapped around the model: a gradient is averaged over the
+processes as soon as the backward pass has made it, by a hook of its parameter, while the pass goes on. With the same batch on
+all of them, what is done with loss, gradient and weights is the same everywhere, bit for bit, so only what comes from outside
+has to be agreed upon: a signal, the clock, what the disk said.
+
+They meet through what ``torchrun`` puts into the environment; ``origo train --processes`` does so too (:mod:`.launch`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from origo.errors import ConfigError, OrigoError, RunError
+from origo.state.processes import gathered
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 600
+"""After which a process that does not answer is given up, and with it the run."""
+LAUNCHER = "ORIGO_LAUNCHER"
+"""In the environment of a process that ``--processes`` started: the launcher's process id. It tells of a process that died."""
+_ERRORS = "origo/errors"
+_LINGERING_SECONDS = 2.0
+_SMALL = 1 << 16  # numbers; smaller gradients are sent together
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its training."""
+
+    number: int = 0
+    count: int = 1
+    on_this_machine: int = 0
+    """Its number among those of this machine."""
+    store: Any = field(default=None, compare=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes and talks."""
+        return self.number == 0
+
+    def largest(self, value: int) -> int:
+        """Of what all have; each has to call this."""
+        if self.count == 1:
+            return value
+        values = torch.tensor([value], dtype=torch.int64, device="cpu")
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Over all of them, of a 0-d tensor; each has to call this. Nobody waits for a GPU."""
+        if self.count == 1:
+            return value
+        value = value.detach().float().clone()
+        dist.all_reduce(value)
+        return value / self.count
+
+    def all_or_none(self, work: Callable[[], T]) -> T:
+        """Do the same in all of them; where one fails, all do.
+
+        Raises:
+            OrigoError: its own, or another one's.
+        """
+        result, failure = _tried(work)
+        failures = gathered(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        self._raise_another(failures)
+        return result[0]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """The first process of each machine does it, then the others: what it left in a cache is there then.
+
+        Raises:
+            OrigoError: as :meth:`all_or_none`.
+        """
+        if self.count == 1:
+            return work()
+        result: list[T] = []
+        failure: OrigoError | None = None
+        if self.on_this_machine == 0:
+            result, failure = _tried(work)
+        failures = gathered(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        self._raise_another(failures)
+        return result[0] if result else work()
+
+    def tells(self) -> bool:
+        """Whether this process is to tell of an error: the first one that asks."""
+        if self.store is None:
+            return self.first
+        try:
+            asked = int(self.store.add(_ERRORS, 1))
+            until = time.monotonic() + _LINGERING_SECONDS
+            while self.first and int(self.store.add(_ERRORS, 0)) < self.count and time.monotonic() < until:
+                time.sleep(0.01)  # the store is in this process: the others are to find it
+            return asked == 1
+        except Exception:  # the store was another process's, which has gone; that one has told
+            return False
+
+    def leave(self) -> None:
+        """Part in peace."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _raise_another(self, failures: list[str | None]) -> None:
+        for number, failure in enumerate(failures):
+            if failure is not None:
+                raise RunError(failure if number == 0 else f"In process {number}: {failure}")
+
+
+def _tried(work: Callable[[], T]) -> tuple[list[T], OrigoError | None]:
+    try:
+        return [work()], None
+    except OrigoError as error:
+        return [], error
+
+
+def launched() -> bool:
+    """Whether something started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(device: str) -> tuple[Ranks, str]:
+    """Meet the other processes, if there are any.
+
+    Args:
+        device: as it was asked for.
+
+    Returns:
+        This process among them, and the device that it computes on.
+
+    Raises:
+        ConfigError, RunError: the environment says nothing of where to meet, or they do not come.
+    """
+    if not launched():
+        return Ranks(), device
+    try:
+        number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        here = int(os.environ.get("LOCAL_RANK", "0"))
+        where = f"{os.environ['MASTER_ADDR']}:{int(os.environ['MASTER_PORT'])}"
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set, so this is one of several processes, but {error} is missing or no number: "
+            "start it with torchrun or --processes, or unset them."
+        ) from error
+    cuda = torch.cuda.is_available() and device in ("auto", "cuda")
+    if cuda:
+        if here >= torch.cuda.device_count():
+            raise ConfigError(f"Process {here} of this machine has no GPU of its own: there are {torch.cuda.device_count()}.")
+        torch.cuda.set_device(here)
+        device = f"cuda:{here}"
+    if count == 1:
+        return Ranks(), device
+    patience = timedelta(seconds=PATIENCE_SECONDS)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=patience))
+        store = PrefixStore(f"origo-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"Process {number} of {count} did not meet the others at {where}: {str(error).splitlines()[0][:160]}."
+        ) from error
+    return Ranks(number, count, here, store), device
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another process has gone, or does not answer."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    words = (
+        "connection closed by peer",
+        "connection reset by peer",
+        "timed out waiting",
+        "gloo",
+        "broken pipe",
+        "socket timeout",
+    )
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+class GradientMean:
+    """Averages gradients over the processes while the backward pass makes them.
+
+    Args:
+        model: of the same weights in all of them.
+        ranks: with one process, nothing is done.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self._count = ranks.count
+        self._on = False
+        self._large: list[tuple[Any, Tensor]] = []
+        self._small: list[nn.Parameter] = []
+        if ranks.count > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, src=0)
+                parameter.register_post_accumulate_grad_hook(self._made)
+
+    def begin(self) -> None:
+        """The next backward pass is the last one of the step."""
+        self._on = self._count > 1
+
+    def finish(self) -> None:
+        """Return when all of them are averages (on a GPU: when what follows will see them)."""
+        if not self._on:
+            return
+        self._on = False
+        gradients = []
+        if self._small:
+            parts = [parameter.grad for parameter in self._small]
+            together = torch.cat([part.flatten() for part in parts if part is not None])
+            dist.all_reduce(together)
+            at = 0
+            for part in parts:
+                assert part is not None
+                part.copy_(together[at : at + part.numel()].view_as(part))
+                at += part.numel()
+                gradients.append(part)
+        for work, gradient in self._large:
+            work.wait()
+            gradients.append(gradient)
+        torch._foreach_div_(gradients, float(self._count))
+        self._small.clear()
+        self._large.clear()
+
+    def _made(self, parameter: Tensor) -> None:
+        if not self._on or parameter.grad is None:
+            return
+        if parameter.numel() < _SMALL:
+            assert isinstance(parameter, nn.Parameter)
+            self._small.append(parameter)
+        else:
+            self._large.append((dist.all_reduce(parameter.grad, async_op=True), parameter.grad))
