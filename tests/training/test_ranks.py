@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import origo as library
-from origo.training.ranks import Ranks
+from origo.training.ranks import Ranks, join
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, Run
 
@@ -238,6 +238,12 @@ def test_a_process_that_has_nowhere_to_meet_says_so(origo_process: Run, book: Pa
     done = origo_process("train", "--data", book, *RUN, RANK="1", WORLD_SIZE="2")
     assert done.returncode == 2
     assert "'MASTER_ADDR' is missing or no number: start it with torchrun or --processes" in done.stderr
+
+
+def test_one_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join("cpu") == (Ranks(), "cpu")
 
 
 def test_alone_nothing_is_exchanged() -> None:

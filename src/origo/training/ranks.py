@@ -131,8 +131,8 @@ def _tried(work: Callable[[], T]) -> tuple[list[T], OrigoError | None]:
 
 
 def launched() -> bool:
-    """Whether something started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether something started this process as one of several; many a container says that it is one of one."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def join(device: str) -> tuple[Ranks, str]:
@@ -164,8 +164,6 @@ def join(device: str) -> tuple[Ranks, str]:
             raise ConfigError(f"Process {here} of this machine has no GPU of its own: there are {torch.cuda.device_count()}.")
         torch.cuda.set_device(here)
         device = f"cuda:{here}"
-    if count == 1:
-        return Ranks(), device
     patience = timedelta(seconds=PATIENCE_SECONDS)
     try:
         store, _, _ = next(rendezvous("env://", timeout=patience))
