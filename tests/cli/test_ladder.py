@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from origo.training import ladder
+from origo.ladder import ladder
 from tests.conftest import Run
 
 TINY = ("--preset", "nano", "--vocab-size", 300, "--context-length", 32, "--batch-size", 2)
