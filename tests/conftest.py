@@ -15,6 +15,7 @@ from hypothesis import settings
 
 from origo import GPT, GPTConfig
 from origo.cli.main import main
+from origo.training import loop, proof
 
 settings.register_profile("bounded", max_examples=150)
 settings.register_profile("prove", max_examples=3000, print_blob=True)
@@ -69,11 +70,29 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "ORIGO_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not os.environ.get("ORIGO_PROVE"):
+        left = [item for item in items if item.get_closest_marker("prove")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
+def _proof_in_this_process(checkpoint: Path, expected: float, token_cache: Path, **how: object) -> proof.Proof:
+    """What the fresh process at a run's end does, without its second and a half of imports."""
+    request = {"checkpoint": str(checkpoint), "token_cache": str(token_cache), **how}
+    held_out, sample = proof._open_and_measure(request)
+    return proof.Proof(held_out, expected, sample)
+
+
 @pytest.fixture
 def origo(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
-    """The command, called in this process and in the test's folder: a process of its own costs seconds to start."""
+    """The command, called in this process and in the test's folder: a process of its own costs seconds to start.
+
+    So does the proof at a run's end, which is made here too; of ``origo_process`` all is as for a user.
+    """
+    monkeypatch.setattr(loop, "prove", _proof_in_this_process)
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)

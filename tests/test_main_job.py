@@ -1,6 +1,6 @@
 """`origo train`, as it is: real text, the default options, a few minutes. Everything else here is smaller than life.
 
-`make prove` trains as long as the default is; otherwise it is two fifths of that.
+`make prove` trains as long as the default is; otherwise it is a quarter of that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from origo.data.corpus import Corpus
 from tests.conftest import Run
 
-LENGTH, LEARNED = ((), 0.55) if os.environ.get("ORIGO_PROVE") else (("--steps", 450), 0.62)
+LENGTH, LEARNED = ((), 0.55) if os.environ.get("ORIGO_PROVE") else (("--steps", 300), 0.7)
 
 
 @pytest.mark.slow
