@@ -120,7 +120,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         files = {main: _tensors(origin.contents.tensors)}
     elif manifest is not None:
         kind = "a checkpoint" if manifest.step is not None else "a model folder"
-        files = {name: _tensors(checkpoint.tensors(name)) for name in manifest.tensors}
+        wholes = checkpoint.pieces.tensors if checkpoint.pieces else manifest.tensors
+        files = {name: _tensors(checkpoint.tensors(name)) for name in wholes}
     else:
         kind = "a .safetensors file written by Origo" if checkpoint.identity else "a .safetensors file"
         files = {main: _tensors(model)}

@@ -14,7 +14,7 @@ import tyro
 
 from origo.cli.report import as_step, bytes_of, checkpoints_folder, print_heading, print_json, shown
 from origo.errors import CheckpointError
-from origo.interop.opening import open_any
+from origo.interop.opening import is_ours, open_any
 from origo.store import remote
 from origo.store.reader import read_checkpoint
 from origo.store.run import find_checkpoint, step_folder, steps
@@ -78,7 +78,8 @@ def _check(path: Path, step: int | None) -> dict[str, Any] | None:
     """What is damaged, and what could be checked; None for a step that its run has deleted meanwhile."""
     checked = _STRUCTURE
     try:
-        checkpoint = read_checkpoint(path) if step is not None else open_any(path, verify=False).checkpoint
+        ours = step is not None or is_ours(path)
+        checkpoint = read_checkpoint(path) if ours else open_any(path, verify=False).checkpoint
         found = [(damage.file, damage.tensor, damage.reason) for damage in checkpoint.damages()]
         if checkpoint.manifest is not None or checkpoint.identity is not None:
             checked = _EVERY_BYTE

@@ -123,7 +123,7 @@ def open_any(
     """
     path = remote.as_path(path)
     require_path(path)
-    if remote.is_remote(path) or _is_ours(path) or not path.exists():
+    if remote.is_remote(path) or is_ours(path) or not path.exists():
         found = find_checkpoint(path, step, verify=verify)
         checkpoint = found.checkpoint
         if checkpoint.architecture is not None or remote.is_remote(path):
@@ -151,7 +151,8 @@ def _require_unsaid(checkpoint: Checkpoint, part: str | None, n_heads: int | Non
         raise ConfigError(f"'{checkpoint.path}' says {heads} heads, and {n_heads} were given: leave them out.")
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
+    """Whether Origo wrote it."""
     if path.is_dir():
         return (path / MANIFEST).is_file() or (path / CHECKPOINTS).is_dir() or bool(steps(path))
     if not path.is_file():

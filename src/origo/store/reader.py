@@ -40,6 +40,7 @@ from origo.store.layout import (
     parse_json,
 )
 from origo.store.pickles import called, require_bounded
+from origo.store.pieces import PIECES, Pieced, Pieces, entries_of
 from origo.store.tensorfile import (
     dtype_called,
     dtype_name,
@@ -351,6 +352,51 @@ class PickledFile(TensorFile):
         return f"'{self.path}' is damaged: the bytes of its part {damaged!r} are not those that were written."
 
 
+class PiecedFile(TensorFile):
+    """Tensors that several processes wrote their pieces of; put together when they are asked for, one at a time."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Pieced], opened: Mapping[str, TensorFile]) -> None:
+        super().__init__(
+            path,
+            {name: entry.shape for name, entry in entries.items()},
+            {name: entry.dtype for name, entry in entries.items()},
+            {alias: name for name, entry in entries.items() for alias in entry.aliases},
+            {
+                name: opened[entry.pieces[0].file].hashes[entry.pieces[0].name]
+                for name, entry in entries.items()
+                if len(entry.pieces) == 1
+            },
+        )
+        self._entries, self._files = entries, opened
+
+    def _read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        if len(entry.pieces) == 1:
+            whole: Tensor = self._files[entry.pieces[0].file].tensor(entry.pieces[0].name, verify=False)
+            return whole
+        dtype = dtype_called(entry.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch does not have.")
+        whole = torch.empty(entry.shape, dtype=dtype, device="cpu")
+        for piece in entry.pieces:
+            values = self._files[piece.file].tensor(piece.name, verify=False)
+            whole[tuple(slice(at, at + size) for at, size in zip(piece.start, values.shape, strict=True))] = values
+        return whole
+
+    def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            for piece in self._entries[name].pieces:
+                wanted.setdefault(piece.file, []).append(piece.name)
+        damaged = False
+        for file, pieces in wanted.items():
+            for damage in self._files[file]._check(list(dict.fromkeys(pieces)), keep=keep):
+                damaged = True
+                yield damage
+        if not damaged:
+            self._right |= set(names)
+
+
 class Checkpoint:
     """Something with a model's weights in it, opened but not read; see :func:`read_checkpoint`."""
 
@@ -375,6 +421,19 @@ class Checkpoint:
         self.origin: Any = None
         """Where somebody else's program wrote it, how that was understood (``origo.interop.opening.Origin``)."""
         self._identity = manifest.identity if manifest else ""
+
+    @functools.cached_property
+    def pieces(self) -> Pieces | None:
+        """Which tensors are in pieces, where several processes wrote them; None where one did."""
+        text = self.text(PIECES) if self.manifest is not None else None
+        if text is None or self.manifest is None:
+            return None
+        return Pieces.read(text, self.manifest, str(self.path / PIECES))
+
+    @property
+    def holds(self) -> set[str]:
+        """The files that it has, those in pieces too."""
+        return {*(self.manifest.files if self.manifest else ()), *(self.pieces.tensors if self.pieces else ())}
 
     @property
     def model(self) -> TensorFile:
@@ -417,6 +476,11 @@ class Checkpoint:
     def tensors(self, file: str) -> TensorFile:
         """The tensors of another file of the folder (``"optimizer.safetensors"``)."""
         if file not in self._opened:
+            if self.pieces is not None and file in self.pieces.tensors:
+                entries = self.pieces.tensors[file]
+                names = dict.fromkeys(piece.file for entry in entries.values() for piece in entry.pieces)
+                self._opened[file] = PiecedFile(self.path / file, entries, {name: self.tensors(name) for name in names})
+                return self._opened[file]
             if self.manifest is None or file not in self.manifest.tensors:
                 raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
             entry = self.manifest.files[file]
@@ -447,13 +511,16 @@ class Checkpoint:
             return
         for file in self.manifest.files if files is None else files:
             try:
-                if file in self.manifest.tensors:
+                if file in self.manifest.tensors or (self.pieces and file in self.pieces.tensors):
                     yield from self.tensors(file).damages()
                 else:
                     self.text(file)
             except CheckpointError as error:
                 yield Damage(file, None, str(error))
-        if identity_of(self.manifest.tensors.get(MODEL, {})) != self._identity and MODEL in self.manifest.tensors:
+        model = self.manifest.tensors.get(MODEL)
+        if model is None and self.pieces is not None:
+            model = entries_of(self.pieces.tensors.get(MODEL, {}), self.manifest.tensors)
+        if model is not None and identity_of(model) != self._identity:
             yield Damage(MANIFEST, None, f"'{self.path / MANIFEST}' is damaged: its identity is not that of its tensors.")
 
     def _checked(self, file: str) -> bytes:
@@ -522,9 +589,9 @@ def _open_folder(path: Path) -> Checkpoint:
         _check_size(path / file, entry)
     if not set(manifest.tensors) <= set(manifest.files):
         raise CheckpointError(f"The manifest '{manifest_path}' is damaged: it describes files that it does not list.")
-    if MODEL not in manifest.tensors:
-        raise CheckpointError(f"'{path}' holds no {MODEL}.")
     checkpoint = Checkpoint(path, manifest)
+    if MODEL not in manifest.tensors and (checkpoint.pieces is None or MODEL not in checkpoint.pieces.tensors):
+        raise CheckpointError(f"'{path}' holds no {MODEL}.")
     config = checkpoint.text(CONFIG)
     if config is not None:
         checkpoint.config = parse_json(config, f"'{path / CONFIG}'")

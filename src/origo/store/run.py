@@ -207,8 +207,7 @@ def newest_good(directory: Path, *, verify: bool = True, files: Iterable[str] | 
             try:
                 checkpoint = read_checkpoint(path)
                 if verify:
-                    listed = checkpoint.manifest.files if checkpoint.manifest else {}
-                    checkpoint.verify(None if files is None else [file for file in files if file in listed])
+                    checkpoint.verify(None if files is None else [file for file in files if file in checkpoint.holds])
                 return Found(checkpoint, skipped)
             except CheckpointError as error:
                 skipped.append((path, str(error)))

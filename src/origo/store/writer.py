@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from origo.errors import CheckpointError, StorageError
 from origo.state.model import tensor_identity
 from origo.store import remote
-from origo.store.filesystem import NewFile, new_file, new_folder
+from origo.store.filesystem import NewFile, NewFolder, new_file, new_folder
 from origo.store.layout import (
     CONFIG,
     HEADER_KEY,
@@ -325,6 +325,16 @@ def write_folder(
             )
         folder.create(MANIFEST).write(text)
     return manifest
+
+
+def write_part(folder: NewFolder, name: str, state: Mapping[str, Any]) -> tuple[FileEntry, dict[str, TensorEntry]]:
+    """Write a tensor file of a folder that several processes fill, to the disk; what a manifest says of it is returned."""
+    stored = gather(state)
+    job = _Job(folder.create(name), stored, *header_of(_described(stored), stored.aliases))
+    _write_all([job], None, finish=True)
+    job.finish()  # of an empty one no thread did it
+    start = job.start
+    return FileEntry(len(start) + stored.nbytes, blake3(start).hexdigest(), len(start)), stored.entries(job.hashes)
 
 
 def require_replaceable(path: Path) -> None:

@@ -1,0 +1,450 @@
+"""Our format behind ``torch.distributed.checkpoint``: what anybody's ``dcp.save`` and ``dcp.load`` write and read.
+
+Its planner says which process has which piece; each writes its pieces into a file of its own, hashed, and flushes it; then the
+first process writes the manifest and renames the folder. So a checkpoint is there as a whole or not at all, whichever process
+fails, and the one before stays. No pickle is written: what is no tensor is kept as JSON.
+
+    dcp.save(state, storage_writer=origo.DCPWriter("step-100"))
+    dcp.load(state, storage_reader=origo.DCPReader("step-100"))
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from origo.errors import CheckpointError, ConfigError, StorageError, storage_error
+from origo.state.tree import flatten, unflatten
+from origo.store import remote
+from origo.store.filesystem import NewFolder, new_folder
+from origo.store.layout import MANIFEST, MODEL, FileEntry, Manifest, TensorEntry, identity_of
+from origo.store.pieces import PIECES, Piece, Pieced, Pieces, entries_of
+from origo.store.reader import Checkpoint, TensorFile, read_checkpoint
+from origo.store.tensorfile import dtype_called, dtype_name
+from origo.store.writer import provenance, require_replaceable, write_part
+
+STATE = "state.safetensors"
+"""What is no part of the model: an optimizer's tensors, and those inside of other objects."""
+_MODEL_KEY = "model"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the first process tells the others of the folder in the making."""
+
+    number: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What one process tells the first one, once, of the files that it has written; and for each item where it is."""
+
+    file: str
+    name: str
+    objects: Any = None
+    files: Mapping[str, tuple[FileEntry, dict[str, TensorEntry]]] | None = None
+    aliases: Mapping[str, str] | None = None
+
+
+class DCPWriter(StorageWriter):
+    """For ``dcp.save(state, storage_writer=DCPWriter(path))``: durable, hashed, without pickle, and there only as a whole.
+
+    Where the state is ``{"model": …, "optimizer": …}``, or a model's own state dict, ``origo.load(path, into=model)``,
+    ``origo.open_checkpoint``, ``origo inspect``, ``verify`` and ``convert`` open what it writes, in one process and without
+    torch.distributed.
+
+    Args:
+        path: the checkpoint's folder, on a disk that all processes see; ``checkpoint_id`` of ``dcp.save`` by default. One that
+            is there is replaced, when the new one is complete.
+
+    Raises:
+        CheckpointError: the state has something that is neither a tensor nor plain values; nothing is written.
+        StorageError: a disk refused, in any process. ``dcp.save`` raises its own ``CheckpointException`` with it, in all.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        super().__init__()
+        self._path = None if path is None else _on_a_disk(path)
+        self._first = False
+        self._making: ExitStack | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a save."""
+        if checkpoint_id is not None and checkpoint_id != "":
+            self._path = _on_a_disk(checkpoint_id)
+        if self._path is None:
+            raise ConfigError("Where shall it be? DCPWriter(path), or dcp.save(…, checkpoint_id=path).")
+        self._give_up()
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Learn whether this process is the one that commits."""
+        self._first = is_coordinator
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing to add: what a process has is what its planner says."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the folder, in the first process, and tell the others where."""
+        path = self._required_path()
+        require_replaceable(path)
+        making = ExitStack()
+        items = [item for plan in plans for item in plan.items if item.tensor_data is not None]
+        needed = sum(_nbytes(item) for item in items)
+        self._folder = making.enter_context(new_folder(path, MANIFEST, needed))
+        self._making = making
+        # A process that fails calls nothing here any more: what was begun is deleted with this object.
+        self._finalizer = weakref.finalize(self, _abandon, making)
+        folder = str(self._folder._path)
+        return [replace(plan, storage_data=_Place(number, folder)) for number, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this process's pieces, and return when they are on the disk."""
+        place: _Place = plan.storage_data
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        named: list[tuple[WriteItem, str, str, Any]] = []
+        in_model = _model_names([item.index.fqn for item in plan.items], planner)
+        for item in plan.items:
+            fqn = item.index.fqn
+            if item.type == WriteItemType.BYTE_IO:
+                found, structure = flatten(_object(item, planner), fqn)
+                if found:
+                    tensors.setdefault(STATE, {}).update(found)
+                named.append((item, STATE, fqn, {"structure": structure, "tensors": list(found)}))
+                continue
+            assert item.tensor_data is not None
+            value = planner.resolve_data(item)
+            assert isinstance(value, torch.Tensor)
+            file, name = (MODEL, in_model[fqn]) if fqn in in_model else (STATE, fqn)
+            box = _box_name(name, item)
+            tensors.setdefault(file, {})[box] = value.detach()
+            named.append((item, file, box, None))
+        folder = self._folder if self._first and self._making is not None else NewFolder(Path(place.folder))
+        assert isinstance(folder, NewFolder)
+        own = {file: f"{file.removesuffix('.safetensors')}-{place.number:05d}.safetensors" for file in tensors}
+        try:
+            files = {own[file]: write_part(folder, own[file], state) for file, state in tensors.items()}
+        except OSError as error:
+            raise storage_error("write", self._required_path(), error) from error
+        finally:
+            if folder is not getattr(self, "_folder", None):
+                folder.close()
+        stored_as = {
+            (file, alias): name for file, (_, entries) in files.items() for name, e in entries.items() for alias in e.aliases
+        }
+        results = []
+        for number, (item, file, name, extra) in enumerate(named):
+            actual = own.get(file, "")
+            stored = stored_as.get((actual, name), name)
+            if extra is not None:
+                extra["names"] = {each: stored_as.get((actual, each), each) for each in extra["tensors"]}
+            written = _Written(actual, stored, extra, files if number == 0 else None)
+            results.append(WriteResult(item.index, _nbytes(item) if item.tensor_data else 0, written))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit, in the first process, once all have written."""
+        assert self._making is not None
+        written = [result for each in results for result in each]
+        files: dict[str, FileEntry] = {}
+        entries: dict[str, dict[str, TensorEntry]] = {}
+        for result in written:
+            for name, (entry, tensors) in (result.storage_data.files or {}).items():
+                files[name], entries[name] = entry, tensors
+        pieces = _pieces(metadata, written, entries)
+        text = pieces.to_json().encode()
+        files[PIECES] = FileEntry(len(text), blake3(text).hexdigest(), len(text))
+        identity = identity_of(entries_of(pieces.tensors[MODEL], entries))
+        manifest = Manifest(files, entries, provenance=provenance(), identity=identity)
+        assert isinstance(self._folder, NewFolder)
+        try:
+            self._folder.create(PIECES).write(text)
+            self._folder.create(MANIFEST).write(manifest.to_json().encode())
+            making, self._making = self._making, None
+            self._finalizer.detach()
+            making.close()
+        except OSError as error:
+            raise storage_error("write", self._required_path(), error) from error
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it is a folder on a disk."""
+        return not remote.is_remote(remote.as_path(checkpoint_id))
+
+    def _required_path(self) -> Path:
+        assert self._path is not None
+        return self._path
+
+    def _give_up(self) -> None:
+        if self._making is not None:
+            self._finalizer()
+            self._making = None
+
+
+class DCPReader(StorageReader):
+    """For ``dcp.load(state, storage_reader=DCPReader(path))``: what :class:`DCPWriter` wrote, by as many processes or others.
+
+    What one process wrote (``origo.save``, ``origo train``) is read too: the model's tensors, under their names.
+
+    Args:
+        path: the checkpoint's folder.
+        dtype: ``"exact"`` refuses a tensor of another dtype than the stored one, ``"cast"`` converts.
+        verify: check each piece against its hash before it is used.
+
+    Raises:
+        CheckpointError: it is missing or damaged. ``dcp.load`` raises its own ``CheckpointException`` with it, everywhere.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, dtype: str = "exact", verify: bool = True) -> None:
+        super().__init__()
+        if dtype not in ("exact", "cast"):
+            raise ConfigError(f'dtype is "exact" or "cast", not {dtype!r}.')
+        self._path = None if path is None else remote.as_path(path)
+        self._cast, self._verify = dtype == "cast", verify
+        self._checkpoint: Checkpoint | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a load."""
+        if checkpoint_id is not None and checkpoint_id != "":
+            self._path = remote.as_path(checkpoint_id)
+        if self._path is None:
+            raise ConfigError("Where is it? DCPReader(path), or dcp.load(…, checkpoint_id=path).")
+        self._checkpoint = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What is there, for a planner."""
+        opened, pieces = self._opened(), self._pieces()
+        described: dict[str, Any] = {}
+        for file, entries in pieces.tensors.items():
+            for name, entry in entries.items():
+                dtype = dtype_called(entry.dtype)
+                if dtype is None:
+                    raise CheckpointError(
+                        f"{name} in '{opened.path}' has the dtype {entry.dtype}, which torch {torch.__version__} does not have."
+                    )
+                chunks = [
+                    ChunkStorageMetadata(torch.Size(piece.start), torch.Size(self._file(piece.file).shapes[piece.name]))
+                    for piece in entry.pieces
+                ]
+                for each in (name, *entry.aliases):
+                    full = pieces.prefix + each if file == MODEL else each
+                    properties = TensorProperties(dtype=dtype)
+                    described[full] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+        described |= {name: BytesStorageMetadata() for name in pieces.objects}
+        paths = {name: tuple(path) for name, path in pieces.paths.items()}
+        return Metadata(described, planner_data=paths or {name: (name,) for name in described})
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing: each process opens the files that it needs."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Nothing to add."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Nothing to add."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what this process needs, from the pieces that have it."""
+        pieces = self._pieces()
+        where = {
+            ((pieces.prefix if file == MODEL else "") + each, piece.start): piece
+            for file, entries in pieces.tensors.items()
+            for name, entry in entries.items()
+            for each in (name, *entry.aliases)
+            for piece in entry.pieces
+        }
+        for item in plan.items:
+            name = item.storage_index.fqn
+            if item.type == LoadItemType.BYTE_IO:
+                tensors = self._opened().tensors(STATE) if STATE in self._opened().holds else None
+                held = _Held(tensors, self._verify)
+                content = io.BytesIO()
+                torch.save(unflatten(pieces.objects[name], held), content)  # in memory: a planner takes it so
+                content.seek(0)
+                planner.load_bytes(item, content)
+                continue
+            target = planner.resolve_tensor(item).detach()
+            start = tuple(item.storage_index.offset) if item.storage_index.offset is not None else (0,) * target.dim()
+            piece = where[name, start]
+            values = self._file(piece.file).tensor(piece.name, verify=self._verify)
+            box = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
+            if values.dtype != target.dtype and not self._cast:
+                raise CheckpointError(
+                    f"{name} is {dtype_name(values.dtype)} in '{self._opened().path}' and {dtype_name(target.dtype)} here: "
+                    'DCPReader(path, dtype="cast") converts it.'
+                )
+            target.copy_(values[box])
+            planner.commit_tensor(item, target)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any path may be one."""
+        return True
+
+    def _opened(self) -> Checkpoint:
+        if self._checkpoint is None:
+            assert self._path is not None
+            self._checkpoint = read_checkpoint(self._path)
+            if self._checkpoint.manifest is None:
+                raise CheckpointError(f"'{self._path}' is one file, not a folder: origo.load(path, into=model) loads it.")
+        return self._checkpoint
+
+    def _file(self, name: str) -> TensorFile:
+        return self._opened().tensors(name)
+
+    def _pieces(self) -> Pieces:
+        """Of what one process wrote each tensor is one piece."""
+        opened = self._opened()
+        if opened.pieces is not None:
+            return opened.pieces
+        model = opened.model
+        further = {name: tuple(a for a, stored in model.aliases.items() if stored == name) for name in model.shapes}
+        whole = {
+            name: Pieced(model.dtypes[name], shape, (Piece(MODEL, name, (0,) * len(shape)),), further[name])
+            for name, shape in model.shapes.items()
+        }
+        return Pieces({MODEL: whole})
+
+
+class _Held(dict[str, torch.Tensor]):
+    """The tensors inside of objects, read when they are asked for, in memory of their own."""
+
+    def __init__(self, file: TensorFile | None, verify: bool) -> None:
+        super().__init__()
+        self._file, self._verify = file, verify
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        if self._file is None:
+            raise KeyError(name)
+        value: torch.Tensor = self._file.tensor(name, verify=self._verify).clone()
+        return value
+
+
+def _pieces(metadata: Metadata, written: list[WriteResult], entries: Mapping[str, Mapping[str, TensorEntry]]) -> Pieces:
+    paths = {name: list(path) for name, path in (metadata.planner_data or {}).items()}
+    in_model = _names_in_model(list(metadata.state_dict_metadata), paths)
+    found: dict[str, dict[str, list[Piece]]] = {MODEL: {}, STATE: {}}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    objects: dict[str, Any] = {}
+    for result in written:
+        fqn, place = result.index.fqn, result.storage_data
+        if place.objects is not None:
+            objects[fqn] = place.objects["structure"]
+            for name, stored in place.objects["names"].items():
+                entry = entries[place.file][stored]
+                shapes[name] = (entry.dtype, tuple(entry.shape))
+                found[STATE][name] = [Piece(place.file, stored, (0,) * len(entry.shape))]
+            continue
+        described = metadata.state_dict_metadata[fqn]
+        assert isinstance(described, TensorStorageMetadata)
+        file, name = (MODEL, in_model[fqn]) if fqn in in_model else (STATE, fqn)
+        shapes[fqn if file == STATE else f"{_MODEL_KEY}:{name}"] = (
+            dtype_name(described.properties.dtype),
+            tuple(described.size),
+        )
+        start = tuple(result.index.offset) if result.index.offset is not None else (0,) * len(described.size)
+        found[file].setdefault(name, []).append(Piece(place.file, place.name, start))
+    tensors: dict[str, dict[str, Pieced]] = {}
+    for file, named in found.items():
+        tensors[file] = {}
+        first: dict[Any, str] = {}
+        for name, parts in named.items():
+            dtype, shape = shapes[name if file == STATE else f"{_MODEL_KEY}:{name}"]
+            pieced = Pieced(dtype, shape, tuple(sorted(parts, key=lambda piece: piece.start)))
+            stored = first.setdefault(pieced, name)  # the same pieces under another name: a tied tensor
+            if stored == name:
+                tensors[file][name] = pieced
+            else:
+                kept = tensors[file][stored]
+                tensors[file][stored] = replace(kept, aliases=(*kept.aliases, name))
+    prefix = f"{_MODEL_KEY}." if any(fqn != name for fqn, name in in_model.items()) else ""
+    if not tensors[MODEL]:
+        raise CheckpointError(
+            "There is no model in what is to be kept: pass its state dict itself, or as {'model': …} beside the others."
+        )
+    return Pieces({file: named for file, named in tensors.items() if named}, objects, prefix, paths)
+
+
+def _names_in_model(names: list[str], paths: Mapping[str, Any]) -> dict[str, str]:
+    """Which tensors are a model's, by full name, and their names in it: those under ``model``, or those that are in no dict."""
+    under = {name: name.removeprefix(f"{_MODEL_KEY}.") for name in names if paths.get(name, (name,))[0] == _MODEL_KEY}
+    if any(len(paths.get(name, ())) > 1 for name in under):
+        return under
+    return {name: name for name in names if len(paths.get(name, (name,))) == 1}
+
+
+def _model_names(names: list[str], planner: SavePlanner) -> dict[str, str]:
+    paths = getattr(planner, "mappings", None) or {}
+    return _names_in_model([*names, *paths], paths)
+
+
+def _object(item: WriteItem, planner: SavePlanner) -> Any:
+    """An object itself; the planner offers its pickle, which is not written."""
+    lookup = getattr(planner, "lookup_object", None)
+    if lookup is None:
+        raise ConfigError(
+            f"{type(planner).__name__} gives {item.index.fqn} as a pickle alone: derive it from DefaultSavePlanner."
+        )
+    return lookup(item.index)
+
+
+def _box_name(name: str, item: WriteItem) -> str:
+    """As ``weight[0:128,0:64]``; of a whole tensor its name."""
+    assert item.tensor_data is not None
+    chunk, whole = item.tensor_data.chunk, item.tensor_data.size
+    if chunk.sizes == whole:
+        return name
+    return f"{name}[{','.join(f'{at}:{at + size}' for at, size in zip(chunk.offsets, chunk.sizes, strict=True))}]"
+
+
+def _nbytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+
+
+def _on_a_disk(path: str | os.PathLike[str]) -> Path:
+    found = remote.as_path(path)
+    if remote.is_remote(found):
+        raise ConfigError(f"DCPWriter writes to a folder on a disk that all processes see, not to '{path}'.")
+    return found.absolute()
+
+
+def _abandon(making: ExitStack) -> None:
+    """End what was begun without putting it in place."""
+    error = StorageError("A save was given up.")
+    making.__exit__(StorageError, error, None)

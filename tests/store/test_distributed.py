@@ -1,0 +1,309 @@
+"""DCPWriter and DCPReader under torch's own dcp.save and dcp.load, in real processes (gloo) of FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
+
+import origo
+from origo.store.layout import MODEL
+from origo.store.pieces import PIECES
+from origo.store.reader import read_checkpoint
+
+PROGRAM = """
+import errno, os, signal, sys, time, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from pathlib import Path
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+import origo
+from origo.store.filesystem import Disk
+
+mode, folder = sys.argv[1], Path(sys.argv[2])
+dist.init_process_group("gloo")
+rank, most = dist.get_rank(), dist.get_world_size()
+groups = {count: dist.new_group(list(range(count))) for count in range(1, most + 1)}
+meshes = {count: DeviceMesh("cpu", list(range(count))) for count in range(1, most + 1)}
+
+class Parts(torch.nn.Module):
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.head(x)
+
+def training(count, seed):
+    # 7, 5 and 100 rows are shared out unevenly, and of 3 rows one of four processes has none
+    torch.manual_seed(seed)
+    model = Parts(odd=torch.nn.Linear(5, 7), few=torch.nn.Linear(4, 3), emb=torch.nn.Embedding(100, 6),
+                  head=torch.nn.Linear(6, 100, bias=False))
+    model.head.weight = model.emb.weight
+    mesh = meshes[count]
+    fully_shard(model.odd, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach() * 0.5
+    optimizer.step()
+    return model, optimizer
+
+def state_of(model, optimizer):
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    return {**parts, "progress": {"step": 7, "seen": [1, 2.5, None], "order": torch.arange(4)}}
+
+def whole(state):
+    found = {}
+    def walk(value, path):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{path}.{key}")
+        elif isinstance(value, torch.Tensor):
+            found[path] = value.full_tensor() if hasattr(value, "full_tensor") else value
+        else:
+            found[path] = value
+    walk(state, "")
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        equal = torch.equal(one[name], other[name]) if isinstance(one[name], torch.Tensor) else one[name] == other[name]
+        assert equal, name
+
+if mode == "every":
+    for count in range(1, most + 1):
+        if rank < count:
+            model, optimizer = training(count, 0)
+            state = state_of(model, optimizer)
+            dcp.save(state, checkpoint_id=folder / str(count), storage_writer=origo.DCPWriter(), process_group=groups[count])
+        dist.barrier()
+    for count in range(1, most + 1):
+        if rank < count:
+            expected = whole(state_of(*training(count, 0)))
+            for written in range(1, most + 1):
+                state = state_of(*training(count, 1))
+                state["progress"] = {"step": 0, "seen": [], "order": torch.zeros(4, dtype=torch.int64)}
+                dcp.load(state, checkpoint_id=folder / str(written), storage_reader=origo.DCPReader(),
+                         process_group=groups[count])
+                same(expected, whole(state))
+        dist.barrier()
+    torch.manual_seed(0)
+    if rank == 0:
+        torch.save({name: value for name, value in whole(state_of(*training(1, 0))).items()
+                    if isinstance(value, torch.Tensor)}, folder / "expected.pth")
+else:
+    good = state_of(*training(most, 0))
+    writer = origo.DCPWriter()
+    dcp.save(good, checkpoint_id=folder / "step", storage_writer=writer)
+    real = Disk.write
+    def broken(disk, descriptor, data, position):
+        if mode == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if rank == most - 1:
+        Disk.write = broken
+    print("saving", flush=True)
+    try:
+        dcp.save(state_of(*training(most, 2)), checkpoint_id=folder / "step", storage_writer=writer)
+        raise SystemExit("it should have failed")
+    except CheckpointException as error:
+        assert "disk is full" in str(error), error
+        print(f"{rank} was told", flush=True)
+    Disk.write = real
+    state = state_of(*training(most, 3))
+    dcp.load(state, storage_reader=origo.DCPReader(folder / "step"))
+    same(whole(good), whole(state))
+    dcp.save(state_of(*training(most, 2)), checkpoint_id=folder / "step", storage_writer=writer)
+    dcp.load(state, storage_reader=origo.DCPReader(folder / "step"))
+    same(whole(state_of(*training(most, 2))), whole(state))
+dist.barrier()
+print("as it should be", flush=True)
+os._exit(0)
+"""
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    def launch(count: int, mode: str) -> subprocess.CompletedProcess[str]:
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*torchrun, str(program), mode, str(tmp_path)], capture_output=True, text=True, timeout=120, env=environment
+        )
+
+    return launch
+
+
+def test_what_any_number_of_processes_wrote_any_number_reads(launch: Launch, tmp_path: Path) -> None:
+    """Each of 1 to 4 writes, each of 1 to 4 reads all of these, bit for bit; then one without torch.distributed."""
+    run = launch(4, "every")
+    assert run.stdout.count("as it should be") == 4, run.stdout + run.stderr
+    expected = torch.load(tmp_path / "expected.pth", weights_only=True)
+    for count in "1234":
+        checkpoint = origo.open_checkpoint(tmp_path / count)
+        checkpoint.verify()
+        assert set(checkpoint.names) == {"odd.weight", "odd.bias", "few.weight", "few.bias", "emb.weight", "head.weight"}
+        for name in checkpoint.names:
+            assert torch.equal(checkpoint.tensor(name), expected[f".model.{name}"])
+        moments = checkpoint.tensors("state.safetensors")
+        assert torch.equal(
+            moments.tensor("optimizer.state.odd.weight.exp_avg"), expected[".optimizer.state.odd.weight.exp_avg"]
+        )
+        plain = torch.nn.ModuleDict({"odd": torch.nn.Linear(5, 7), "few": torch.nn.Linear(4, 3)})
+        origo.load(tmp_path / count, into=plain, strict=False)
+        assert torch.equal(plain["odd"].weight, expected[".model.odd.weight"])
+        for file in (tmp_path / count).glob("*.safetensors"):
+            assert load_file(file)
+        assert {file.suffix for file in (tmp_path / count).iterdir()} == {".json", ".safetensors"}
+    pieces = json.loads((tmp_path / "4" / PIECES).read_text())["tensors"][MODEL]
+    assert [piece[2] for piece in pieces["odd.weight"]["pieces"]] == [[0, 0], [2, 0], [4, 0], [6, 0]]
+
+
+def test_a_disk_that_is_full_for_one_process_is_told_to_all_and_nothing_is_lost(launch: Launch, tmp_path: Path) -> None:
+    run = launch(2, "full")
+    assert run.stdout.count("was told") == 2, run.stdout + run.stderr
+    assert run.stdout.count("as it should be") == 2, run.stdout + run.stderr
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["step"]
+
+
+def test_a_process_that_is_killed_while_it_saves_leaves_the_checkpoint_before(launch: Launch, tmp_path: Path) -> None:
+    run = launch(2, "killed")
+    assert "saving" in run.stdout
+    assert run.returncode != 0
+    read_checkpoint(tmp_path / "step").verify()
+    # What is left is a dead writer's; the next one in the folder deletes it.
+    dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path / "next", storage_writer=origo.DCPWriter(), no_dist=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == ["next", "step"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = origo.GPT(origo.GPTConfig.preset("nano", vocab_size=50))
+    state = {"model": model.state_dict(), "step": 3}
+    dcp.save(state, checkpoint_id=tmp_path / "saved", storage_writer=origo.DCPWriter(), no_dist=True)
+    return tmp_path / "saved"
+
+
+def test_what_is_damaged_is_never_loaded(saved: Path) -> None:
+    state = {"model": origo.GPT(origo.GPTConfig.preset("nano", vocab_size=50)).state_dict(), "step": 0}
+    for file in sorted(saved.iterdir()):
+        before = file.read_bytes()
+        file.write_bytes(before[:-9] + bytes([before[-9] ^ 1]) + before[-8:])
+        with pytest.raises((CheckpointException, origo.OrigoError), match=r"damaged|not those that were written"):
+            dcp.load(state, storage_reader=origo.DCPReader(saved), no_dist=True)
+        file.write_bytes(before)
+    dcp.load(state, storage_reader=origo.DCPReader(saved), no_dist=True)
+    assert state["step"] == 3
+
+
+def test_the_command_checks_every_piece(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from origo.cli.main import main
+
+    assert main(["verify", str(saved)]) == 0
+    assert "no hashes" not in capsys.readouterr().out
+    file = saved / "model-00000.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert main(["verify", str(saved)]) != 0
+    assert file.name in capsys.readouterr().out
+
+
+def _pieces_with(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Another pieces.json, with a manifest that is right about it: as somebody else could write them."""
+    from blake3 import blake3
+
+    from origo.store.layout import FileEntry, Manifest
+
+    values = json.loads((saved / PIECES).read_text())
+    change(values["tensors"][MODEL])
+    text = json.dumps(values).encode()
+    (saved / PIECES).write_bytes(text)
+    manifest = Manifest.read(saved)
+    manifest.files[PIECES] = FileEntry(len(text), blake3(text).hexdigest(), len(text))
+    (saved / "manifest.json").write_text(manifest.to_json())
+
+
+def _shift(tensors: dict[str, Any]) -> None:
+    tensors["tok_emb.weight"]["pieces"][0][2] = [1, 0]
+
+
+def _elsewhere(tensors: dict[str, Any]) -> None:
+    tensors["tok_emb.weight"]["pieces"][0][0] = "../model.safetensors"
+
+
+def _twice(tensors: dict[str, Any]) -> None:
+    tensors["tok_emb.weight"]["pieces"] *= 2
+    tensors["tok_emb.weight"]["shape"][0] *= 2
+
+
+def _larger(tensors: dict[str, Any]) -> None:
+    tensors["tok_emb.weight"]["shape"][0] = 2**40
+
+
+def _none(tensors: dict[str, Any]) -> None:
+    tensors["tok_emb.weight"]["pieces"] = []
+
+
+def _no_list(tensors: dict[str, Any]) -> None:
+    tensors["tok_emb.weight"] = 5
+
+
+@pytest.mark.parametrize("change", [_shift, _elsewhere, _twice, _larger, _none, _no_list])
+def test_pieces_that_cannot_be_a_tensor_are_refused(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    _pieces_with(saved, change)
+    with pytest.raises(origo.OrigoError, match="damaged"):
+        origo.open_checkpoint(saved).tensor("tok_emb.weight")
+
+
+def test_no_pickle_is_written_and_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointException, match="set"):
+        dcp.save(
+            {"model": {"w": torch.ones(1)}, "seen": {1, 2}},
+            checkpoint_id=tmp_path / "x",
+            storage_writer=origo.DCPWriter(),
+            no_dist=True,
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_dtype_is_refused_and_cast_on_request(saved: Path) -> None:
+    shape = read_checkpoint(saved).model.shapes["tok_emb.weight"]
+    state = {"model": {"tok_emb.weight": torch.zeros(shape, dtype=torch.bfloat16)}}
+    with pytest.raises(CheckpointException, match=r"float32 in .* and bfloat16 here"):
+        dcp.load(state, storage_reader=origo.DCPReader(saved), no_dist=True)
+    dcp.load(state, storage_reader=origo.DCPReader(saved, dtype="cast"), no_dist=True)
+    assert state["model"]["tok_emb.weight"].any()
+
+
+def test_what_one_process_wrote_is_read_too(tmp_path: Path) -> None:
+    model = origo.GPT(origo.GPTConfig.preset("nano", vocab_size=50, tie_embeddings=True))
+    origo.save(model, tmp_path / "model")
+    other = origo.GPT(origo.GPTConfig.preset("nano", vocab_size=50, tie_embeddings=True))
+    dcp.load(other.state_dict(), storage_reader=origo.DCPReader(tmp_path / "model"), no_dist=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_what_is_there_and_not_ours_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").write_text("mine")
+    with pytest.raises((CheckpointException, origo.OrigoError), match="did not write"):
+        dcp.save({"w": torch.ones(1)}, checkpoint_id=tmp_path / "theirs", storage_writer=origo.DCPWriter(), no_dist=True)
+    assert (tmp_path / "theirs" / "notes.txt").read_text() == "mine"
