@@ -18,8 +18,9 @@ from origo.state.sharded import any_sharded
 from origo.store import remote
 from origo.store.background import BackgroundTask, Staging
 from origo.store.filesystem import make_folder, mend_all, sweep
-from origo.store.layout import is_file_name, is_text
+from origo.store.layout import CONFIG, MANIFEST, TRAINER, is_file_name, is_text
 from origo.store.lease import Lease
+from origo.store.pieces import PIECES
 from origo.store.reader import Checkpoint, read_checkpoint
 from origo.store.run import Found, Retention, leave_behind, newest_good, pin, pins, step_folder, steps, unpin, write_step
 from origo.store.writer import gather
@@ -366,6 +367,6 @@ def _texts(files: Mapping[str, Any]) -> dict[str, str]:
     for name, text in files.items():
         if not is_file_name(name) or not isinstance(text, str) or not is_text(text):
             raise ConfigError(f"{name!r} cannot be kept: files are texts by a file name without folders.")
-        if name.endswith(".safetensors") or name in ("manifest.json", "trainer.json", "config.json"):
+        if name.endswith(".safetensors") or name in (MANIFEST, TRAINER, CONFIG, PIECES):
             raise ConfigError(f"{name!r} is a file that the checkpoint has of its own: take another name.")
     return dict(files)

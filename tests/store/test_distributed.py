@@ -7,17 +7,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from blake3 import blake3
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 import origo
-from origo.store.layout import MODEL
+from origo.cli.main import main
+from origo.store import layout
+from origo.store.layout import MODEL, FileEntry, Manifest
 from origo.store.pieces import PIECES
 from origo.store.reader import read_checkpoint
 
@@ -114,16 +119,17 @@ else:
         if mode == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if rank == most - 1:
-        Disk.write = broken
-    print("saving", flush=True)
-    try:
-        dcp.save(state_of(*training(most, 2)), checkpoint_id=folder / "step", storage_writer=writer)
-        raise SystemExit("it should have failed")
-    except CheckpointException as error:
-        assert "disk is full" in str(error), error
-        print(f"{rank} was told", flush=True)
-    Disk.write = real
+    for failing in (most - 1, 0):
+        if rank == failing:
+            Disk.write = broken
+        print("saving", flush=True)
+        try:
+            dcp.save(state_of(*training(most, 2)), checkpoint_id=folder / "step", storage_writer=writer)
+            raise SystemExit("it should have failed")
+        except CheckpointException as error:
+            assert "disk is full" in str(error), error
+            print(f"{rank} was told", flush=True)
+        Disk.write = real
     state = state_of(*training(most, 3))
     dcp.load(state, storage_reader=origo.DCPReader(folder / "step"))
     same(whole(good), whole(state))
@@ -152,6 +158,19 @@ def launch(tmp_path: Path) -> Launch:
     return launch
 
 
+def _by_the_page_alone(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors as docs/format.md says, by JSON and stock safetensors."""
+    files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+    tensors = {}
+    for name, entry in json.loads((folder / "pieces.json").read_text())["tensors"]["model.safetensors"].items():
+        whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        for file, key, start in entry["pieces"]:
+            piece = files[file][key]
+            whole[tuple(slice(at, at + size) for at, size in zip(start, piece.shape, strict=True))] = piece
+        tensors |= dict.fromkeys([name, *entry.get("aliases", [])], whole)
+    return tensors
+
+
 def test_what_any_number_of_processes_wrote_any_number_reads(launch: Launch, tmp_path: Path) -> None:
     """Each of 1 to 4 writes, each of 1 to 4 reads all of these, bit for bit; then one without torch.distributed."""
     run = launch(4, "every")
@@ -170,16 +189,20 @@ def test_what_any_number_of_processes_wrote_any_number_reads(launch: Launch, tmp
         plain = torch.nn.ModuleDict({"odd": torch.nn.Linear(5, 7), "few": torch.nn.Linear(4, 3)})
         origo.load(tmp_path / count, into=plain, strict=False)
         assert torch.equal(plain["odd"].weight, expected[".model.odd.weight"])
-        for file in (tmp_path / count).glob("*.safetensors"):
-            assert load_file(file)
+        jsonschema.validate(
+            json.loads((tmp_path / count / "manifest.json").read_text()),
+            json.loads((Path(layout.__file__).parent / "manifest.schema.json").read_text()),
+        )
+        for name, value in _by_the_page_alone(tmp_path / count).items():
+            assert torch.equal(value, expected[f".model.{name}"])
         assert {file.suffix for file in (tmp_path / count).iterdir()} == {".json", ".safetensors"}
     pieces = json.loads((tmp_path / "4" / PIECES).read_text())["tensors"][MODEL]
     assert [piece[2] for piece in pieces["odd.weight"]["pieces"]] == [[0, 0], [2, 0], [4, 0], [6, 0]]
 
 
 def test_a_disk_that_is_full_for_one_process_is_told_to_all_and_nothing_is_lost(launch: Launch, tmp_path: Path) -> None:
-    run = launch(2, "full")
-    assert run.stdout.count("was told") == 2, run.stdout + run.stderr
+    run = launch(2, "full")  # first the other one's, then that of the process that commits
+    assert run.stdout.count("was told") == 4, run.stdout + run.stderr
     assert run.stdout.count("as it should be") == 2, run.stdout + run.stderr
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["step"]
 
@@ -215,8 +238,6 @@ def test_what_is_damaged_is_never_loaded(saved: Path) -> None:
 
 
 def test_the_command_checks_every_piece(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from origo.cli.main import main
-
     assert main(["verify", str(saved)]) == 0
     assert "no hashes" not in capsys.readouterr().out
     file = saved / "model-00000.safetensors"
@@ -228,10 +249,6 @@ def test_the_command_checks_every_piece(saved: Path, capsys: pytest.CaptureFixtu
 
 def _pieces_with(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Another pieces.json, with a manifest that is right about it: as somebody else could write them."""
-    from blake3 import blake3
-
-    from origo.store.layout import FileEntry, Manifest
-
     values = json.loads((saved / PIECES).read_text())
     change(values["tensors"][MODEL])
     text = json.dumps(values).encode()
@@ -307,3 +324,48 @@ def test_what_is_there_and_not_ours_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises((CheckpointException, origo.OrigoError), match="did not write"):
         dcp.save({"w": torch.ones(1)}, checkpoint_id=tmp_path / "theirs", storage_writer=origo.DCPWriter(), no_dist=True)
     assert (tmp_path / "theirs" / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_that_changes_after_it_was_checked_is_checked_again(saved: Path) -> None:
+    checkpoint = read_checkpoint(saved)
+    checkpoint.model.state()
+    file = saved / "model-00000.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.seek(size - 9)
+        byte = opened.read(1)
+        opened.seek(size - 9)
+        opened.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(origo.OrigoError, match="damaged"):
+        checkpoint.model.state()
+
+
+def test_more_than_can_be_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MOST_JSON_VALUES", 1000)
+    state = {f"weight{number}": torch.zeros(1) for number in range(300)}
+    with pytest.raises(CheckpointException, match="1,000 values"):
+        dcp.save(state, checkpoint_id=tmp_path / "saved", storage_writer=origo.DCPWriter(), no_dist=True)
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(origo.OrigoError, match="1,000 values"):
+        origo.save(torch.nn.ParameterDict(state), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_a_process_does_not_see_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on two machines with a disk each."""
+    plan = origo.DCPWriter.prepare_global_plan
+
+    def elsewhere(writer: Any, plans: Any) -> Any:
+        plans = plan(writer, plans)
+        writer._folder, kept = None, writer._folder
+        writer.kept = kept
+        return [replace(each, storage_data=replace(each.storage_data, folder="/nowhere/at/all")) for each in plans]
+
+    monkeypatch.setattr(origo.DCPWriter, "prepare_global_plan", elsewhere)
+    with pytest.raises(CheckpointException, match="not seen by all processes"):
+        dcp.save({"w": torch.ones(1)}, checkpoint_id=tmp_path / "x", storage_writer=origo.DCPWriter(), no_dist=True)
+
+
+def test_importing_origo_does_not_import_what_few_need(in_fresh_process: Callable[[str], str]) -> None:
+    program = "import sys, origo; print('torch.distributed.checkpoint' in sys.modules, origo.DCPWriter.__name__)"
+    assert in_fresh_process(program).split() == ["False", "DCPWriter"]

@@ -78,8 +78,10 @@ def _check(path: Path, step: int | None) -> dict[str, Any] | None:
     """What is damaged, and what could be checked; None for a step that its run has deleted meanwhile."""
     checked = _STRUCTURE
     try:
-        ours = step is not None or is_ours(path)
-        checkpoint = read_checkpoint(path) if ours else open_any(path, verify=False).checkpoint
+        if step is not None:
+            checkpoint = read_checkpoint(path)
+        else:
+            checkpoint = (find_checkpoint if is_ours(path) else open_any)(path, verify=False).checkpoint
         found = [(damage.file, damage.tensor, damage.reason) for damage in checkpoint.damages()]
         if checkpoint.manifest is not None or checkpoint.identity is not None:
             checked = _EVERY_BYTE

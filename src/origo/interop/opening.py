@@ -123,7 +123,7 @@ def open_any(
     """
     path = remote.as_path(path)
     require_path(path)
-    if remote.is_remote(path) or is_ours(path) or not path.exists():
+    if is_ours(path) or not path.exists():
         found = find_checkpoint(path, step, verify=verify)
         checkpoint = found.checkpoint
         if checkpoint.architecture is not None or remote.is_remote(path):
@@ -152,7 +152,9 @@ def _require_unsaid(checkpoint: Checkpoint, part: str | None, n_heads: int | Non
 
 
 def is_ours(path: Path) -> bool:
-    """Whether Origo wrote it."""
+    """Whether Origo wrote it; what is in an object store, it did."""
+    if remote.is_remote(path):
+        return True
     if path.is_dir():
         return (path / MANIFEST).is_file() or (path / CHECKPOINTS).is_dir() or bool(steps(path))
     if not path.is_file():

@@ -44,7 +44,7 @@ from origo.errors import CheckpointError, ConfigError, StorageError, storage_err
 from origo.state.tree import flatten, unflatten
 from origo.store import remote
 from origo.store.filesystem import NewFolder, new_folder
-from origo.store.layout import MANIFEST, MODEL, FileEntry, Manifest, TensorEntry, identity_of
+from origo.store.layout import MANIFEST, MODEL, FileEntry, Manifest, TensorEntry, identity_of, require_bounded_json
 from origo.store.pieces import PIECES, Piece, Pieced, Pieces, entries_of
 from origo.store.reader import Checkpoint, TensorFile, read_checkpoint
 from origo.store.tensorfile import dtype_called, dtype_name
@@ -71,7 +71,6 @@ class _Written:
     name: str
     objects: Any = None
     files: Mapping[str, tuple[FileEntry, dict[str, TensorEntry]]] | None = None
-    aliases: Mapping[str, str] | None = None
 
 
 class DCPWriter(StorageWriter):
@@ -93,8 +92,8 @@ class DCPWriter(StorageWriter):
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         self._path = None if path is None else _on_a_disk(path)
-        self._first = False
-        self._making: ExitStack | None = None
+        self._folder: NewFolder | None = None
+        """In the making, in the process that commits."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a save."""
@@ -105,8 +104,7 @@ class DCPWriter(StorageWriter):
         self._give_up()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Learn whether this process is the one that commits."""
-        self._first = is_coordinator
+        """Nothing: the process that plans for all is the one that commits."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing to add: what a process has is what its planner says."""
@@ -119,12 +117,12 @@ class DCPWriter(StorageWriter):
         making = ExitStack()
         items = [item for plan in plans for item in plan.items if item.tensor_data is not None]
         needed = sum(_nbytes(item) for item in items)
-        self._folder = making.enter_context(new_folder(path, MANIFEST, needed))
-        self._making = making
+        folder = making.enter_context(new_folder(path, MANIFEST, needed))
+        assert isinstance(folder, NewFolder)
+        self._folder, self._making = folder, making
         # A process that fails calls nothing here any more: what was begun is deleted with this object.
         self._finalizer = weakref.finalize(self, _abandon, making)
-        folder = str(self._folder._path)
-        return [replace(plan, storage_data=_Place(number, folder)) for number, plan in enumerate(plans)]
+        return [replace(plan, storage_data=_Place(number, str(folder.path))) for number, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this process's pieces, and return when they are on the disk."""
@@ -147,15 +145,19 @@ class DCPWriter(StorageWriter):
             box = _box_name(name, item)
             tensors.setdefault(file, {})[box] = value.detach()
             named.append((item, file, box, None))
-        folder = self._folder if self._first and self._making is not None else NewFolder(Path(place.folder))
-        assert isinstance(folder, NewFolder)
+        if not Path(place.folder).is_dir():
+            raise StorageError(
+                f"'{self._required_path()}' is not seen by all processes as the same folder: choose one on a disk that all "
+                "machines share, and leave enable_plan_caching off."
+            )
+        folder = self._folder or NewFolder(Path(place.folder))
         own = {file: f"{file.removesuffix('.safetensors')}-{place.number:05d}.safetensors" for file in tensors}
         try:
             files = {own[file]: write_part(folder, own[file], state) for file, state in tensors.items()}
         except OSError as error:
             raise storage_error("write", self._required_path(), error) from error
         finally:
-            if folder is not getattr(self, "_folder", None):
+            if folder is not self._folder:
                 folder.close()
         stored_as = {
             (file, alias): name for file, (_, entries) in files.items() for name, e in entries.items() for alias in e.aliases
@@ -174,7 +176,8 @@ class DCPWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit, in the first process, once all have written."""
-        assert self._making is not None
+        folder = self._folder
+        assert folder is not None
         written = [result for each in results for result in each]
         files: dict[str, FileEntry] = {}
         entries: dict[str, dict[str, TensorEntry]] = {}
@@ -185,14 +188,15 @@ class DCPWriter(StorageWriter):
         text = pieces.to_json().encode()
         files[PIECES] = FileEntry(len(text), blake3(text).hexdigest(), len(text))
         identity = identity_of(entries_of(pieces.tensors[MODEL], entries))
-        manifest = Manifest(files, entries, provenance=provenance(), identity=identity)
-        assert isinstance(self._folder, NewFolder)
+        manifest = Manifest(files, entries, provenance=provenance(), identity=identity).to_json().encode()
+        for name, content in ((PIECES, text), (MANIFEST, manifest)):  # what could not be read again is not written
+            require_bounded_json(content, f"'{self._required_path() / name}'")
         try:
-            self._folder.create(PIECES).write(text)
-            self._folder.create(MANIFEST).write(manifest.to_json().encode())
-            making, self._making = self._making, None
+            folder.create(PIECES).write(text)
+            folder.create(MANIFEST).write(manifest)
+            self._folder = None
             self._finalizer.detach()
-            making.close()
+            self._making.close()
         except OSError as error:
             raise storage_error("write", self._required_path(), error) from error
 
@@ -206,9 +210,9 @@ class DCPWriter(StorageWriter):
         return self._path
 
     def _give_up(self) -> None:
-        if self._making is not None:
+        if self._folder is not None:
             self._finalizer()
-            self._making = None
+            self._folder = None
 
 
 class DCPReader(StorageReader):
@@ -358,8 +362,7 @@ class _Held(dict[str, torch.Tensor]):
 def _pieces(metadata: Metadata, written: list[WriteResult], entries: Mapping[str, Mapping[str, TensorEntry]]) -> Pieces:
     paths = {name: list(path) for name, path in (metadata.planner_data or {}).items()}
     in_model = _names_in_model(list(metadata.state_dict_metadata), paths)
-    found: dict[str, dict[str, list[Piece]]] = {MODEL: {}, STATE: {}}
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found: dict[str, dict[str, tuple[str, tuple[int, ...], list[Piece]]]] = {MODEL: {}, STATE: {}}
     objects: dict[str, Any] = {}
     for result in written:
         fqn, place = result.index.fqn, result.storage_data
@@ -367,37 +370,34 @@ def _pieces(metadata: Metadata, written: list[WriteResult], entries: Mapping[str
             objects[fqn] = place.objects["structure"]
             for name, stored in place.objects["names"].items():
                 entry = entries[place.file][stored]
-                shapes[name] = (entry.dtype, tuple(entry.shape))
-                found[STATE][name] = [Piece(place.file, stored, (0,) * len(entry.shape))]
+                piece = Piece(place.file, stored, (0,) * len(entry.shape))
+                found[STATE][name] = (entry.dtype, tuple(entry.shape), [piece])
             continue
         described = metadata.state_dict_metadata[fqn]
         assert isinstance(described, TensorStorageMetadata)
         file, name = (MODEL, in_model[fqn]) if fqn in in_model else (STATE, fqn)
-        shapes[fqn if file == STATE else f"{_MODEL_KEY}:{name}"] = (
-            dtype_name(described.properties.dtype),
-            tuple(described.size),
-        )
         start = tuple(result.index.offset) if result.index.offset is not None else (0,) * len(described.size)
-        found[file].setdefault(name, []).append(Piece(place.file, place.name, start))
-    tensors: dict[str, dict[str, Pieced]] = {}
-    for file, named in found.items():
-        tensors[file] = {}
-        first: dict[Any, str] = {}
-        for name, parts in named.items():
-            dtype, shape = shapes[name if file == STATE else f"{_MODEL_KEY}:{name}"]
-            pieced = Pieced(dtype, shape, tuple(sorted(parts, key=lambda piece: piece.start)))
-            stored = first.setdefault(pieced, name)  # the same pieces under another name: a tied tensor
-            if stored == name:
-                tensors[file][name] = pieced
-            else:
-                kept = tensors[file][stored]
-                tensors[file][stored] = replace(kept, aliases=(*kept.aliases, name))
+        _, _, pieces = found[file].setdefault(name, (dtype_name(described.properties.dtype), tuple(described.size), []))
+        pieces.append(Piece(place.file, place.name, start))
+    tensors = {file: _tied({n: _pieced(*about) for n, about in named.items()}) for file, named in found.items()}
     prefix = f"{_MODEL_KEY}." if any(fqn != name for fqn, name in in_model.items()) else ""
     if not tensors[MODEL]:
         raise CheckpointError(
             "There is no model in what is to be kept: pass its state dict itself, or as {'model': …} beside the others."
         )
     return Pieces({file: named for file, named in tensors.items() if named}, objects, prefix, paths)
+
+
+def _pieced(dtype: str, shape: tuple[int, ...], pieces: list[Piece]) -> Pieced:
+    return Pieced(dtype, shape, tuple(sorted(pieces, key=lambda piece: piece.start)))
+
+
+def _tied(named: Mapping[str, Pieced]) -> dict[str, Pieced]:
+    """Each once: the same pieces under another name are a tied tensor."""
+    names: dict[Pieced, list[str]] = {}
+    for name, pieced in named.items():
+        names.setdefault(pieced, []).append(name)
+    return {first: replace(pieced, aliases=tuple(others)) for pieced, (first, *others) in names.items()}
 
 
 def _names_in_model(names: list[str], paths: Mapping[str, Any]) -> dict[str, str]:

@@ -163,19 +163,20 @@ class NewFolder:
     """A folder in the making."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+        """Where it is while it is made."""
         self._files: list[_LocalFile] = []
 
     def create(self, name: str) -> _LocalFile:
         """A file in it."""
-        self._files.append(_LocalFile(self._path / name))
+        self._files.append(_LocalFile(self.path / name))
         return self._files[-1]
 
     def finish(self, last: str) -> None:
         """Return when all is on the disk, the file ``last`` after all others."""
         for file in sorted(self._files, key=lambda file: file.path.name == last):
             file.finish()
-        disk.flush_folder(self._path)
+        disk.flush_folder(self.path)
 
     def close(self) -> None:
         for file in self._files:

@@ -115,20 +115,30 @@ def require_seal(text: str, what: str) -> None:
         raise CheckpointError(f"{what} is damaged: its content is not what was written.")
 
 
+def require_bounded_json(text: str | bytes, what: str) -> None:
+    """Refuse what is too large to be read whole: on reading, and on writing what could then not be read again.
+
+    Raises:
+        CheckpointError: it has too many bytes, or too many values.
+    """
+    if len(text) > MOST_JSON_BYTES:
+        raise CheckpointError(f"{what} has {len(text):,} bytes; up to {MOST_JSON_BYTES:,} are read.")
+    values = sum(map(text.count, (b",", b"[", b"{"))) if isinstance(text, bytes) else sum(map(text.count, ",[{"))
+    if values > MOST_JSON_VALUES:  # each value is one or more of these
+        raise CheckpointError(f"{what} holds more than {MOST_JSON_VALUES:,} values, which are not read.")
+
+
 def parse_json(text: str | bytes, what: str) -> Any:
     """JSON from a file that anybody may have made: bounded in size, without doubled names.
 
     Raises:
         CheckpointError: it is no JSON, too large, or names something twice.
     """
-    if len(text) > MOST_JSON_BYTES:
-        raise CheckpointError(f"{what} has {len(text):,} bytes; up to {MOST_JSON_BYTES:,} are read.")
     try:
-        decoded = text.decode() if isinstance(text, bytes) else text
+        decoded = text.decode() if isinstance(text, bytes) and len(text) <= MOST_JSON_BYTES else text
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what} is damaged: it is no UTF-8.") from error
-    if sum(map(decoded.count, ",[{")) > MOST_JSON_VALUES:  # each value is one or more of these
-        raise CheckpointError(f"{what} holds more than {MOST_JSON_VALUES:,} values, which are not read.")
+    require_bounded_json(decoded, what)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)

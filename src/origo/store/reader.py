@@ -388,13 +388,10 @@ class PiecedFile(TensorFile):
         for name in names:
             for piece in self._entries[name].pieces:
                 wanted.setdefault(piece.file, []).append(piece.name)
-        damaged = False
-        for file, pieces in wanted.items():
-            for damage in self._files[file]._check(list(dict.fromkeys(pieces)), keep=keep):
-                damaged = True
-                yield damage
-        if not damaged:
-            self._right |= set(names)
+        for name, pieces in wanted.items():  # each file knows what of it was checked, and whether it has changed since
+            file = self._files[name]
+            file._forget_if_changed()
+            yield from file._check([piece for piece in dict.fromkeys(pieces) if piece not in file._right], keep=keep)
 
 
 class Checkpoint:

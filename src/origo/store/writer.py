@@ -46,6 +46,7 @@ from origo.store.layout import (
     is_text,
     many_objects,
     parse_json,
+    require_bounded_json,
 )
 from origo.store.tensorfile import as_bytes, dtype_name, header_of
 from origo.store.threads import WORKERS, share
@@ -319,10 +320,7 @@ def write_folder(
                 identity_of(entries[MODEL]) if MODEL in entries else "",
             )
             text = manifest.to_json().encode()
-        if len(text) > MOST_JSON_BYTES:
-            raise CheckpointError(
-                f"'{path}' would hold more tensors than can be read again: its manifest has {len(text):,} bytes."
-            )
+        require_bounded_json(text, f"The manifest of '{path}'")  # else it could not be read again
         folder.create(MANIFEST).write(text)
     return manifest
 
