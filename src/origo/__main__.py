@@ -1,7 +1,5 @@
 """``python -m origo`` is the command ``origo``."""
 
-import sys
+from origo.cli.main import program
 
-from origo.cli.main import main
-
-sys.exit(main())
+program()

@@ -7,11 +7,14 @@ by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by its ``--time-limit``.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
 import os
 import sys
+import threading
 from importlib.metadata import version
+from typing import NoReturn
 
 from origo.errors import LESS_MEMORY, ConfigError, OrigoError, Quiet, is_out_of_memory, nearest
 
@@ -74,6 +77,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
+def program() -> NoReturn:
+    """The command, as a process of its own.
+
+    One of several that trained together leaves before Python takes torch down, which aborts now and then on a busy machine when
+    all is done ("terminate called without an active exception", torch 2.13.0): a thread of gloo's outlives Python.
+    """
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _overview() -> str:
     width = max(map(len, _COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in _COMMANDS.items())
@@ -85,4 +106,4 @@ def _overview() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()
