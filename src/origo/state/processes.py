@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from origo.errors import OrigoError
 
 T = TypeVar("T")
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 
 def process_count() -> int:
@@ -38,19 +40,50 @@ def agreed(decide: Callable[[], T], together: bool = True) -> T:
     Raises:
         OrigoError: what the first one raised, so that none goes on alone.
     """
+    return agreed_with_help(lambda ask: decide(), lambda question: None, together)
+
+
+def agreed_with_help(
+    decide: Callable[[Callable[[Question], list[Answer]]], T], answer: Callable[[Question], Answer], together: bool = True
+) -> T:
+    """As :func:`agreed`, where the first process asks all of them on its way to a decision.
+
+    Args:
+        decide: called in the first process, with a function that asks all of them and gives their answers.
+        answer: called in each of them for each question, also in the first. It must not raise.
+        together: False: each decides for itself, and answers its own questions.
+
+    Raises:
+        OrigoError: what the first one raised.
+    """
     if process_count() == 1 or not together:
-        return decide()
-    said: list[tuple[T | None, BaseException | None]] = [(None, None)]
+        return decide(lambda question: [answer(question)])
     if first_process():
+
+        def ask(question: Question) -> list[Answer]:
+            _told(("asked", question))
+            return gathered(answer(question))
+
+        said: tuple[str, Any]
         try:
-            said[0] = decide(), None
+            said = "decided", decide(ask)
         except Exception as error:
-            said[0] = None, error if isinstance(error, OrigoError) else OrigoError(f"The first process failed: {error}")
-    torch.distributed.broadcast_object_list(said, src=0)
-    result, failure = said[0]
-    if failure is not None:
-        raise failure
-    return result  # type: ignore[return-value]
+            said = "failed", error if isinstance(error, OrigoError) else OrigoError(f"The first process failed: {error}")
+        _told(said)
+    else:
+        while (said := _told(None))[0] == "asked":
+            gathered(answer(said[1]))
+    if said[0] == "failed":
+        raise said[1]
+    result: T = said[1]
+    return result
+
+
+def _told(said: Any) -> Any:
+    """What the first process says, in all of them."""
+    message = [said]
+    torch.distributed.broadcast_object_list(message, src=0)
+    return message[0]
 
 
 def gathered(value: T, together: bool = True) -> list[T]:

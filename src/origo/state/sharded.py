@@ -24,13 +24,67 @@ def is_sharded(tensor: Tensor) -> bool:
 def any_sharded(values: Iterable[Any]) -> bool:
     """Whether a model among these is in pieces, so that all processes have to take part in what is done with it."""
     modules = [value for value in values if isinstance(value, nn.Module)]
-    return any(is_sharded(tensor) for module in modules for tensor in module.parameters())
+    return any(is_sharded(tensor) for module in modules for tensor in module.parameters()) or any(
+        has_flat_parameters(module) for module in modules
+    )
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process has of it: of a plain tensor, all."""
     piece: Any = tensor
     return piece._local_tensor if is_sharded(tensor) else tensor
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether each process has one box of it, or a copy of one: not so where parts are still to be added up, say."""
+    if not is_sharded(tensor):
+        return False
+    pieces: Any = tensor
+    kinds = sys.modules["torch.distributed.tensor"]
+    return all(type(placement) in (kinds.Shard, kinds.Replicate) for placement in pieces.placements)
+
+
+def own_box(tensor: Tensor) -> tuple[slice, ...]:
+    """Where in the whole this process's piece is, of a tensor that :func:`is_cut`."""
+    pieces: Any = tensor
+    # What torch.distributed.checkpoint finds its own boxes with.
+    boxed = sys.modules["torch.distributed.tensor"]._utils.compute_local_shape_and_global_offset
+    sizes, starts = boxed(pieces.shape, pieces.device_mesh, pieces.placements)
+    starts = starts or (0,) * len(pieces.shape)  # of a process that has nothing of it
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def is_mine_to_write(tensor: Tensor, turn: int) -> bool:
+    """Of the processes that have a copy of the same box one is to write it.
+
+    Args:
+        tensor: one that :func:`is_cut`.
+        turn: any number, the same in all of them; with another for each tensor they write about as much.
+    """
+    pieces: Any = tensor
+    mesh, replicate = pieces.device_mesh, sys.modules["torch.distributed.tensor"].Replicate
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return False
+    which, of_how_many = 0, 1
+    for at, size, placement in zip(coordinate, mesh.shape, pieces.placements, strict=True):
+        if isinstance(placement, replicate):
+            which, of_how_many = which * size + at, of_how_many * size
+    return which == turn % of_how_many
+
+
+def from_own_piece(values: Tensor, like: Tensor) -> Tensor:
+    """This process's piece of a tensor that is cut as another one is."""
+    pieces: Any = like
+    made: Tensor = sys.modules["torch.distributed.tensor"].DTensor.from_local(
+        values.to(pieces._local_tensor.device),
+        pieces.device_mesh,
+        pieces.placements,
+        run_check=False,
+        shape=pieces.shape,
+        stride=pieces.stride(),
+    )
+    return made
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ fails, and the one before stays. No pickle is written: what is no tensor is kept
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import weakref
 from collections.abc import Mapping
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -44,11 +44,11 @@ from origo.errors import CheckpointError, ConfigError, StorageError, storage_err
 from origo.state.tree import flatten, unflatten
 from origo.store import remote
 from origo.store.filesystem import NewFolder, new_folder
-from origo.store.layout import MANIFEST, MODEL, FileEntry, Manifest, TensorEntry, identity_of, require_bounded_json
-from origo.store.pieces import PIECES, Piece, Pieced, Pieces, entries_of
+from origo.store.layout import MANIFEST, MODEL
+from origo.store.pieces import Piece, Pieced, Pieces
 from origo.store.reader import Checkpoint, TensorFile, read_checkpoint
 from origo.store.tensorfile import dtype_called, dtype_name
-from origo.store.writer import provenance, require_replaceable, write_part
+from origo.store.writer import Box, Share, complete_folder, require_replaceable, write_share
 
 STATE = "state.safetensors"
 """What is no part of the model: an optimizer's tensors, and those inside of other objects."""
@@ -64,13 +64,12 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """What one process tells the first one, once, of the files that it has written; and for each item where it is."""
+class _Told:
+    """What one process tells the first one, with the first item that it has written."""
 
-    file: str
-    name: str
-    objects: Any = None
-    files: Mapping[str, tuple[FileEntry, dict[str, TensorEntry]]] | None = None
+    share: Share
+    objects: Mapping[str, Any]
+    """What is no tensor, as plain structures."""
 
 
 class DCPWriter(StorageWriter):
@@ -128,72 +127,65 @@ class DCPWriter(StorageWriter):
         """Write this process's pieces, and return when they are on the disk."""
         place: _Place = plan.storage_data
         tensors: dict[str, dict[str, torch.Tensor]] = {}
-        named: list[tuple[WriteItem, str, str, Any]] = []
+        boxes: dict[str, dict[str, Box]] = {}
+        objects: dict[str, Any] = {}
         in_model = _model_names([item.index.fqn for item in plan.items], planner)
         for item in plan.items:
             fqn = item.index.fqn
             if item.type == WriteItemType.BYTE_IO:
-                found, structure = flatten(_object(item, planner), fqn)
-                if found:
-                    tensors.setdefault(STATE, {}).update(found)
-                named.append((item, STATE, fqn, {"structure": structure, "tensors": list(found)}))
+                found, objects[fqn] = flatten(_object(item, planner), fqn)
+                tensors.setdefault(STATE, {}).update(found)
                 continue
             assert item.tensor_data is not None
             value = planner.resolve_data(item)
             assert isinstance(value, torch.Tensor)
             file, name = (MODEL, in_model[fqn]) if fqn in in_model else (STATE, fqn)
-            box = _box_name(name, item)
-            tensors.setdefault(file, {})[box] = value.detach()
-            named.append((item, file, box, None))
+            kept_as = _box_name(name, item)
+            tensors.setdefault(file, {})[kept_as] = value.detach()
+            box = Box(name, tuple(item.tensor_data.size), tuple(item.tensor_data.chunk.offsets))
+            boxes.setdefault(file, {})[kept_as] = box
         if not Path(place.folder).is_dir():
             raise StorageError(
                 f"'{self._required_path()}' is not seen by all processes as the same folder: choose one on a disk that all "
                 "machines share, and leave enable_plan_caching off."
             )
         folder = self._folder or NewFolder(Path(place.folder))
-        own = {file: f"{file.removesuffix('.safetensors')}-{place.number:05d}.safetensors" for file in tensors}
         try:
-            files = {own[file]: write_part(folder, own[file], state) for file, state in tensors.items()}
+            share = write_share(folder, place.number, tensors, boxes)
         except OSError as error:
             raise storage_error("write", self._required_path(), error) from error
         finally:
             if folder is not self._folder:
                 folder.close()
-        stored_as = {
-            (file, alias): name for file, (_, entries) in files.items() for name, e in entries.items() for alias in e.aliases
-        }
-        results = []
-        for number, (item, file, name, extra) in enumerate(named):
-            actual = own.get(file, "")
-            stored = stored_as.get((actual, name), name)
-            if extra is not None:
-                extra["names"] = {each: stored_as.get((actual, each), each) for each in extra["tensors"]}
-            written = _Written(actual, stored, extra, files if number == 0 else None)
-            results.append(WriteResult(item.index, _nbytes(item) if item.tensor_data else 0, written))
+        told = itertools.chain([_Told(share, objects)], itertools.repeat(None))
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result(
+            [
+                WriteResult(item.index, _nbytes(item) if item.tensor_data else 0, said)
+                for item, said in zip(plan.items, told, strict=False)
+            ]
+        )
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit, in the first process, once all have written."""
         folder = self._folder
         assert folder is not None
-        written = [result for each in results for result in each]
-        files: dict[str, FileEntry] = {}
-        entries: dict[str, dict[str, TensorEntry]] = {}
-        for result in written:
-            for name, (entry, tensors) in (result.storage_data.files or {}).items():
-                files[name], entries[name] = entry, tensors
-        pieces = _pieces(metadata, written, entries)
-        text = pieces.to_json().encode()
-        files[PIECES] = FileEntry(len(text), blake3(text).hexdigest(), len(text))
-        identity = identity_of(entries_of(pieces.tensors[MODEL], entries))
-        manifest = Manifest(files, entries, provenance=provenance(), identity=identity).to_json().encode()
-        for name, content in ((PIECES, text), (MANIFEST, manifest)):  # what could not be read again is not written
-            require_bounded_json(content, f"'{self._required_path() / name}'")
+        told = [each.storage_data for result in results for each in result if each.storage_data is not None]
+        paths = {name: list(path) for name, path in (metadata.planner_data or {}).items()}
+        in_model = _names_in_model(list(metadata.state_dict_metadata), paths)
+        if not any(written.file == MODEL for each in told for written in each.share.written):
+            raise CheckpointError(
+                "There is no model in what is to be kept: pass its state dict itself, or as {'model': …} beside the others."
+            )
+        about = Pieces(
+            {},
+            {name: structure for each in told for name, structure in each.objects.items()},
+            f"{_MODEL_KEY}." if any(fqn != name for fqn, name in in_model.items()) else "",
+            paths,
+        )
         try:
-            folder.create(PIECES).write(text)
-            folder.create(MANIFEST).write(manifest)
+            complete_folder(folder, self._required_path(), [each.share for each in told], {}, about=about)
             self._folder = None
             self._finalizer.detach()
             self._making.close()
@@ -357,47 +349,6 @@ class _Held(dict[str, torch.Tensor]):
             raise KeyError(name)
         value: torch.Tensor = self._file.tensor(name, verify=self._verify).clone()
         return value
-
-
-def _pieces(metadata: Metadata, written: list[WriteResult], entries: Mapping[str, Mapping[str, TensorEntry]]) -> Pieces:
-    paths = {name: list(path) for name, path in (metadata.planner_data or {}).items()}
-    in_model = _names_in_model(list(metadata.state_dict_metadata), paths)
-    found: dict[str, dict[str, tuple[str, tuple[int, ...], list[Piece]]]] = {MODEL: {}, STATE: {}}
-    objects: dict[str, Any] = {}
-    for result in written:
-        fqn, place = result.index.fqn, result.storage_data
-        if place.objects is not None:
-            objects[fqn] = place.objects["structure"]
-            for name, stored in place.objects["names"].items():
-                entry = entries[place.file][stored]
-                piece = Piece(place.file, stored, (0,) * len(entry.shape))
-                found[STATE][name] = (entry.dtype, tuple(entry.shape), [piece])
-            continue
-        described = metadata.state_dict_metadata[fqn]
-        assert isinstance(described, TensorStorageMetadata)
-        file, name = (MODEL, in_model[fqn]) if fqn in in_model else (STATE, fqn)
-        start = tuple(result.index.offset) if result.index.offset is not None else (0,) * len(described.size)
-        _, _, pieces = found[file].setdefault(name, (dtype_name(described.properties.dtype), tuple(described.size), []))
-        pieces.append(Piece(place.file, place.name, start))
-    tensors = {file: _tied({n: _pieced(*about) for n, about in named.items()}) for file, named in found.items()}
-    prefix = f"{_MODEL_KEY}." if any(fqn != name for fqn, name in in_model.items()) else ""
-    if not tensors[MODEL]:
-        raise CheckpointError(
-            "There is no model in what is to be kept: pass its state dict itself, or as {'model': …} beside the others."
-        )
-    return Pieces({file: named for file, named in tensors.items() if named}, objects, prefix, paths)
-
-
-def _pieced(dtype: str, shape: tuple[int, ...], pieces: list[Piece]) -> Pieced:
-    return Pieced(dtype, shape, tuple(sorted(pieces, key=lambda piece: piece.start)))
-
-
-def _tied(named: Mapping[str, Pieced]) -> dict[str, Pieced]:
-    """Each once: the same pieces under another name are a tied tensor."""
-    names: dict[Pieced, list[str]] = {}
-    for name, pieced in named.items():
-        names.setdefault(pieced, []).append(name)
-    return {first: replace(pieced, aliases=tuple(others)) for pieced, (first, *others) in names.items()}
 
 
 def _names_in_model(names: list[str], paths: Mapping[str, Any]) -> dict[str, str]:

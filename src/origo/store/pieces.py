@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blake3 import blake3
@@ -37,6 +37,34 @@ class Pieced:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A piece that one process has written, and what it is a piece of."""
+
+    file: str
+    """That the whole tensor would be in if one process had written it."""
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of the whole."""
+    piece: Piece
+
+
+def put_together(written: Iterable[Written]) -> dict[str, dict[str, Pieced]]:
+    """The tensors that pieces make, by file and name. The same pieces under another name are a tied tensor."""
+    found: dict[str, dict[str, tuple[str, tuple[int, ...], list[Piece]]]] = {}
+    for each in written:
+        found.setdefault(each.file, {}).setdefault(each.name, (each.dtype, each.shape, []))[2].append(each.piece)
+    tensors: dict[str, dict[str, Pieced]] = {}
+    for file, named in found.items():
+        names: dict[Pieced, list[str]] = {}
+        for name, (dtype, shape, pieces) in named.items():
+            pieced = Pieced(dtype, shape, tuple(sorted(pieces, key=lambda piece: piece.start)))
+            names.setdefault(pieced, []).append(name)
+        tensors[file] = {first: replace(pieced, aliases=tuple(others)) for pieced, (first, *others) in names.items()}
+    return tensors
 
 
 @dataclass(frozen=True)

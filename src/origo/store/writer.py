@@ -12,9 +12,9 @@ import platform
 import subprocess
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +48,7 @@ from origo.store.layout import (
     parse_json,
     require_bounded_json,
 )
+from origo.store.pieces import PIECES, Piece, Pieces, Written, entries_of, put_together
 from origo.store.tensorfile import as_bytes, dtype_name, header_of
 from origo.store.threads import WORKERS, share
 
@@ -99,6 +100,32 @@ class Made:
     def nbytes(self) -> int:
         """What it needs in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a tensor: of which one, of what shape that is, and where in it the part begins."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes has written of a folder."""
+
+    files: dict[str, FileEntry]
+    entries: dict[str, dict[str, TensorEntry]]
+    """By file and name."""
+    written: list[Written]
+
+
+@dataclass(frozen=True)
+class _TensorFiles:
+    files: dict[str, FileEntry]
+    entries: dict[str, dict[str, TensorEntry]]
+    stored: dict[str, Stored]
 
 
 _one_large = Lock()
@@ -285,54 +312,133 @@ def write_folder(
     require_replaceable(path)
     with many_objects():
         gathered = {file: gather(state) for file, state in tensors.items()}
-    for file in (CONFIG, TRAINER):
-        parse_json(texts.get(file, "{}"), f"'{path / file}'")  # what could not be read again is not written
-    contents = {file: text.encode() for file, text in texts.items()}
+    contents = _encoded(path, texts)
     needed = sum(stored.nbytes for stored in gathered.values()) + sum(map(len, contents.values())) + _MARGIN
     with new_folder(path, MANIFEST, needed) as folder:
-        with many_objects():
-            jobs = {
-                name: _Job(folder.create(name), stored, *header_of(_described(stored), stored.aliases))
-                for name, stored in gathered.items()
-            }
-        _write_all(list(jobs.values()), progress, finish=True)
-        files = {
-            name: FileEntry(len(job.start) + job.stored.nbytes, blake3(job.start).hexdigest(), len(job.start))
-            for name, job in jobs.items()
+        written = _write_tensor_files(folder, gathered, progress)
+        return _complete(folder, path, written, contents, None, architecture, step, metrics, parent)
+
+
+def write_share(
+    folder: NewFolder,
+    number: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    boxes: Mapping[str, Mapping[str, Box]] | None = None,
+    progress: Progress | None = None,
+) -> Share:
+    """Write what one of several processes has of a folder, to the disk.
+
+    Args:
+        folder: that all of them fill.
+        number: the process's.
+        tensors: by the file that they would be in if one process wrote all, and by name.
+        boxes: which part of a tensor these values are, where they are not all of the one that they are named by.
+        progress: see :data:`Progress`.
+    """
+    own = {file: f"{file.removesuffix('.safetensors')}-{number:05d}.safetensors" for file, state in tensors.items() if state}
+    with many_objects():
+        gathered = {own[file]: gather(tensors[file]) for file in own}
+    written = _write_tensor_files(folder, gathered, progress)
+    pieces = []
+    for file, name in own.items():
+        stored = written.stored[name]
+        for kept_as, values in tensors[file].items():
+            all_of_it = Box(kept_as, tuple(values.shape), (0,) * values.dim())
+            box = (boxes or {}).get(file, {}).get(kept_as, all_of_it)
+            piece = Piece(name, stored.aliases.get(kept_as, kept_as), box.start)
+            pieces.append(Written(file, box.name, dtype_name(values.dtype), box.shape, piece))
+    return Share(written.files, written.entries, pieces)
+
+
+def complete_folder(
+    folder: NewFolder,
+    path: Path,
+    shares: Iterable[Share],
+    texts: Mapping[str, str],
+    *,
+    about: Pieces = Pieces({}),  # noqa: B008
+    architecture: str | None = None,
+    step: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+    parent: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write what makes a whole of the shares that several processes wrote: the texts, ``pieces.json``, and the manifest.
+
+    Args:
+        folder: with all of the shares on the disk.
+        path: where it shall be.
+        shares: of all processes, in the order of their numbers. One of them has to have a part of the model.
+        about: what ``pieces.json`` is to say besides.
+        texts, architecture, step, metrics, parent: as in :func:`write_folder`.
+    """
+    written = _TensorFiles({}, {}, {})
+    pieces: list[Written] = []
+    for share in shares:
+        written.files.update(share.files)
+        written.entries.update(share.entries)
+        pieces += share.written
+    with many_objects():
+        together = replace(about, tensors=put_together(pieces))
+        return _complete(folder, path, written, _encoded(path, texts), together, architecture, step, metrics, parent)
+
+
+def _encoded(path: Path, texts: Mapping[str, str]) -> dict[str, bytes]:
+    for file in (CONFIG, TRAINER):
+        parse_json(texts.get(file, "{}"), f"'{path / file}'")  # what could not be read again is not written
+    return {file: text.encode() for file, text in texts.items()}
+
+
+def _write_tensor_files(
+    folder: NewFolder | remote.RemoteFolder, gathered: Mapping[str, Stored], progress: Progress | None
+) -> _TensorFiles:
+    with many_objects():
+        jobs = {
+            name: _Job(folder.create(name), stored, *header_of(_described(stored), stored.aliases))
+            for name, stored in gathered.items()
         }
-        for name, data in contents.items():
-            folder.create(name).write(data)
-            files[name] = FileEntry(len(data), blake3(data).hexdigest(), len(data))
-        with many_objects():
-            entries = {name: job.stored.entries(job.hashes) for name, job in jobs.items()}
-            about = (
-                provenance()
-                | ({"config": files[CONFIG].blake3} if CONFIG in files else {})
-                | ({"parent": parent} if parent else {})
-            )
-            manifest = Manifest(
-                files,
-                entries,
-                architecture,
-                step,
-                dict(metrics or {}),
-                about,
-                identity_of(entries[MODEL]) if MODEL in entries else "",
-            )
-            text = manifest.to_json().encode()
-        require_bounded_json(text, f"The manifest of '{path}'")  # else it could not be read again
-        folder.create(MANIFEST).write(text)
+    _write_all(list(jobs.values()), progress, finish=True)
+    for job in jobs.values():
+        job.finish()  # of an empty one no thread did it
+    files = {
+        name: FileEntry(len(job.start) + job.stored.nbytes, blake3(job.start).hexdigest(), len(job.start))
+        for name, job in jobs.items()
+    }
+    with many_objects():
+        return _TensorFiles(files, {name: job.stored.entries(job.hashes) for name, job in jobs.items()}, dict(gathered))
+
+
+def _complete(
+    folder: NewFolder | remote.RemoteFolder,
+    path: Path,
+    written: _TensorFiles,
+    contents: dict[str, bytes],
+    pieces: Pieces | None,
+    architecture: str | None,
+    step: int | None,
+    metrics: Mapping[str, float] | None,
+    parent: Mapping[str, Any] | None,
+) -> Manifest:
+    """The texts, and the manifest last."""
+    model = written.entries.get(MODEL)
+    if pieces is not None:
+        contents |= {PIECES: pieces.to_json().encode()}
+        require_bounded_json(contents[PIECES], f"'{path / PIECES}'")  # else it could not be read again
+        model = entries_of(pieces.tensors[MODEL], written.entries)
+    for name, data in contents.items():
+        folder.create(name).write(data)
+        written.files[name] = FileEntry(len(data), blake3(data).hexdigest(), len(data))
+    with many_objects():
+        about = (
+            provenance()
+            | ({"config": written.files[CONFIG].blake3} if CONFIG in written.files else {})
+            | ({"parent": parent} if parent else {})
+        )
+        identity = identity_of(model) if model is not None else ""
+        manifest = Manifest(written.files, written.entries, architecture, step, dict(metrics or {}), about, identity)
+        text = manifest.to_json().encode()
+    require_bounded_json(text, f"The manifest of '{path}'")
+    folder.create(MANIFEST).write(text)
     return manifest
-
-
-def write_part(folder: NewFolder, name: str, state: Mapping[str, Any]) -> tuple[FileEntry, dict[str, TensorEntry]]:
-    """Write a tensor file of a folder that several processes fill, to the disk; what a manifest says of it is returned."""
-    stored = gather(state)
-    job = _Job(folder.create(name), stored, *header_of(_described(stored), stored.aliases))
-    _write_all([job], None, finish=True)
-    job.finish()  # of an empty one no thread did it
-    start = job.start
-    return FileEntry(len(start) + stored.nbytes, blake3(start).hexdigest(), len(start)), stored.entries(job.hashes)
 
 
 def require_replaceable(path: Path) -> None:
