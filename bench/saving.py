@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -189,7 +190,8 @@ def main() -> None:
         state = {"weight": frozen.weight.detach()}
         rewritten = alternate(
             {"64 MB that did not change, written again": lambda: write_step(
-                Path(name) / "frozen", next(numbers), {MODEL: state}, {}, retention=Retention(10_000))}, 5
+                Path(name) / "frozen", next(numbers), partial(write_folder, tensors={MODEL: state}, texts={}),
+                retention=Retention(10_000))}, 5
         )  # fmt: skip
         table("Unchanged tensors:", rewritten, next(iter(rewritten)))
     keep("saving", results)

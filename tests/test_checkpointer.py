@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import origo
+from origo import checkpointer as keeping
 from origo.errors import CheckpointError, ConfigError, StorageError
 from origo.naming.mismatch import MismatchError
 from origo.store import run as store_run
@@ -203,7 +204,7 @@ def test_nothing_is_deleted_before_the_successor_was_read_back(tmp_path: Path, m
     model = nn.Linear(3, 2)
     with origo.Checkpointer(tmp_path, keep_last=1, background=False) as checkpointer:
         checkpointer.save(1, {"model": model})
-        real = store_run.write_folder
+        real = keeping.write_folder
 
         def lying(path: Path, *given: Any, **named: Any) -> Any:
             """A disk that took everything and kept something else."""
@@ -212,7 +213,7 @@ def test_nothing_is_deleted_before_the_successor_was_read_back(tmp_path: Path, m
             file.write_bytes(file.read_bytes()[:-1] + b"\x55")
             return manifest
 
-        monkeypatch.setattr(store_run, "write_folder", lying)
+        monkeypatch.setattr(keeping, "write_folder", lying)
         with pytest.raises(StorageError, match="does not read back"):
             checkpointer.save(2, {"model": model})
     assert origo.Checkpointer(tmp_path).restore({"model": model}).step == 1

@@ -5,25 +5,29 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from origo.errors import CheckpointError, ConfigError, storage_error
 from origo.snapshot import put_back, take
-from origo.state.processes import agreed, first_process
+from origo.state.processes import agreed, agreed_with_help, first_process, gathered, process_count, process_number
 from origo.state.sharded import any_sharded
 from origo.store import remote
+from origo.store.agreement import meeting_store
 from origo.store.background import BackgroundTask, Staging
 from origo.store.filesystem import make_folder, mend_all, sweep
-from origo.store.layout import CONFIG, MANIFEST, TRAINER, is_file_name, is_text
+from origo.store.layout import CONFIG, MANIFEST, TRAINER, Manifest, is_file_name, is_text
 from origo.store.lease import Lease
 from origo.store.pieces import PIECES
 from origo.store.reader import Checkpoint, read_checkpoint
 from origo.store.run import Found, Retention, leave_behind, newest_good, pin, pins, step_folder, steps, unpin, write_step
-from origo.store.writer import gather
+from origo.store.shares import SharedFolder
+from origo.store.writer import gather, write_folder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ class Checkpointer:
     A checkpoint is there as a whole or not at all, and the earlier ones stay until it was read back. One program at a time may
     write to a folder; reading needs nothing.
 
-    Of several processes (torch.distributed) the first one writes. Where FSDP2 has sharded a model all of them have to call
+    Of several processes (torch.distributed) the first one writes. Where FSDP has sharded a model all of them have to call
     ``save`` and ``restore``, with the same names in the same order, and do as the first one decides; otherwise any of them may.
+    Of FSDP2's models each process writes its own shards, and any number of processes, or one alone, reads them.
 
     Args:
         directory: where the steps are, as ``step-000001000/``; also ``s3://bucket/run``.
@@ -121,6 +126,8 @@ class Checkpointer:
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._parent: dict[str, Any] | None = None
+        self._shares = not remote.is_remote(self.directory)  # whether several processes write, each its own
+        self._shared: SharedFolder | None = None
         self._left: list[int] = []  # steps that the run has left behind it by going on from an earlier one
 
     def save(
@@ -159,39 +166,121 @@ class Checkpointer:
         together = isinstance(state, Mapping) and any_sharded(state.values())
         if not together and not first_process():
             return True
-        if not agreed(lambda: self._ready(step), together):
+        if not self._agreed_upon(lambda: agreed(lambda: self._ready(step), together), together):
             return False
+        if together and process_count() > 1 and self._shares and self._save_share(step, state, metrics, texts):
+            return True
         snapshot = take(state, texts)
         agreed(self.acquire, together)
         if not first_process():
             return True
         tensors = self._staging.copy(snapshot.tensors) if self._background else snapshot.tensors
-        total = sum(gather(named).nbytes for named in tensors.values())
-        progress = self.progress = Progress(step, total)
+        progress = self.progress = Progress(step, sum(gather(named).nbytes for named in tensors.values()))
 
-        def write() -> None:
-            manifest = write_step(
-                self.directory,
-                step,
+        def write(path: Path) -> Manifest:
+            return write_folder(
+                path,
                 tensors,
                 snapshot.texts,
                 architecture=snapshot.architecture,
+                step=step,
                 metrics=metrics,
                 parent=self._parent,
-                left=self._left,
-                retention=self.retention,
                 progress=progress.add,
-                note=self.notes.append,
             )
-            self._parent, self._left = {"step": step, "identity": manifest.identity}, []
+
+        self._begin(lambda: self._keep(step, write), progress)
+        return True
+
+    def _begin(self, work: Callable[[], None], progress: Progress) -> None:
+        """Do it, behind the caller's back or not."""
+
+        def watched() -> None:
+            work()
             progress.add(0)
             progress.done = True
 
         if self._background:
-            self._task.start(write)
+            self._task.start(watched)
         else:
-            write()
+            watched()
+
+    def _keep(self, step: int, write: Callable[[Path], Manifest], read_back: Callable[[Path], None] | None = None) -> None:
+        """Write a step, and do what belongs to it."""
+        manifest = write_step(
+            self.directory,
+            step,
+            write,
+            left=self._left,
+            retention=self.retention,
+            note=self.notes.append,
+            read_back=read_back,
+        )
+        self._parent, self._left = {"step": step, "identity": manifest.identity}, []
+
+    def _save_share(self, step: int, state: Mapping[str, Any], metrics: dict[str, float], texts: dict[str, str]) -> bool:
+        """Keep a step of which each process writes its share; False where they do not see the same disk."""
+        failure: Exception | None = None
+        nbytes = 0
+        try:
+            snapshot = take(state, texts, share=True)
+            tensors = self._staging.copy(snapshot.tensors) if self._background else snapshot.tensors
+            nbytes = sum(gather(named).nbytes for named in tensors.values())
+        except Exception as error:
+            failure = error
+        told = gathered((None if failure is None else str(failure), nbytes))
+        if failure is not None:
+            raise failure
+        for number, (reason, _) in enumerate(told):
+            if reason is not None:
+                raise CheckpointError(reason if number == 0 else f"In process {number}: {reason}")
+        if self._shared is not None:
+            self._shared.forget()
+        path, store = step_folder(self.directory, step), meeting_store()
+        made: list[SharedFolder] = []
+
+        def make() -> tuple[str, str]:
+            self.acquire()
+            made.append(SharedFolder.made(path, sum(nbytes for _, nbytes in told), process_count(), store))
+            return made[0].place, made[0].token
+
+        place = agreed(make)
+        shared = made[0] if made else SharedFolder(path, *place, process_number(), process_count(), store)
+        if not all(gathered(shared.seen)):
+            shared.give_up()
+            self._shares = False
+            self.notes.append(f"'{self.directory}' is not seen by all processes: the first one gathers and writes everything.")
+            return False
+        self._shared = shared if made else None
+        progress = self.progress = Progress(step, nbytes)
+
+        def lead() -> None:
+            shared.lead(
+                lambda write, read_back: self._keep(step, write, read_back),
+                tensors,
+                snapshot.boxes,
+                snapshot.texts,
+                progress.add,
+                architecture=snapshot.architecture,
+                step=step,
+                metrics=metrics,
+                parent=self._parent,
+            )
+
+        self._begin(lead if made else lambda: shared.help(tensors, snapshot.boxes, progress.add), progress)
         return True
+
+    def _agreed_upon(self, agree: Callable[[], T], together: bool) -> T:
+        """What they agree upon. What went wrong in the background the first process tells, and the others forget."""
+        try:
+            decision = agree()
+        except BaseException:
+            if together and not first_process():
+                self._task.forget()
+            raise
+        if together and not first_process() and decision is not False:
+            self._task.forget()
+        return decision
 
     def _ready(self, step: int) -> bool:
         """Whether to save now: what went wrong before is raised, and the writer before waited for."""
@@ -231,24 +320,45 @@ class Checkpointer:
                     # A writer has gone on, and deleted it under our hands, before anything was changed: take its successor.
 
     def _find(self, step: int | str, verify: bool, together: bool) -> Found | None:
-        """The checkpoint to restore. ``together`` the first process decides, and checks; the others open what it found."""
-        mine: list[Found | None] = []
+        """The checkpoint to restore. ``together`` the first process decides, and all share the checking."""
+        opened: dict[Path, Checkpoint] = {}
 
-        def decide() -> int | None:
+        def check(path: Path) -> str | None:
+            """What is wrong with this process's share of a step."""
+            try:
+                if path not in opened:
+                    opened[path] = read_checkpoint(path)
+                share = (process_number(), process_count()) if together else (0, 1)
+                return next((damage.reason for damage in opened[path].damages(share=share)), None)
+            except CheckpointError as error:
+                return str(error)
+
+        def decide(ask: Callable[[Path], list[str | None]]) -> tuple[Path | None, list[tuple[Path, str]]]:
+            def verified(checkpoint: Checkpoint) -> None:
+                opened[checkpoint.path] = checkpoint
+                for reason in ask(checkpoint.path):
+                    if reason is not None:
+                        raise CheckpointError(reason)
+
             self._task.wait()
             if step == "latest":
-                found = newest_good(self.directory, verify=verify)
+                found = newest_good(self.directory, verify=verify, check=verified)
             else:
                 found = Found(self.open(step))
                 if verify:
-                    found.checkpoint.verify()
-            mine.append(found)
-            return found.checkpoint.manifest.step if found and found.checkpoint.manifest else None
+                    verified(found.checkpoint)
+            if found is None:
+                return None, []
+            opened[found.checkpoint.path] = found.checkpoint
+            return found.checkpoint.path, found.skipped
 
-        number = agreed(decide, together)
-        if mine:
-            return mine[0]
-        return None if number is None else Found(read_checkpoint(step_folder(self.directory, number)))
+        path, skipped = self._agreed_upon(lambda: agreed_with_help(decide, check, together), together)
+        if path is None:
+            return None
+        checkpoint = opened[path] if path in opened else read_checkpoint(path)
+        if verify:
+            checkpoint.trust()
+        return Found(checkpoint, skipped)
 
     def restore_from(self, checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> Restored:
         """:meth:`restore` from a checkpoint that is open already; what is saved next goes on from it."""

@@ -22,16 +22,18 @@ from origo.errors import CheckpointError, ConfigError, OrigoError, nearest
 from origo.models.registry import describe_model
 from origo.naming.mismatch import compare
 from origo.naming.wrappers import unwrap
-from origo.state.model import describe, load_state_dict, state_dict, whole_state
+from origo.state.model import describe, load_state_dict, state_dict, tensor_identity, whole_state
 from origo.state.optimizer import load_optimizer_state, optimizer_state
 from origo.state.processes import gathered, process_number
 from origo.state.rng import load_rng_state, require_rng_state, rng_state
-from origo.state.sharded import any_sharded
+from origo.state.sharded import any_sharded, from_own_piece, is_cut, is_mine_to_write, local, own_box, whole
 from origo.state.tree import flatten, unflatten
 from origo.store.layout import CONFIG, MODEL, TRAINER, TRAINER_TENSORS, parse_json
 from origo.store.reader import Checkpoint
+from origo.store.writer import Box
 
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_VALUES = "rng.values"  # JSON as bytes
 _TAKEN = ("rng", "trainer", "manifest", "config", "tokenizer")
 
 
@@ -44,8 +46,8 @@ class Snapshot:
     texts: dict[str, str]
     """By file."""
     architecture: str | None = None
-    mine_to_write: bool = True
-    """Of several processes the first one writes."""
+    boxes: dict[str, dict[str, Box]] = field(default_factory=dict)
+    """Of the tensors that are this process's part of one, by file and name."""
 
 
 @dataclass
@@ -55,13 +57,15 @@ class _Parts:
     objects: dict[str, Any] = field(default_factory=dict)
 
 
-def take(state: Mapping[str, Any], texts: Mapping[str, str]) -> Snapshot:
+def take(state: Mapping[str, Any], texts: Mapping[str, str], *, share: bool = False) -> Snapshot:
     """See what is to be kept of some objects.
 
     Args:
         state: by a name of the caller's choice: models, optimizers (one, or a list of them), objects with a ``state_dict()``,
             and plain values.
         texts: further files.
+        share: this process's share alone: of sharded tensors its pieces, its random number generators, and, in the first
+            process, everything else. Otherwise all of it, for which sharded tensors are put together; each process calls this.
 
     Raises:
         ConfigError: a name cannot be one, or an optimizer's model is not among the objects.
@@ -102,25 +106,56 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str]) -> Snapshot:
                 raise CheckpointError(f"{key!r} cannot be kept: {error}.") from error
             parts.loose |= tensors
             parts.objects[key] = {"kind": "state" if stateful else "values", "state": values}
-    # Of several processes each has generators of its own.
-    mine, mine_too = rng_state()
-    together = any_sharded(state.values())
-    states = gathered(({name: tensor.numpy() for name, tensor in mine.items()}, mine_too), together)
-    rng_tensors = {
-        _of_process(name, number): torch.from_numpy(array)
-        for number, (arrays, _) in enumerate(states)
-        for name, array in arrays.items()
-    }
-    rng_values = {**states[0][1], "others": [values for _, values in states[1:]]}
-    parts.tensors[TRAINER_TENSORS] = {**parts.loose, **rng_tensors}
-    whole = {file: whole_state(tensors) for file, tensors in parts.tensors.items()}
+    first = process_number() == 0
+    generators, values = _generators()
+    boxes: dict[str, dict[str, Box]] = {}
+    if share:
+        for file, tensors in parts.tensors.items():
+            parts.tensors[file], boxes[file] = _own_share(tensors)
+        loose, _ = _own_share(parts.loose)
+    else:
+        for each in gathered({name: tensor.numpy() for name, tensor in generators.items()}, any_sharded(state.values())):
+            generators |= {name: torch.from_numpy(array) for name, array in each.items()}
+        parts.tensors = {file: whole_state(tensors)[0] for file, tensors in parts.tensors.items()}
+        loose, _ = whole_state(parts.loose)
+    parts.tensors[TRAINER_TENSORS] = {**loose, **generators}
+    if not first and share:
+        return Snapshot(parts.tensors, {}, None, boxes)
     architecture, config = describe_model(unwrap(modules[main]))
-    written = {TRAINER: json.dumps({"objects": parts.objects, "rng": rng_values}, allow_nan=False) + "\n", **texts}
+    written = {TRAINER: json.dumps({"objects": parts.objects, "rng": values}, allow_nan=False) + "\n", **texts}
     if config is not None:
         written[CONFIG] = json.dumps(config, indent=2) + "\n"
-    return Snapshot(
-        {file: tensors for file, (tensors, _) in whole.items()}, written, architecture, all(mine for _, mine in whole.values())
-    )
+    return Snapshot(parts.tensors, written, architecture, boxes)
+
+
+def _own_share(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Box]]:
+    """This process's pieces of sharded tensors, and what they are pieces of; of whole ones the first process has all."""
+    mine: dict[str, Any] = {}
+    boxes: dict[str, Box] = {}
+    turns: dict[Any, int] = {}
+    for number, (name, value) in enumerate(tensors.items()):
+        turn = turns.setdefault(tensor_identity(value) or name, number)  # a tied one's names are one process's to write
+        if not is_cut(value):
+            value = whole(value)  # of what is sharded in another way; each process has to take part
+            if process_number() == 0:
+                mine[name] = value
+        elif is_mine_to_write(value, turn):
+            where = own_box(value)
+            if all(part.start < part.stop for part in where):
+                mine[name] = local(value)
+                boxes[name] = Box(name, tuple(value.shape), tuple(part.start for part in where))
+    return mine, boxes
+
+
+def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This process's random number generators: tensors under names of its own, and values. Of others than the first one the
+    values are a tensor too, so that each can write what it has.
+    """
+    tensors, values = rng_state()
+    number = process_number()
+    if number:
+        tensors[_VALUES] = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+    return {_of_process(name, number): tensor for name, tensor in tensors.items()}, values
 
 
 def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> dict[str, Any]:
@@ -157,7 +192,12 @@ def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = Tr
             raise CheckpointError(
                 f"{key!r} in '{checkpoint.path}' is of the kind {stored.kind(key)!r}, not {_kind_of(value)!r}."
             )
-        decoded[key] = stored.tensors(key) if stored.kind(key) in ("model", "optimizer") else stored.plain(key)
+        if stored.kind(key) == "model":
+            decoded[key] = stored.tensors(key, state_dict(value))
+        elif stored.kind(key) == "optimizer":
+            decoded[key] = stored.tensors(key, _slots_like(stored.names(key), _model_of(key, value, modules)))
+        else:
+            decoded[key] = stored.plain(key)
         if isinstance(value, dict | list) and stored.kind(key) == "values" and not isinstance(decoded[key], type(value)):
             raise CheckpointError(
                 f"{key!r} in '{checkpoint.path}' is a {type(decoded[key]).__name__}, and a {type(value).__name__} was given to "
@@ -225,17 +265,34 @@ class _Stored:
             self.objects: dict[str, dict[str, Any]] = dict(content["objects"])
             self.rng: dict[str, Any] = dict(content["rng"])
             self._kinds = {key: str(entry["kind"]) for key, entry in self.objects.items()}
-        self.loose = checkpoint.tensors(TRAINER_TENSORS).state()
+        loose = checkpoint.tensors(TRAINER_TENSORS)
+        theirs = re.compile(rf"rng\.process-(?!{process_number()}\.)")  # other processes' generators
+        self.loose = {name: loose.tensor(name) for name in loose.names if not theirs.match(name)}
 
     def kind(self, key: str) -> str:
         return self._kinds[key]
 
-    def tensors(self, key: str) -> dict[str, Any]:
-        """Of a model or optimizer, each checked."""
+    def names(self, key: str) -> list[str]:
+        """Of a model's or optimizer's tensors."""
         with self.decoding(key):
-            file = str(self.objects[key]["file"])
+            return self._checkpoint.tensors(str(self.objects[key]["file"])).names
+
+    def tensors(self, key: str, targets: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a model or optimizer, each checked; of those whose targets are in pieces, this process's piece."""
+        with self.decoding(key):
+            file = self._checkpoint.tensors(str(self.objects[key]["file"]))
             extra = self.objects[key].get("extra", {})
-            return {**self._checkpoint.tensors(file).state(), **unflatten(extra, _own(extra, self.loose))}
+            if not any(map(is_cut, targets.values())):
+                return {**file.state(), **unflatten(extra, _own(extra, self.loose))}
+            found: dict[str, Any] = {}
+            for name in file.shapes:
+                target = targets.get(name)
+                if is_cut(target) and tuple(target.shape) == tuple(file.shapes[name]):
+                    found[name] = from_own_piece(file.part(name, own_box(target)), target)
+                else:
+                    found[name] = file.tensor(name)
+            found |= {alias: found[name] for alias, name in file.aliases.items()}
+            return {**found, **unflatten(extra, _own(extra, self.loose))}
 
     def plain(self, key: str) -> Any:
         """A structure with its tensors, in memory of their own."""
@@ -252,11 +309,11 @@ class _Stored:
         number = process_number()
         if number == 0:
             return self.loose, self.rng
-        if number > len(self.rng["others"]):  # of DDP the first process alone is kept: the others stay as they were seeded
-            return None
         prefix = _of_process("rng.", number)
         mine = {"rng." + name.removeprefix(prefix): t for name, t in self.loose.items() if name.startswith(prefix)}
-        return mine, self.rng["others"][number - 1]
+        if not mine:  # of DDP the first process alone is kept: the others stay as they were seeded
+            return None
+        return mine, json.loads(bytes(mine.pop(_VALUES).numpy()))
 
     @contextmanager
     def decoding(self, key: str) -> Iterator[None]:
@@ -280,6 +337,13 @@ class _Stored:
                 f"What '{self._checkpoint.path}' holds as {key!r} cannot be taken ({reason[:200]}): it is damaged, or of "
                 "another kind of object than the one given."
             ) from error
+
+
+def _slots_like(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
+    """The parameter that each of an optimizer's tensors (``state.<slot>.<name>``) belongs to."""
+    parameters = state_dict(model)
+    found = {name: parameters.get(name.split(".", 2)[-1]) for name in names}
+    return {name: parameter for name, parameter in found.items() if isinstance(parameter, Tensor)}
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -260,7 +261,8 @@ def test_a_model_folder_is_replaced_by_its_successor(tmp_path: Path) -> None:
 
 def write_steps(directory: Path, *numbers: int, keep_last: int = 10) -> None:
     for number in numbers:
-        write_step(directory, number, {MODEL: state(number)}, {}, retention=Retention(keep_last))
+        write = partial(write_folder, tensors={MODEL: state(number)}, texts={}, step=number)
+        write_step(directory, number, write, retention=Retention(keep_last))
 
 
 def test_the_newest_steps_are_kept(tmp_path: Path) -> None:

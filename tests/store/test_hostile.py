@@ -42,6 +42,7 @@ from origo.store.layout import (
     NO_HASH,
     OPTIMIZER,
     TRAINER,
+    Manifest,
     TensorEntry,
     identity_of,
     sealed,
@@ -413,12 +414,16 @@ def test_a_manifest_reaches_nothing_but_files_of_its_own_folder(tmp_path: Path, 
         read_checkpoint(path)
 
 
+def writer(step: int, **metrics: float) -> Callable[[Path], Manifest]:
+    return lambda path: write_folder(path, {MODEL: state()}, {}, step=step, metrics=metrics)
+
+
 @pytest.mark.parametrize("what", ["a pipe", "endless", "a directory", "a link into itself", "a broken link", "none"])
 @posix
 def test_a_manifest_that_is_no_file_is_passed_over(tmp_path: Path, what: str) -> None:
     run = tmp_path / "run"
     for step in (1, 2, 3):
-        write_step(run, step, {MODEL: state()}, {}, metrics={"loss": float(step)}, retention=Retention(9))
+        write_step(run, step, writer(step, loss=float(step)), retention=Retention(9))
     manifest = run / "step-000000003" / MANIFEST
     manifest.unlink()
     if what == "a pipe":
@@ -433,7 +438,7 @@ def test_a_manifest_that_is_no_file_is_passed_over(tmp_path: Path, what: str) ->
     assert found is not None
     assert found.checkpoint.path.name == "step-000000002"
     Retention(1, best="loss").reasons(run)
-    write_step(run, 3, {MODEL: state()}, {}, retention=Retention(1, best="loss"))
+    write_step(run, 3, writer(3), retention=Retention(1, best="loss"))
     assert steps(run) == [1, 3]
 
 
@@ -441,7 +446,7 @@ def test_a_manifest_that_is_no_file_is_passed_over(tmp_path: Path, what: str) ->
 @posix
 def test_a_pin_that_is_none_unpins_no_other(tmp_path: Path, what: str) -> None:
     run = tmp_path / "run"
-    write_step(run, 1, {MODEL: state()}, {}, retention=Retention(1))
+    write_step(run, 1, writer(1), retention=Retention(1))
     pin(run, 1, "good")
     odd = run / "odd.pin"
     if what == "a pipe":
@@ -458,7 +463,7 @@ def test_a_pin_that_is_none_unpins_no_other(tmp_path: Path, what: str) -> None:
             "nothing": b"",
         }
         odd.write_bytes(contents[what])
-    write_step(run, 2, {MODEL: state()}, {}, retention=Retention(1))
+    write_step(run, 2, writer(2), retention=Retention(1))
     assert steps(run) == [1, 2], "what is pinned stays"
     assert torch.equal(origo.open_checkpoint(run, step="good").tensor("weight"), state()["weight"])
 

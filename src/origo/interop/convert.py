@@ -433,7 +433,7 @@ def _moments(checkpoint: Checkpoint, names: list[str]) -> tuple[dict[str, Tensor
         if checkpoint.origin.format is not NANOGPT:
             return None
         found = nanogpt.moments(checkpoint.origin.contents.values, names)
-    elif checkpoint.manifest is not None and OPTIMIZER in checkpoint.manifest.tensors:
+    elif OPTIMIZER in checkpoint.holds:
         stored = checkpoint.tensors(OPTIMIZER)
         found = {name.removeprefix("state."): stored.tensor(name) for name in stored.names}, []
     else:

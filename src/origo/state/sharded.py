@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -35,9 +35,9 @@ def local(tensor: Tensor) -> Tensor:
     return piece._local_tensor if is_sharded(tensor) else tensor
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_cut(tensor: Any) -> TypeGuard[Tensor]:
     """Whether each process has one box of it, or a copy of one: not so where parts are still to be added up, say."""
-    if not is_sharded(tensor):
+    if not isinstance(tensor, Tensor) or not is_sharded(tensor):
         return False
     pieces: Any = tensor
     kinds = sys.modules["torch.distributed.tensor"]

@@ -14,12 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
+
 from origo.errors import OrigoError, StorageError
 
 PATIENCE_SECONDS = 60.0
 """After which a process that gives no sign of life is given up."""
 _TICK_SECONDS = 0.5
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.001, 0.1
+
+
+def meeting_store() -> Any:
+    """The store that the processes of torch.distributed met by, on a connection of its own: no wait of torch's holds it up."""
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 class Agreement:

@@ -139,6 +139,13 @@ class BackgroundTask:
             _untold.remove(self)
             raise error
 
+    def forget(self) -> None:
+        """Return when it is done; what went wrong in it somebody else has told."""
+        self._done.wait()
+        if self._error is not None:
+            self._error = None
+            _untold.remove(self)
+
     def wait_quietly(self) -> None:
         """Return when it is done, however it ended."""
         self._done.wait()

@@ -7,6 +7,7 @@ that ``torch.save`` wrote.
 from __future__ import annotations
 
 import functools
+import math
 import mmap
 import os
 import pickle
@@ -126,10 +127,21 @@ class TensorFile(ABC):
             state._metadata = self.versions  # type: ignore[attr-defined]
         return state
 
-    def damages(self) -> Iterator[Damage]:
-        """Check every tensor that has a hash."""
+    def damages(self, share: tuple[int, int] = (0, 1)) -> Iterator[Damage]:
+        """Check every tensor that has a hash.
+
+        Args:
+            share: of them, as (which process, of how many).
+        """
         self._forget_if_changed()
-        return self._check([name for name in self.shapes if name not in self._right], keep=False)
+        which, of_how_many = share
+        mine = sorted(self.shapes, key=lambda name: -math.prod(self.shapes[name]))[which::of_how_many]
+        return self._check([name for name in mine if name not in self._right], keep=False)
+
+    def trust(self) -> None:
+        """Take all of them for checked: other processes have done it, just now."""
+        self._forget_if_changed()
+        self._right |= set(self.shapes)
 
     def _require_right(self, names: Iterable[str]) -> None:
         self._forget_if_changed()
@@ -383,6 +395,30 @@ class PiecedFile(TensorFile):
             whole[tuple(slice(at, at + size) for at, size in zip(piece.start, values.shape, strict=True))] = values
         return whole
 
+    def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
+        """As of any file; of a box of slices, the pieces alone that have something of it are read and checked."""
+        entry = self._entries[self._stored_name(name)]
+        if len(entry.pieces) == 1 or not _is_box(index, len(entry.shape)):
+            return super().part(name, index, verify=verify)
+        dtype = dtype_called(entry.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch does not have.")
+        bounds = [each.indices(size)[:2] for each, size in zip(index, entry.shape, strict=True)]
+        part = torch.empty([max(end - start, 0) for start, end in bounds], dtype=dtype, device="cpu")
+        for piece in entry.pieces:
+            file = self._files[piece.file]
+            source, target = [], []
+            for (start, end), at, size in zip(bounds, piece.start, file.shapes[piece.name], strict=True):
+                first, last = max(start, at), min(end, at + size)
+                source.append(slice(first - at, last - at))
+                target.append(slice(first - start, last - start))
+            if all(each.start < each.stop for each in source):
+                part[tuple(target)] = file.tensor(piece.name, verify=verify)[tuple(source)]
+        return part
+
+    def trust(self) -> None:
+        """Its files do it."""
+
     def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
         wanted: dict[str, list[str]] = {}
         for name in names:
@@ -392,6 +428,15 @@ class PiecedFile(TensorFile):
             file = self._files[name]
             file._forget_if_changed()
             yield from file._check([piece for piece in dict.fromkeys(pieces) if piece not in file._right], keep=keep)
+
+
+def _is_box(index: Any, dimensions: int) -> bool:
+    """Whether an index is a slice of each dimension, of consecutive places."""
+    return (
+        isinstance(index, tuple)
+        and len(index) == dimensions
+        and all(isinstance(each, slice) and each.step in (None, 1) for each in index)
+    )
 
 
 class Checkpoint:
@@ -501,15 +546,20 @@ class Checkpoint:
         for damage in self.damages(files):
             raise CheckpointError(damage.reason)
 
-    def damages(self, files: Iterable[str] | None = None) -> Iterator[Damage]:
-        """Everything that is not as it was written, found by reading every byte."""
+    def damages(self, files: Iterable[str] | None = None, share: tuple[int, int] = (0, 1)) -> Iterator[Damage]:
+        """Everything that is not as it was written, found by reading every byte.
+
+        Args:
+            files: of a folder, these alone.
+            share: of the tensors, as (which process, of how many); for what several processes check together.
+        """
         if self.manifest is None:
             yield from self.model.damages()
             return
         for file in self.manifest.files if files is None else files:
             try:
                 if file in self.manifest.tensors or (self.pieces and file in self.pieces.tensors):
-                    yield from self.tensors(file).damages()
+                    yield from self.tensors(file).damages(share)
                 else:
                     self.text(file)
             except CheckpointError as error:
@@ -519,6 +569,11 @@ class Checkpoint:
             model = entries_of(self.pieces.tensors.get(MODEL, {}), self.manifest.tensors)
         if model is not None and identity_of(model) != self._identity:
             yield Damage(MANIFEST, None, f"'{self.path / MANIFEST}' is damaged: its identity is not that of its tensors.")
+
+    def trust(self) -> None:
+        """Take all tensors for checked: other processes have done it, just now."""
+        for file in self.manifest.tensors if self.manifest is not None else ():
+            self.tensors(file).trust()
 
     def _checked(self, file: str) -> bytes:
         assert self.manifest is not None

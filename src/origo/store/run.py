@@ -11,14 +11,13 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from origo.errors import CheckpointError, ConfigError, OrigoError, StorageError, storage_error
 from origo.store import remote
 from origo.store.filesystem import move_folder, remove_file, remove_folder, replace_file, replaced
 from origo.store.layout import CONFIG, MANIFEST, MODEL, Manifest
 from origo.store.reader import Checkpoint, read_checkpoint, require_path
-from origo.store.writer import Progress, require_replaceable, write_folder
+from origo.store.writer import require_replaceable
 
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
 _PIN_SUFFIX = ".pin"
@@ -188,13 +187,20 @@ def unpin(directory: Path, name: str) -> None:
         remove_file(path)
 
 
-def newest_good(directory: Path, *, verify: bool = True, files: Iterable[str] | None = None) -> Found | None:
+def newest_good(
+    directory: Path,
+    *,
+    verify: bool = True,
+    files: Iterable[str] | None = None,
+    check: Callable[[Checkpoint], None] = Checkpoint.verify,
+) -> Found | None:
     """The newest checkpoint that verifies; None where there is none at all.
 
     Args:
         directory: the folder with the steps.
         verify: read every byte; otherwise only what it holds and how large its files are is checked.
         files: which of a checkpoint's files matter; all by default.
+        check: reads every byte, where all files matter.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
@@ -206,8 +212,10 @@ def newest_good(directory: Path, *, verify: bool = True, files: Iterable[str] | 
             path = step_folder(directory, step)
             try:
                 checkpoint = read_checkpoint(path)
-                if verify:
-                    checkpoint.verify(None if files is None else [file for file in files if file in checkpoint.holds])
+                if verify and files is None:
+                    check(checkpoint)
+                elif verify:
+                    checkpoint.verify([file for file in files or () if file in checkpoint.holds])
                 return Found(checkpoint, skipped)
             except CheckpointError as error:
                 skipped.append((path, str(error)))
@@ -290,21 +298,23 @@ def leave_behind(directory: Path, left: Iterable[int], note: Callable[[str], Non
 def write_step(
     directory: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Any]],
-    texts: Mapping[str, str],
+    write: Callable[[Path], Manifest],
     *,
-    architecture: str | None = None,
-    metrics: Mapping[str, float] | None = None,
-    parent: Mapping[str, Any] | None = None,
     left: Collection[int] = (),
     retention: Retention,
-    progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
+    read_back: Callable[[Path], None] | None = None,
 ) -> Manifest:
     """Keep one step, then delete those that ``retention`` does not keep. A deletion that fails is left for the next time.
 
     Steps after this one, and those in ``left``, are of a past that the run has left (they were damaged, say): they are renamed,
     so that they neither count as the newest nor are lost.
+
+    Args:
+        directory: the folder with the steps.
+        write: writes the step where it is told; see :func:`origo.store.writer.write_folder`.
+        note: told of what was renamed, and of each deletion that failed.
+        read_back: see :func:`prune`.
 
     Raises:
         StorageError: the step could not be written, or does not read back as it was written; the earlier ones are untouched.
@@ -317,16 +327,19 @@ def write_step(
                 f"(origo prune --unpin {name}), or go on in another folder."
             )
     _make_room(path)
-    manifest = write_folder(
-        path, tensors, texts, architecture=architecture, step=step, metrics=metrics, parent=parent, progress=progress
-    )
+    manifest = write(path)
     leave_behind(directory, [other for other in steps(directory) if other > step or (other in left and other != step)], note)
-    prune(directory, retention, written=step, note=note)
+    prune(directory, retention, written=step, note=note, read_back=read_back)
     return manifest
 
 
 def prune(
-    directory: Path, retention: Retention, *, written: int | None = None, note: Callable[[str], None] = lambda text: None
+    directory: Path,
+    retention: Retention,
+    *,
+    written: int | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    read_back: Callable[[Path], None] | None = None,
 ) -> list[int]:
     """Delete the steps that are not to be kept, once one that stays was read back from its files.
 
@@ -335,6 +348,7 @@ def prune(
         retention: which to keep.
         written: the step that has to be good before any other is deleted; the newest by default.
         note: told of each deletion that failed.
+        read_back: reads a checkpoint, all of it, and raises CheckpointError where it is damaged; in this process by default.
 
     Returns:
         The steps that are gone.
@@ -347,7 +361,8 @@ def prune(
         return []
     successor = written if written is not None else steps(directory)[-1]
     try:
-        read_checkpoint(step_folder(directory, successor)).verify()
+        path = step_folder(directory, successor)
+        read_back(path) if read_back is not None else read_checkpoint(path).verify()
     except CheckpointError as error:
         raise StorageError(f"Step {successor} was written and does not read back: {error} Earlier steps were kept.") from error
     pinned = set(pins(directory).values())  # somebody may have pinned one meanwhile

@@ -368,17 +368,17 @@ def complete_folder(
         folder: with all of the shares on the disk.
         path: where it shall be.
         shares: of all processes, in the order of their numbers. One of them has to have a part of the model.
-        about: what ``pieces.json`` is to say besides.
+        about: what ``pieces.json`` is to say besides; its files are there also where nobody has a tensor of them.
         texts, architecture, step, metrics, parent: as in :func:`write_folder`.
     """
     written = _TensorFiles({}, {}, {})
     pieces: list[Written] = []
-    for share in shares:
-        written.files.update(share.files)
-        written.entries.update(share.entries)
-        pieces += share.written
+    for each in shares:
+        written.files.update(each.files)
+        written.entries.update(each.entries)
+        pieces += each.written
     with many_objects():
-        together = replace(about, tensors=put_together(pieces))
+        together = replace(about, tensors={**about.tensors, **put_together(pieces)})
         return _complete(folder, path, written, _encoded(path, texts), together, architecture, step, metrics, parent)
 
 

@@ -1,0 +1,362 @@
+"""Checkpointer with FSDP2 in real processes (gloo): each writes its share, all or nothing is kept, and any number reads it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import origo
+from origo.store.pieces import PIECES
+from origo.store.reader import read_checkpoint
+from tests.conftest import free_port
+
+IN_FULL = bool(os.environ.get("ORIGO_PROVE"))
+
+PROGRAM = """
+import copy, errno, os, signal, sys, threading, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import origo
+from origo.store import agreement
+from origo.store.filesystem import Disk
+from origo.state.sharded import whole
+
+what, folder = sys.argv[1], Path(sys.argv[2])
+dist.init_process_group("gloo")
+rank, count = dist.get_rank(), dist.get_world_size()
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Embedding(11, 6)
+        self.odd = nn.Linear(6, 7)      # rows that no number of processes but 1 and 7 can share evenly
+        self.few = nn.Linear(7, 6)
+        self.one = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.zeros(3))
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.token.weight
+
+    def forward(self, tokens):
+        self.seen += 1
+        return self.head(self.few(torch.relu(self.odd(self.token(tokens))))) * self.one
+
+def training(seed, mesh=None):
+    torch.manual_seed(seed)
+    model = Net()
+    fully_shard(model.odd, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    return {"model": model, "optimizer": optimizer, "schedule": schedule, "progress": {"tokens": seed}}
+
+def step(state):
+    state["model"](torch.arange(11)[None]).square().mean().backward()
+    state["optimizer"].step()
+    state["optimizer"].zero_grad()
+    state["schedule"].step()
+
+def values(state):
+    tensors, description = origo.optimizer_state(state["model"], state["optimizer"])
+    found = {**origo.state_dict(state["model"]), **tensors}
+    return {name: whole(value).clone() for name, value in found.items()}, description, state["schedule"].state_dict()
+
+def same(one, other):
+    assert one[0].keys() == other[0].keys()
+    for name in one[0]:
+        assert torch.equal(one[0][name], other[0][name]), name
+    assert one[1:] == other[1:], (one[1:], other[1:])
+
+def leave():
+    until = time.monotonic() + 5   # one that is done may still be ending
+    while left := [thread for thread in threading.enumerate() if thread.name.startswith("origo")]:
+        assert time.monotonic() < until, f"threads of Origo are left: {left}"
+    print("as it should be", flush=True)
+    dist.barrier()
+    os._exit(0)  # before torch takes itself down, which it aborts now and then
+
+def failing(work, says):
+    try:
+        work()
+    except origo.OrigoError as error:
+        assert says in str(error), error
+        print(f"{rank} was told", flush=True)
+    else:
+        raise SystemExit("it should have failed")
+
+if what == "write":
+    state = training(1)
+    step(state)
+    torch.manual_seed(100 + rank)
+    with origo.Checkpointer(folder) as checkpointer:
+        checkpointer.save(1, state, {"loss": 1.0}, files={"notes.txt": "hello"})
+        step(state)   # what is written is what was, not what is
+        checkpointer.save(2, state)
+        torch.save((values(state), torch.randn(3)), folder.parent / f"expected-{count}-{rank}.pt")
+    leave()
+
+if what == "read":
+    for written in sys.argv[3:]:
+        state = training(2)
+        checkpointer = origo.Checkpointer(folder.parent / written)
+        restored = checkpointer.restore(state)
+        assert restored.step == 2 and restored.values["progress"] == {"tokens": 1}, restored
+        expected, _ = torch.load(folder.parent / f"expected-{written}-0.pt", weights_only=False)
+        same(values(state), expected)
+        assert origo.state_dict(state["model"])["head.weight"] is not None
+        if int(written) == count:
+            _, drawn = torch.load(folder.parent / f"expected-{written}-{rank}.pt", weights_only=False)
+            assert torch.equal(torch.randn(3), drawn), "each goes on with its own random numbers"
+        step(state)
+    leave()
+
+if what == "hybrid":
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    state = training(1, mesh)
+    step(state)
+    with origo.Checkpointer(folder) as checkpointer:
+        checkpointer.save(1, state)
+        expected = values(state)
+    again = training(2)
+    assert origo.Checkpointer(folder).restore(again).step == 1
+    same(values(again), expected)
+    leave()
+
+if what == "full":   # the disk, for one of them; then the next save works
+    state = training(1)
+    step(state)
+    checkpointer = origo.Checkpointer(folder)
+    checkpointer.save(1, state)
+    checkpointer.wait()
+    real = Disk.write
+    def broken(disk, descriptor, data, position):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for bad, told_by in ((count - 1, checkpointer.wait), (0, lambda: checkpointer.save(3, state))):
+        if rank == bad:
+            Disk.write = broken
+        checkpointer.save(2, state)
+        failing(told_by, "disk is full")
+        Disk.write = real
+        dist.barrier()
+        assert checkpointer.steps == [1]
+        dist.barrier()
+    step(state)
+    checkpointer.save(2, state)
+    checkpointer.close()
+    again = training(2)
+    assert checkpointer.restore(again).step == 2
+    same(values(again), values(state))
+    leave()
+
+if what == "flat":   # FSDP1, whose flat parameters are no tensors of the model's: gathered
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    torch.manual_seed(1)
+    model = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
+    checkpointer = origo.Checkpointer(folder)
+    checkpointer.save(1, {"model": model})
+    checkpointer.wait()
+    before = {name: value.clone() for name, value in origo.state_dict(model).items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert checkpointer.restore({"model": model}).step == 1
+    after = origo.state_dict(model)
+    assert all(torch.equal(before[name], after[name]) for name in before) and before["odd.weight"].any()
+    checkpointer.close()
+    leave()
+
+if what == "unseen":   # as on two machines with a disk each
+    from origo.store.shares import SharedFolder
+    if rank:
+        SharedFolder.seen = property(lambda self: False)
+    state = training(1)
+    step(state)
+    checkpointer = origo.Checkpointer(folder)
+    checkpointer.save(1, state)
+    checkpointer.save(2, state)
+    checkpointer.close()
+    again = training(2)
+    assert checkpointer.restore(again).step == 2
+    same(values(again), values(state))
+    assert rank or len(checkpointer.notes) == 1, checkpointer.notes
+    leave()
+
+if what == "slow":   # longer than anybody would wait for one that gives no sign of life
+    agreement.PATIENCE_SECONDS = 1.0
+    real = Disk.flush
+    def slow(disk, descriptor):
+        time.sleep(2.5 if rank else 0)
+        real(disk, descriptor)
+    Disk.flush = slow
+    state = training(1)
+    checkpointer = origo.Checkpointer(folder)
+    checkpointer.save(1, state)
+    for _ in range(20):   # collectives of the training, while it is written
+        step(state)
+    checkpointer.close()
+    assert checkpointer.steps == [1]
+    leave()
+
+if what == "forever":   # until somebody kills one of them
+    agreement.PATIENCE_SECONDS = 3.0
+    state = training(1)
+    checkpointer = origo.Checkpointer(folder, keep_last=2)
+    start = checkpointer.restore(state).step or 0
+    print(f"from {start}", flush=True)
+    try:
+        for number in range(start + 1, start + (4 if sys.argv[3:] else 100_000)):
+            checkpointer.save(number, state)
+            checkpointer.wait()
+            print(f"saved {number}", flush=True)
+    except origo.OrigoError as error:
+        print(f"told: {error}", flush=True)
+        os._exit(7)
+    except RuntimeError as error:   # a collective in the main thread
+        print(f"collective: {error}", flush=True)
+        os._exit(8)
+    checkpointer.close()
+    leave()
+"""
+
+PLAIN = "\n".join(
+    (
+        PROGRAM.partition("dist.init_process_group")[0],
+        "def fully_shard(module, mesh=None): pass",
+        PROGRAM[PROGRAM.index("class Net") : PROGRAM.index("def leave")],
+        "state = training(3)",
+        "assert origo.Checkpointer(folder).restore(state).step == 2",
+        "same(values(state), torch.load(sys.argv[3], weights_only=False)[0])",
+        "assert state['model'].head.weight is state['model'].token.weight",
+        "step(state)",
+        "print(origo.load(folder, into=Net()))",
+    )
+)
+
+Launch = Callable[..., list[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
+    """Some processes that meet, without anybody who ends the others when one dies."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    started: list[subprocess.Popen[str]] = []
+
+    def start(count: int, what: str, folder: Path, *more: object) -> list[subprocess.Popen[str]]:
+        port = free_port()
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", program, what, folder, *map(str, more)]
+        mine = [
+            subprocess.Popen(
+                command, env=os.environ | meet | {"RANK": str(n)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for n in range(count)
+        ]
+        started.extend(mine)
+        return mine
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def launch(start: Callable[..., list[subprocess.Popen[str]]]) -> Launch:
+    def launch(count: int, what: str, folder: Path, *more: object) -> list[str]:
+        processes = start(count, what, folder, *more)
+        said = [process.communicate(timeout=120) for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, "\n".join(error[-3000:] for _, error in said)
+        assert all("as it should be" in out for out, _ in said), said
+        return [out for out, _ in said]
+
+    return launch
+
+
+def test_what_any_number_of_processes_keeps_any_number_reads(launch: Launch, tmp_path: Path) -> None:
+    """Each its share: model, AdamW, schedule, values, tied weights, pieces of unequal size, and each one's random numbers."""
+    counts = (1, 2, 3, 4) if IN_FULL else (2, 3)
+    for count in counts:
+        launch(count, "write", tmp_path / str(count))
+    for count in counts:
+        launch(count, "read", tmp_path / "none", *counts)
+    for count in counts[1 if IN_FULL else 0 :]:
+        folder = tmp_path / str(count)
+        newest = folder / "step-000000002"
+        assert {f"model-{number:05d}.safetensors" for number in range(count)} <= {file.name for file in newest.iterdir()}
+        program = tmp_path / "plain.py"
+        program.write_text(PLAIN)
+        command = [sys.executable, program, "plain", folder, tmp_path / f"expected-{count}-0.pt"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "8 tensors loaded" in done.stdout
+
+
+def test_of_copies_one_process_each_writes_some(launch: Launch, tmp_path: Path) -> None:
+    """Sharded over two, and that twice: nothing is written twice, and each of the four has something to write."""
+    launch(4, "hybrid", tmp_path / "run")
+    step = tmp_path / "run/step-000000001"
+    files = [step / f"model-{number:05d}.safetensors" for number in range(4)]
+    assert all(file.stat().st_size > 200 for file in files)
+    checkpoint = read_checkpoint(step)
+    checkpoint.verify()
+    assert checkpoint.pieces is not None
+    for entries in checkpoint.pieces.tensors.values():
+        for entry in entries.values():
+            assert len(entry.pieces) <= 2
+
+
+def test_a_disk_that_is_full_for_one_is_told_to_all_once_and_nothing_is_lost(launch: Launch, tmp_path: Path) -> None:
+    assert sum(out.count("was told") for out in launch(2, "full", tmp_path / "run")) == 4
+
+
+def test_where_they_do_not_see_the_same_disk_the_first_gathers_and_writes(launch: Launch, tmp_path: Path) -> None:
+    launch(2, "unseen", tmp_path / "run")
+    assert not (tmp_path / "run/step-000000002" / PIECES).exists()
+
+
+def test_what_is_sharded_in_another_way_is_gathered(launch: Launch, tmp_path: Path) -> None:
+    launch(2, "flat", tmp_path / "run")
+    origo.open_checkpoint(tmp_path / "run").verify()
+
+
+def test_one_whose_disk_is_slow_is_waited_for(launch: Launch, tmp_path: Path) -> None:
+    launch(2, "slow", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", range(40 if IN_FULL else 2))
+def test_killed_at_any_point_of_a_save(
+    start: Callable[..., list[subprocess.Popen[str]]], launch: Launch, tmp_path: Path, number: int
+) -> None:
+    """SIGKILL of one: the others are told, whatever was kept before is whole, and the next run goes on from it."""
+    run = tmp_path / "run"
+    processes = start(2, "forever", run)
+    victim = number % 2
+    watched = processes[1 - victim].stdout
+    assert watched is not None
+    for line in watched:
+        if line.startswith("saved 3"):
+            break
+    time.sleep((number * 37 % 101) / 500)
+    processes[victim].kill()
+    until = time.monotonic() + 60
+    out = watched.read()
+    assert processes[1 - victim].wait(timeout=max(1.0, until - time.monotonic())) in (7, 8), out
+    assert "was not kept" in out or "collective" in out, out
+    kept = origo.Checkpointer(run).steps
+    assert kept
+    for step in kept:
+        read_checkpoint(run / f"step-{step:09d}").verify()
+    assert kept[-1] >= max([int(each) for each in re.findall(r"saved (\d+)", out)] + [3]), "what was told as kept is there"
+    again = launch(2, "forever", run, "a few")
+    assert f"from {kept[-1]}" in again[0]
+    assert not [entry for entry in run.iterdir() if not entry.name.startswith("step-") and entry.is_dir()]
