@@ -312,7 +312,7 @@ def test_of_copies_one_process_each_writes_some(launch: Launch, tmp_path: Path) 
     assert checkpoint.pieces is not None
     for entries in checkpoint.pieces.tensors.values():
         for entry in entries.values():
-            assert len(entry.pieces) <= 2
+            assert len(entry.layout.parts) <= 2
 
 
 def test_a_disk_that_is_full_for_one_is_told_to_all_once_and_nothing_is_lost(launch: Launch, tmp_path: Path) -> None:

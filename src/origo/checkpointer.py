@@ -259,6 +259,7 @@ class Checkpointer:
                 lambda write, read_back: self._keep(step, write, read_back),
                 tensors,
                 snapshot.boxes,
+                snapshot.table,
                 snapshot.texts,
                 progress.add,
                 architecture=snapshot.architecture,
@@ -267,7 +268,7 @@ class Checkpointer:
                 parent=self._parent,
             )
 
-        self._begin(lead if made else lambda: shared.help(tensors, snapshot.boxes, progress.add), progress)
+        self._begin(lead if made else lambda: shared.help(tensors, snapshot.boxes, snapshot.table, progress.add), progress)
         return True
 
     def _agreed_upon(self, agree: Callable[[], T], together: bool) -> T:

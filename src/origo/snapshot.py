@@ -26,10 +26,12 @@ from origo.state.model import describe, load_state_dict, state_dict, tensor_iden
 from origo.state.optimizer import load_optimizer_state, optimizer_state
 from origo.state.processes import gathered, process_number
 from origo.state.rng import load_rng_state, require_rng_state, rng_state
-from origo.state.sharded import any_sharded, from_own_piece, is_cut, is_mine_to_write, local, own_box, whole
+from origo.state.sharded import any_sharded, cut_as, from_own_piece, is_cut, is_mine_to_write, local, own_box, whole
 from origo.state.tree import flatten, unflatten
 from origo.store.layout import CONFIG, MODEL, TRAINER, TRAINER_TENSORS, parse_json
+from origo.store.pieces import Part, Table
 from origo.store.reader import Checkpoint
+from origo.store.tensorfile import dtype_name
 from origo.store.writer import Box
 
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -48,6 +50,8 @@ class Snapshot:
     architecture: str | None = None
     boxes: dict[str, dict[str, Box]] = field(default_factory=dict)
     """Of the tensors that are this process's part of one, by file and name."""
+    table: Table = field(default_factory=Table)
+    """Of what several processes keep together."""
 
 
 @dataclass
@@ -108,11 +112,10 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str], *, share: bool = Fa
             parts.objects[key] = {"kind": "state" if stateful else "values", "state": values}
     first = process_number() == 0
     generators, values = _generators()
-    boxes: dict[str, dict[str, Box]] = {}
+    shares = _Shares()
     if share:
-        for file, tensors in parts.tensors.items():
-            parts.tensors[file], boxes[file] = _own_share(tensors)
-        loose, _ = _own_share(parts.loose)
+        parts.tensors = {file: shares.own(file, tensors) for file, tensors in parts.tensors.items()}
+        loose = shares.own(TRAINER_TENSORS, parts.loose)
     else:
         for each in gathered({name: tensor.numpy() for name, tensor in generators.items()}, any_sharded(state.values())):
             generators |= {name: torch.from_numpy(array) for name, array in each.items()}
@@ -120,31 +123,59 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str], *, share: bool = Fa
         loose, _ = whole_state(parts.loose)
     parts.tensors[TRAINER_TENSORS] = {**loose, **generators}
     if not first and share:
-        return Snapshot(parts.tensors, {}, None, boxes)
+        return Snapshot(parts.tensors, {}, None, shares.boxes, shares.table)
     architecture, config = describe_model(unwrap(modules[main]))
     written = {TRAINER: json.dumps({"objects": parts.objects, "rng": values}, allow_nan=False) + "\n", **texts}
     if config is not None:
         written[CONFIG] = json.dumps(config, indent=2) + "\n"
-    return Snapshot(parts.tensors, written, architecture, boxes)
+    return Snapshot(parts.tensors, written, architecture, shares.boxes, shares.table)
 
 
-def _own_share(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Box]]:
-    """This process's pieces of sharded tensors, and what they are pieces of; of whole ones the first process has all."""
-    mine: dict[str, Any] = {}
-    boxes: dict[str, Box] = {}
-    turns: dict[Any, int] = {}
-    for number, (name, value) in enumerate(tensors.items()):
-        turn = turns.setdefault(tensor_identity(value) or name, number)  # a tied one's names are one process's to write
-        if not is_cut(value):
-            value = whole(value)  # of what is sharded in another way; each process has to take part
-            if process_number() == 0:
-                mine[name] = value
-        elif is_mine_to_write(value, turn):
-            where = own_box(value)
-            if all(part.start < part.stop for part in where):
-                mine[name] = local(value)
-                boxes[name] = Box(name, tuple(value.shape), tuple(part.start for part in where))
-    return mine, boxes
+class _Shares:
+    """What this process has of tensors that several keep together. Each finds the same table, without asking another."""
+
+    def __init__(self) -> None:
+        self.boxes: dict[str, dict[str, Box]] = {}
+        self.table = Table()
+        self._numbers: dict[Any, int] = {}
+
+    def own(self, file: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Its pieces of those that are sharded; of whole ones the first process has all."""
+        mine: dict[str, Any] = {}
+        first: dict[Any, tuple[int, str]] = {}
+        rows = self.table.tensors.setdefault(file, {})
+        for at, (name, value) in enumerate(tensors.items()):
+            turn, stored = first.setdefault(tensor_identity(value) or name, (at, name))  # a tied one is one process's to write
+            if stored != name:
+                self.table.aliases.setdefault(file, {})[name] = stored
+            shape = tuple(value.shape)
+            cut = cut_as(value, turn)
+            if cut is None:
+                value = whole(value)  # of what is sharded in another way; each process has to take part
+            number = self._numbers.setdefault((shape, cut), len(self._numbers))
+            rows[name] = (dtype_name(value.dtype), shape, number)
+            part = self.table.parts.get(number)
+            if part is None:
+                part = self._part(value, cut, turn)
+                if part is None:
+                    continue
+                self.table.parts[number] = part
+            mine[name] = local(value)
+            if part.size != shape:
+                self.boxes.setdefault(file, {})[name] = Box(name, shape, part.start)
+        return mine
+
+    @staticmethod
+    def _part(value: Tensor, cut: Any, turn: int) -> Part | None:
+        number = process_number()
+        if cut is None:
+            return Part(0, (0,) * value.dim(), tuple(value.shape)) if number == 0 else None
+        if not is_mine_to_write(value, turn):
+            return None
+        where = own_box(value)
+        if any(part.start >= part.stop for part in where):
+            return None
+        return Part(number, tuple(part.start for part in where), tuple(part.stop - part.start for part in where))
 
 
 def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -162,11 +162,13 @@ def _by_the_page_alone(folder: Path) -> dict[str, torch.Tensor]:
     """The model's tensors as docs/format.md says, by JSON and stock safetensors."""
     files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
     tensors = {}
-    for name, entry in json.loads((folder / "pieces.json").read_text())["tensors"]["model.safetensors"].items():
+    pieces = json.loads((folder / "pieces.json").read_text())
+    for name, entry in pieces["tensors"]["model.safetensors"].items():
         whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        for file, key, start in entry["pieces"]:
-            piece = files[file][key]
-            whole[tuple(slice(at, at + size) for at, size in zip(start, piece.shape, strict=True))] = piece
+        for process, start, size in pieces["layouts"][entry["layout"]]:
+            box = ",".join(f"{at}:{at + length}" for at, length in zip(start, size, strict=True))
+            stored = files[f"model-{process:05d}.safetensors"][name if size == entry["shape"] else f"{name}[{box}]"]
+            whole[tuple(slice(at, at + length) for at, length in zip(start, size, strict=True))] = stored
         tensors |= dict.fromkeys([name, *entry.get("aliases", [])], whole)
     return tensors
 
@@ -196,8 +198,9 @@ def test_what_any_number_of_processes_wrote_any_number_reads(launch: Launch, tmp
         for name, value in _by_the_page_alone(tmp_path / count).items():
             assert torch.equal(value, expected[f".model.{name}"])
         assert {file.suffix for file in (tmp_path / count).iterdir()} == {".json", ".safetensors"}
-    pieces = json.loads((tmp_path / "4" / PIECES).read_text())["tensors"][MODEL]
-    assert [piece[2] for piece in pieces["odd.weight"]["pieces"]] == [[0, 0], [2, 0], [4, 0], [6, 0]]
+    pieces = json.loads((tmp_path / "4" / PIECES).read_text())
+    cut = pieces["layouts"][pieces["tensors"][MODEL]["odd.weight"]["layout"]]
+    assert cut == [[0, [0, 0], [2, 5]], [1, [2, 0], [2, 5]], [2, [4, 0], [2, 5]], [3, [6, 0], [1, 5]]]
 
 
 def test_a_disk_that_is_full_for_one_process_is_told_to_all_and_nothing_is_lost(launch: Launch, tmp_path: Path) -> None:
@@ -250,7 +253,7 @@ def test_the_command_checks_every_piece(saved: Path, capsys: pytest.CaptureFixtu
 def _pieces_with(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Another pieces.json, with a manifest that is right about it: as somebody else could write them."""
     values = json.loads((saved / PIECES).read_text())
-    change(values["tensors"][MODEL])
+    change(values)
     text = json.dumps(values).encode()
     (saved / PIECES).write_bytes(text)
     manifest = Manifest.read(saved)
@@ -258,32 +261,57 @@ def _pieces_with(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (saved / "manifest.json").write_text(manifest.to_json())
 
 
-def _shift(tensors: dict[str, Any]) -> None:
-    tensors["tok_emb.weight"]["pieces"][0][2] = [1, 0]
+def _of(pieces: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    entry = pieces["tensors"][MODEL]["tok_emb.weight"]
+    return entry, pieces["layouts"][entry["layout"]]
 
 
-def _elsewhere(tensors: dict[str, Any]) -> None:
-    tensors["tok_emb.weight"]["pieces"][0][0] = "../model.safetensors"
+def _shift(pieces: dict[str, Any]) -> None:
+    _of(pieces)[1][0][1] = [1, 0]
 
 
-def _twice(tensors: dict[str, Any]) -> None:
-    tensors["tok_emb.weight"]["pieces"] *= 2
-    tensors["tok_emb.weight"]["shape"][0] *= 2
+def _elsewhere(pieces: dict[str, Any]) -> None:
+    _of(pieces)[1][0][0] = 7
 
 
-def _larger(tensors: dict[str, Any]) -> None:
-    tensors["tok_emb.weight"]["shape"][0] = 2**40
+def _nobody(pieces: dict[str, Any]) -> None:
+    _of(pieces)[1][0][0] = -1
 
 
-def _none(tensors: dict[str, Any]) -> None:
-    tensors["tok_emb.weight"]["pieces"] = []
+def _twice(pieces: dict[str, Any]) -> None:
+    entry, layout = _of(pieces)
+    layout *= 2
+    entry["shape"][0] *= 2
 
 
-def _no_list(tensors: dict[str, Any]) -> None:
-    tensors["tok_emb.weight"] = 5
+def _larger(pieces: dict[str, Any]) -> None:
+    _of(pieces)[0]["shape"][0] = 2**40
 
 
-@pytest.mark.parametrize("change", [_shift, _elsewhere, _twice, _larger, _none, _no_list])
+def _all_larger(pieces: dict[str, Any]) -> None:
+    entry, layout = _of(pieces)
+    entry["shape"][0] = layout[0][2][0] = 2**40
+
+
+def _other_dtype(pieces: dict[str, Any]) -> None:
+    _of(pieces)[0]["dtype"] = "int32"
+
+
+def _none(pieces: dict[str, Any]) -> None:
+    _of(pieces)[1].clear()
+
+
+def _last(pieces: dict[str, Any]) -> None:
+    _of(pieces)[0]["layout"] = -1
+
+
+def _no_list(pieces: dict[str, Any]) -> None:
+    pieces["tensors"][MODEL]["tok_emb.weight"] = 5
+
+
+@pytest.mark.parametrize(
+    "change", [_shift, _elsewhere, _nobody, _twice, _larger, _all_larger, _other_dtype, _none, _last, _no_list]
+)
 def test_pieces_that_cannot_be_a_tensor_are_refused(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
     _pieces_with(saved, change)
     with pytest.raises(origo.OrigoError, match="damaged"):

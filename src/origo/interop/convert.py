@@ -213,7 +213,7 @@ def _unused(checkpoint: Checkpoint, target: str, path: Path) -> list[str]:
     if target in ("huggingface", "origo") and path.suffix != ".safetensors":
         used |= {TOKENIZER, "vocab.json", "merges.txt"}
     if checkpoint.manifest is not None:
-        return [file for file in checkpoint.manifest.files if file not in used]
+        return [file for file in checkpoint.holds if file not in used]
     if checkpoint.origin is None:
         return []
     contents = checkpoint.origin.contents

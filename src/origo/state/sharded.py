@@ -54,6 +54,19 @@ def own_box(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
+def cut_as(tensor: Any, turn: int) -> Any:
+    """Equal for tensors of one shape of which each process is to write the same box; None for one that is not cut.
+
+    Args:
+        turn: as for :func:`is_mine_to_write`.
+    """
+    if not is_cut(tensor):
+        return None
+    pieces: Any = tensor
+    _, copies = _copy(pieces)
+    return pieces.device_mesh, pieces.placements, turn % copies
+
+
 def is_mine_to_write(tensor: Tensor, turn: int) -> bool:
     """Of the processes that have a copy of the same box one is to write it.
 
@@ -62,15 +75,19 @@ def is_mine_to_write(tensor: Tensor, turn: int) -> bool:
         turn: any number, the same in all of them; with another for each tensor they write about as much.
     """
     pieces: Any = tensor
-    mesh, replicate = pieces.device_mesh, sys.modules["torch.distributed.tensor"].Replicate
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return False
-    which, of_how_many = 0, 1
-    for at, size, placement in zip(coordinate, mesh.shape, pieces.placements, strict=True):
+    which, copies = _copy(pieces)
+    return which is not None and which == turn % copies
+
+
+def _copy(pieces: Any) -> tuple[int | None, int]:
+    """Which of the copies this process has, and how many there are."""
+    replicate = sys.modules["torch.distributed.tensor"].Replicate
+    coordinate = pieces.device_mesh.get_coordinate()
+    which, copies = 0, 1
+    for dimension, (size, placement) in enumerate(zip(pieces.device_mesh.shape, pieces.placements, strict=True)):
         if isinstance(placement, replicate):
-            which, of_how_many = which * size + at, of_how_many * size
-    return which == turn % of_how_many
+            which, copies = which * size + (coordinate[dimension] if coordinate is not None else 0), copies * size
+    return (which if coordinate is not None else None), copies
 
 
 def from_own_piece(values: Tensor, like: Tensor) -> Tensor:

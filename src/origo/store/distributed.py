@@ -45,8 +45,8 @@ from origo.state.tree import flatten, unflatten
 from origo.store import remote
 from origo.store.filesystem import NewFolder, new_folder
 from origo.store.layout import MANIFEST, MODEL
-from origo.store.pieces import Piece, Pieced, Pieces
-from origo.store.reader import Checkpoint, TensorFile, read_checkpoint
+from origo.store.pieces import Layout, Part, Pieced, Pieces, put_together
+from origo.store.reader import Checkpoint, PiecedFile, TensorFile, read_checkpoint
 from origo.store.tensorfile import dtype_called, dtype_name
 from origo.store.writer import Box, Share, complete_folder, require_replaceable, write_share
 
@@ -140,9 +140,9 @@ class DCPWriter(StorageWriter):
             value = planner.resolve_data(item)
             assert isinstance(value, torch.Tensor)
             file, name = (MODEL, in_model[fqn]) if fqn in in_model else (STATE, fqn)
-            kept_as = _box_name(name, item)
-            tensors.setdefault(file, {})[kept_as] = value.detach()
             box = Box(name, tuple(item.tensor_data.size), tuple(item.tensor_data.chunk.offsets))
+            kept_as = f"{name}@{box.start}"  # one process may have several
+            tensors.setdefault(file, {})[kept_as] = value.detach()
             boxes.setdefault(file, {})[kept_as] = box
         if not Path(place.folder).is_dir():
             raise StorageError(
@@ -185,7 +185,9 @@ class DCPWriter(StorageWriter):
             paths,
         )
         try:
-            complete_folder(folder, self._required_path(), [each.share for each in told], {}, about=about)
+            files = {name: entry for each in told for name, entry in each.share.files.items()}
+            tensors = put_together(written for each in told for written in each.share.written)
+            complete_folder(folder, self._required_path(), files, replace(about, tensors=tensors), {})
             self._folder = None
             self._finalizer.detach()
             self._making.close()
@@ -248,10 +250,7 @@ class DCPReader(StorageReader):
                     raise CheckpointError(
                         f"{name} in '{opened.path}' has the dtype {entry.dtype}, which torch {torch.__version__} does not have."
                     )
-                chunks = [
-                    ChunkStorageMetadata(torch.Size(piece.start), torch.Size(self._file(piece.file).shapes[piece.name]))
-                    for piece in entry.pieces
-                ]
+                chunks = [ChunkStorageMetadata(torch.Size(part.start), torch.Size(part.size)) for part in entry.layout.parts]
                 for each in (name, *entry.aliases):
                     full = pieces.prefix + each if file == MODEL else each
                     properties = TensorProperties(dtype=dtype)
@@ -275,11 +274,11 @@ class DCPReader(StorageReader):
         """Read what this process needs, from the pieces that have it."""
         pieces = self._pieces()
         where = {
-            ((pieces.prefix if file == MODEL else "") + each, piece.start): piece
+            ((pieces.prefix if file == MODEL else "") + each, part.start): (file, name, part)
             for file, entries in pieces.tensors.items()
             for name, entry in entries.items()
             for each in (name, *entry.aliases)
-            for piece in entry.pieces
+            for part in entry.layout.parts
         }
         for item in plan.items:
             name = item.storage_index.fqn
@@ -293,8 +292,7 @@ class DCPReader(StorageReader):
                 continue
             target = planner.resolve_tensor(item).detach()
             start = tuple(item.storage_index.offset) if item.storage_index.offset is not None else (0,) * target.dim()
-            piece = where[name, start]
-            values = self._file(piece.file).tensor(piece.name, verify=self._verify)
+            values = self._piece(*where[name, start])
             box = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
             if values.dtype != target.dtype and not self._cast:
                 raise CheckpointError(
@@ -320,8 +318,12 @@ class DCPReader(StorageReader):
                 raise CheckpointError(f"'{self._path}' is one file, not a folder: origo.load(path, into=model) loads it.")
         return self._checkpoint
 
-    def _file(self, name: str) -> TensorFile:
-        return self._opened().tensors(name)
+    def _piece(self, file: str, name: str, part: Part) -> torch.Tensor:
+        opened = self._opened().tensors(file)
+        if isinstance(opened, PiecedFile):
+            opened, name = opened.piece(name, part)
+        values: torch.Tensor = opened.tensor(name, verify=self._verify)
+        return values
 
     def _pieces(self) -> Pieces:
         """Of what one process wrote each tensor is one piece."""
@@ -331,7 +333,7 @@ class DCPReader(StorageReader):
         model = opened.model
         further = {name: tuple(a for a, stored in model.aliases.items() if stored == name) for name in model.shapes}
         whole = {
-            name: Pieced(model.dtypes[name], shape, (Piece(MODEL, name, (0,) * len(shape)),), further[name])
+            name: Pieced(model.dtypes[name], shape, Layout((Part(0, (0,) * len(shape), shape),)), further[name])
             for name, shape in model.shapes.items()
         }
         return Pieces({MODEL: whole})
@@ -372,15 +374,6 @@ def _object(item: WriteItem, planner: SavePlanner) -> Any:
             f"{type(planner).__name__} gives {item.index.fqn} as a pickle alone: derive it from DefaultSavePlanner."
         )
     return lookup(item.index)
-
-
-def _box_name(name: str, item: WriteItem) -> str:
-    """As ``weight[0:128,0:64]``; of a whole tensor its name."""
-    assert item.tensor_data is not None
-    chunk, whole = item.tensor_data.chunk, item.tensor_data.size
-    if chunk.sizes == whole:
-        return name
-    return f"{name}[{','.join(f'{at}:{at + size}' for at, size in zip(chunk.offsets, chunk.sizes, strict=True))}]"
 
 
 def _nbytes(item: WriteItem) -> int:

@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from origo.store.layout import (
     parse_json,
 )
 from origo.store.pickles import called, require_bounded
-from origo.store.pieces import PIECES, Pieced, Pieces, entries_of
+from origo.store.pieces import PIECES, Part, Pieced, Pieces, piece_file
 from origo.store.tensorfile import (
     dtype_called,
     dtype_name,
@@ -367,65 +367,72 @@ class PickledFile(TensorFile):
 class PiecedFile(TensorFile):
     """Tensors that several processes wrote their pieces of; put together when they are asked for, one at a time."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Pieced], opened: Mapping[str, TensorFile]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, Pieced], opened: Callable[[str], TensorFile]) -> None:
         super().__init__(
             path,
             {name: entry.shape for name, entry in entries.items()},
             {name: entry.dtype for name, entry in entries.items()},
             {alias: name for name, entry in entries.items() for alias in entry.aliases},
-            {
-                name: opened[entry.pieces[0].file].hashes[entry.pieces[0].name]
-                for name, entry in entries.items()
-                if len(entry.pieces) == 1
-            },
+            {},
         )
-        self._entries, self._files = entries, opened
-
-    def _read(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        if len(entry.pieces) == 1:
-            whole: Tensor = self._files[entry.pieces[0].file].tensor(entry.pieces[0].name, verify=False)
-            return whole
-        dtype = dtype_called(entry.dtype)
-        if dtype is None:
-            raise CheckpointError(f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch does not have.")
-        whole = torch.empty(entry.shape, dtype=dtype, device="cpu")
-        for piece in entry.pieces:
-            values = self._files[piece.file].tensor(piece.name, verify=False)
-            whole[tuple(slice(at, at + size) for at, size in zip(piece.start, values.shape, strict=True))] = values
-        return whole
+        self._entries, self._open = entries, opened
 
     def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
         """As of any file; of a box of slices, the pieces alone that have something of it are read and checked."""
-        entry = self._entries[self._stored_name(name)]
-        if len(entry.pieces) == 1 or not _is_box(index, len(entry.shape)):
+        stored = self._stored_name(name)
+        shape = self._entries[stored].shape
+        if not _is_box(index, len(shape)):
             return super().part(name, index, verify=verify)
-        dtype = dtype_called(entry.dtype)
-        if dtype is None:
-            raise CheckpointError(f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch does not have.")
-        bounds = [each.indices(size)[:2] for each, size in zip(index, entry.shape, strict=True)]
-        part = torch.empty([max(end - start, 0) for start, end in bounds], dtype=dtype, device="cpu")
-        for piece in entry.pieces:
-            file = self._files[piece.file]
-            source, target = [], []
-            for (start, end), at, size in zip(bounds, piece.start, file.shapes[piece.name], strict=True):
-                first, last = max(start, at), min(end, at + size)
-                source.append(slice(first - at, last - at))
-                target.append(slice(first - start, last - start))
-            if all(each.start < each.stop for each in source):
-                part[tuple(target)] = file.tensor(piece.name, verify=verify)[tuple(source)]
-        return part
+        bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
+        return self._box(stored, bounds, verify)
 
     def trust(self) -> None:
         """Its files do it."""
 
+    def _read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        if len(entry.layout.parts) == 1:
+            file, piece = self.piece(name, entry.layout.parts[0])
+            whole: Tensor = file.tensor(piece, verify=False)
+            return whole
+        return self._box(name, [(0, size) for size in entry.shape], False)
+
+    def _box(self, name: str, bounds: list[tuple[int, int]], verify: bool) -> Tensor:
+        entry = self._entries[name]
+        dtype = dtype_called(entry.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch does not have.")
+        parts = list(entry.layout.overlapping(bounds))
+        pieces = [self.piece(name, part) for part in parts]  # what is there has that size: nobody's word is taken for it
+        box = torch.empty([max(end - start, 0) for start, end in bounds], dtype=dtype, device="cpu")
+        for part, (file, piece) in zip(parts, pieces, strict=True):
+            source, target = [], []
+            for (start, end), at, size in zip(bounds, part.start, part.size, strict=True):
+                first, last = max(start, at), min(end, at + size)
+                source.append(slice(first - at, last - at))
+                target.append(slice(first - start, last - start))
+            box[tuple(target)] = file.tensor(piece, verify=verify)[tuple(source)]
+        return box
+
+    def piece(self, name: str, part: Part) -> tuple[TensorFile, str]:
+        """The file with a piece, and the name it has there."""
+        entry = self._entries[name]
+        file = self._open(piece_file(self.path.name, part.process))
+        stored = part.name(name, entry.shape)
+        stored = file.aliases.get(stored, stored)
+        if file.shapes.get(stored) != part.size or file.dtypes.get(stored) != entry.dtype:
+            raise CheckpointError(
+                f"'{file.path}' is damaged: it does not hold the piece {stored!r} as '{PIECES}' describes it."
+            )
+        return file, stored
+
     def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
-        wanted: dict[str, list[str]] = {}
+        wanted: dict[str, tuple[TensorFile, list[str]]] = {}
         for name in names:
-            for piece in self._entries[name].pieces:
-                wanted.setdefault(piece.file, []).append(piece.name)
-        for name, pieces in wanted.items():  # each file knows what of it was checked, and whether it has changed since
-            file = self._files[name]
+            for part in self._entries[name].layout.parts:
+                file, piece = self.piece(name, part)
+                wanted.setdefault(file.path.name, (file, []))[1].append(piece)
+        for file, pieces in wanted.values():  # each file knows what of it was checked, and whether it has changed since
             file._forget_if_changed()
             yield from file._check([piece for piece in dict.fromkeys(pieces) if piece not in file._right], keep=keep)
 
@@ -463,6 +470,7 @@ class Checkpoint:
         self.origin: Any = None
         """Where somebody else's program wrote it, how that was understood (``origo.interop.opening.Origin``)."""
         self._identity = manifest.identity if manifest else ""
+        self._trusted = False
 
     @functools.cached_property
     def pieces(self) -> Pieces | None:
@@ -473,9 +481,12 @@ class Checkpoint:
         return Pieces.read(text, self.manifest, str(self.path / PIECES))
 
     @property
-    def holds(self) -> set[str]:
-        """The files that it has, those in pieces too."""
-        return {*(self.manifest.files if self.manifest else ()), *(self.pieces.tensors if self.pieces else ())}
+    def holds(self) -> list[str]:
+        """The files that it has; those in pieces under the name of the whole."""
+        files = dict.fromkeys(self.manifest.files if self.manifest else ())
+        if self.pieces is None:
+            return list(files)
+        return [*self.pieces.tensors, *(file for file in files if file not in self.pieces.files and file != PIECES)]
 
     @property
     def model(self) -> TensorFile:
@@ -519,18 +530,21 @@ class Checkpoint:
         """The tensors of another file of the folder (``"optimizer.safetensors"``)."""
         if file not in self._opened:
             if self.pieces is not None and file in self.pieces.tensors:
-                entries = self.pieces.tensors[file]
-                names = dict.fromkeys(piece.file for entry in entries.values() for piece in entry.pieces)
-                self._opened[file] = PiecedFile(self.path / file, entries, {name: self.tensors(name) for name in names})
+                self._opened[file] = PiecedFile(self.path / file, self.pieces.tensors[file], self.tensors)
                 return self._opened[file]
-            if self.manifest is None or file not in self.manifest.tensors:
+            if self.manifest is None or file not in self._tensor_files:
                 raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
             entry = self.manifest.files[file]
             with many_objects():
                 opened = SafetensorsFile(self.path / file)
                 if opened.data_start != entry.hashed or blake3(opened.start).hexdigest() != entry.blake3:
                     raise CheckpointError(f"'{self.path / file}' is damaged: its header is not what was written.")
-                opened.adopt(self.manifest.tensors[file])
+                if file in self.manifest.tensors:
+                    opened.adopt(self.manifest.tensors[file])
+                else:
+                    opened.adopt(Header.from_json(opened.metadata.get(HEADER_KEY, ""), str(opened.path)).tensors)
+            if self._trusted:
+                opened.trust()
             self._opened[file] = opened
         return self._opened[file]
 
@@ -556,24 +570,54 @@ class Checkpoint:
         if self.manifest is None:
             yield from self.model.damages()
             return
-        for file in self.manifest.files if files is None else files:
+        names = list(self.manifest.files if files is None else files)
+        if len(pieces := [name for name in names if self.pieces and name in self.pieces.files]) >= share[1] > 1:
+            names = [name for name in names if name not in pieces] + pieces[share[0] :: share[1]]
+            share = (0, 1)
+        for file in names:
             try:
-                if file in self.manifest.tensors or (self.pieces and file in self.pieces.tensors):
+                if file in self._tensor_files or (self.pieces and file in self.pieces.tensors):
                     yield from self.tensors(file).damages(share)
                 else:
                     self.text(file)
             except CheckpointError as error:
                 yield Damage(file, None, str(error))
-        model = self.manifest.tensors.get(MODEL)
-        if model is None and self.pieces is not None:
-            model = entries_of(self.pieces.tensors.get(MODEL, {}), self.manifest.tensors)
-        if model is not None and identity_of(model) != self._identity:
+        if MODEL in self.manifest.tensors:
+            identity = identity_of(self.manifest.tensors[MODEL])
+        elif self.pieces is not None:
+            identity = self.pieces.identity(self.manifest.files)
+            yield from self._misfits(set(names))
+        if identity != self._identity:
             yield Damage(MANIFEST, None, f"'{self.path / MANIFEST}' is damaged: its identity is not that of its tensors.")
+
+    def _misfits(self, files: set[str]) -> Iterator[Damage]:
+        """Of tensors in pieces: what these files hold otherwise than ``pieces.json`` says."""
+        assert self.pieces is not None
+        here: dict[tuple[str, int], list[Part]] = {}  # of each layout the parts in these files, found once
+        for file, entries in self.pieces.tensors.items():
+            opened = self.tensors(file)
+            assert isinstance(opened, PiecedFile)
+            for name, entry in entries.items():
+                key = (file, id(entry.layout))
+                if key not in here:
+                    here[key] = [part for part in entry.layout.parts if piece_file(file, part.process) in files]
+                for part in here[key]:
+                    try:
+                        opened.piece(name, part)
+                    except CheckpointError as error:
+                        yield Damage(piece_file(file, part.process), name, str(error))
+
+    @property
+    def _tensor_files(self) -> Iterable[str]:
+        """Those with tensors of their own, those with pieces too."""
+        assert self.manifest is not None
+        return self.manifest.tensors if self.pieces is None else self.pieces.files
 
     def trust(self) -> None:
         """Take all tensors for checked: other processes have done it, just now."""
-        for file in self.manifest.tensors if self.manifest is not None else ():
-            self.tensors(file).trust()
+        self._trusted = True
+        for opened in self._opened.values():
+            opened.trust()
 
     def _checked(self, file: str) -> bytes:
         assert self.manifest is not None

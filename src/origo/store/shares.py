@@ -18,7 +18,7 @@ from origo.errors import CheckpointError, OrigoError, StorageError, storage_erro
 from origo.store.agreement import Agreement
 from origo.store.filesystem import NewFolder, new_folder
 from origo.store.layout import MANIFEST, Manifest
-from origo.store.pieces import Pieces
+from origo.store.pieces import Pieced, Pieces, Table, put_together, tabled
 from origo.store.reader import Checkpoint, read_checkpoint
 from origo.store.writer import Box, Progress, Share, complete_folder, write_share
 
@@ -67,7 +67,11 @@ class SharedFolder:
             self._making.__exit__(StorageError, StorageError("A save was given up."), None)
 
     def help(
-        self, tensors: Mapping[str, Mapping[str, Tensor]], boxes: Mapping[str, Mapping[str, Box]], progress: Progress
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        boxes: Mapping[str, Mapping[str, Box]],
+        table: Table,
+        progress: Progress,
     ) -> None:
         """Write this process's share, and return when all is in place: any process's but the first.
 
@@ -75,7 +79,7 @@ class SharedFolder:
             StorageError: nothing was put in place; says why.
         """
         with self._agreement.alive():
-            self._write(tensors, boxes, progress)
+            self._write(tensors, boxes, table, progress)
             if self._agreement.decision() == _CHECK:
                 self._agreement.report("checked", self._damage())
 
@@ -84,6 +88,7 @@ class SharedFolder:
         keep: Callable[[Callable[[Path], Manifest], Callable[[Path], None]], None],
         tensors: Mapping[str, Mapping[str, Tensor]],
         boxes: Mapping[str, Mapping[str, Box]],
+        table: Table,
         texts: Mapping[str, str],
         progress: Progress,
         **about: Any,
@@ -99,10 +104,20 @@ class SharedFolder:
         """
 
         def write(path: Path) -> Manifest:
-            self._write(tensors, boxes, progress)
+            self._write(tensors, boxes, table, progress)
             shares: list[Share] = self._agreement.reports("written")
-            files = Pieces({file: {} for file in tensors})  # an optimizer that has not stepped has no tensors
-            manifest = complete_folder(self._folder, path, shares, texts, about=files, **about)
+            files = {name: entry for share in shares for name, entry in share.files.items()}
+            if len({share.table for share in shares}) > 1:
+                raise CheckpointError(
+                    "The processes do not keep the same tensors: save has to be called with the same objects in all of them."
+                )
+            together: dict[str, dict[str, Pieced]] = {file: {} for file in tensors} | tabled(
+                table, [share.parts for share in shares]
+            )
+            for file, entries in put_together(written for share in shares for written in share.written).items():
+                together[file] = together.get(file, {}) | entries
+            pieces = Pieces(together)
+            manifest = complete_folder(self._folder, path, files, pieces, texts, **about)
             self._making.close()
             return manifest
 
@@ -128,7 +143,11 @@ class SharedFolder:
         self._agreement.forget()
 
     def _write(
-        self, tensors: Mapping[str, Mapping[str, Tensor]], boxes: Mapping[str, Mapping[str, Box]], progress: Progress
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        boxes: Mapping[str, Mapping[str, Box]],
+        table: Table,
+        progress: Progress,
     ) -> None:
         def written(count: int) -> None:
             if self._agreement.given_up:
@@ -136,7 +155,7 @@ class SharedFolder:
             progress(count)
 
         try:
-            share = write_share(self._folder, self._number, tensors, boxes, written)
+            share = write_share(self._folder, self._number, tensors, boxes, table, written)
         except OSError as error:
             self._agreement.report("written", failure=storage_error("write", self.path, error))
         except Exception as error:
@@ -158,7 +177,8 @@ class SharedFolder:
 
     def _to_check(self, checkpoint: Checkpoint) -> list[str]:
         assert checkpoint.manifest is not None
-        tensors = checkpoint.manifest.tensors
+        assert checkpoint.pieces is not None
+        written = checkpoint.pieces.files
         ending = f"-{(self._number + 1) % self._count:05d}.safetensors"
-        rest = [file for file in checkpoint.manifest.files if file not in tensors] if self._number == 0 else []
-        return [file for file in tensors if file.endswith(ending)] + rest
+        rest = [file for file in checkpoint.manifest.files if file not in written] if self._number == 0 else []
+        return [file for file in written if file.endswith(ending)] + rest

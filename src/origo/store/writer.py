@@ -12,7 +12,7 @@ import platform
 import subprocess
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -48,7 +48,7 @@ from origo.store.layout import (
     parse_json,
     require_bounded_json,
 )
-from origo.store.pieces import PIECES, Piece, Pieces, Written, entries_of, put_together
+from origo.store.pieces import PIECES, Part, Pieces, Table, Written, piece_file
 from origo.store.tensorfile import as_bytes, dtype_name, header_of
 from origo.store.threads import WORKERS, share
 
@@ -116,16 +116,11 @@ class Share:
     """What one of several processes has written of a folder."""
 
     files: dict[str, FileEntry]
-    entries: dict[str, dict[str, TensorEntry]]
-    """By file and name."""
     written: list[Written]
-
-
-@dataclass(frozen=True)
-class _TensorFiles:
-    files: dict[str, FileEntry]
-    entries: dict[str, dict[str, TensorEntry]]
-    stored: dict[str, Stored]
+    """What is in no table that all have alike."""
+    parts: dict[int, Part] = field(default_factory=dict)
+    table: str = ""
+    """The digest of that table; see :class:`origo.store.pieces.Table`."""
 
 
 _one_large = Lock()
@@ -315,8 +310,12 @@ def write_folder(
     contents = _encoded(path, texts)
     needed = sum(stored.nbytes for stored in gathered.values()) + sum(map(len, contents.values())) + _MARGIN
     with new_folder(path, MANIFEST, needed) as folder:
-        written = _write_tensor_files(folder, gathered, progress)
-        return _complete(folder, path, written, contents, None, architecture, step, metrics, parent)
+        jobs = _write_tensor_files(folder, gathered, progress)
+        files = {name: job.entry for name, job in jobs.items()}
+        with many_objects():
+            entries = {name: job.stored.entries(job.hashes) for name, job in jobs.items()}
+            identity = identity_of(entries[MODEL]) if MODEL in entries else ""
+        return _complete(folder, path, files, contents, entries, identity, architecture, step, metrics, parent)
 
 
 def write_share(
@@ -324,62 +323,69 @@ def write_share(
     number: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     boxes: Mapping[str, Mapping[str, Box]] | None = None,
+    table: Table | None = None,
     progress: Progress | None = None,
 ) -> Share:
-    """Write what one of several processes has of a folder, to the disk.
+    """Write what one of several processes has of a folder, to the disk, the hashes in the files' headers.
 
     Args:
         folder: that all of them fill.
         number: the process's.
         tensors: by the file that they would be in if one process wrote all, and by name.
         boxes: which part of a tensor these values are, where they are not all of the one that they are named by.
+        table: what all keep together; what is in it need not be told.
         progress: see :data:`Progress`.
     """
-    own = {file: f"{file.removesuffix('.safetensors')}-{number:05d}.safetensors" for file, state in tensors.items() if state}
-    with many_objects():
-        gathered = {own[file]: gather(tensors[file]) for file in own}
-    written = _write_tensor_files(folder, gathered, progress)
-    pieces = []
-    for file, name in own.items():
-        stored = written.stored[name]
+    own = {file: piece_file(file, number) for file, state in tensors.items() if state}
+    pieces: list[tuple[str, str, Written]] = []
+    named: dict[str, dict[str, Tensor]] = {}
+    for file in own:
         for kept_as, values in tensors[file].items():
-            all_of_it = Box(kept_as, tuple(values.shape), (0,) * values.dim())
-            box = (boxes or {}).get(file, {}).get(kept_as, all_of_it)
-            piece = Piece(name, stored.aliases.get(kept_as, kept_as), box.start)
-            pieces.append(Written(file, box.name, dtype_name(values.dtype), box.shape, piece))
-    return Share(written.files, written.entries, pieces)
+            box = (boxes or {}).get(file, {}).get(kept_as, Box(kept_as, tuple(values.shape), (0,) * values.dim()))
+            part = Part(number, box.start, tuple(values.shape))
+            name = part.name(box.name, box.shape)
+            named.setdefault(own[file], {})[name] = values
+            pieces.append((own[file], name, Written(file, box.name, dtype_name(values.dtype), box.shape, part)))
+    with many_objects():
+        gathered = {name: gather(state) for name, state in named.items()}
+    jobs = _write_tensor_files(folder, gathered, progress, described=True)
+    tensor = {(file, name): written.name for file, name, written in pieces}
+    same = {(file, a): tensor[file, stored] for file, job in jobs.items() for a, stored in job.stored.aliases.items()}
+    files, known = {name: job.entry for name, job in jobs.items()}, table or Table()
+    untold = [
+        replace(written, same_as=same.get((file, name), ""))
+        for file, name, written in pieces
+        if written.name not in known.tensors.get(written.file, {})
+    ]
+    return Share(files, untold, known.parts, known.digest)
 
 
 def complete_folder(
     folder: NewFolder,
     path: Path,
-    shares: Iterable[Share],
+    files: Mapping[str, FileEntry],
+    pieces: Pieces,
     texts: Mapping[str, str],
     *,
-    about: Pieces = Pieces({}),  # noqa: B008
     architecture: str | None = None,
     step: int | None = None,
     metrics: Mapping[str, float] | None = None,
     parent: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write what makes a whole of the shares that several processes wrote: the texts, ``pieces.json``, and the manifest.
+    """Write what makes a whole of what several processes wrote: the texts, ``pieces.json``, and the manifest.
 
     Args:
-        folder: with all of the shares on the disk.
+        folder: with all of their files on the disk.
         path: where it shall be.
-        shares: of all processes, in the order of their numbers. One of them has to have a part of the model.
-        about: what ``pieces.json`` is to say besides; its files are there also where nobody has a tensor of them.
+        files: all that they have written.
+        pieces: what is in them; some of it is of the model.
         texts, architecture, step, metrics, parent: as in :func:`write_folder`.
     """
-    written = _TensorFiles({}, {}, {})
-    pieces: list[Written] = []
-    for each in shares:
-        written.files.update(each.files)
-        written.entries.update(each.entries)
-        pieces += each.written
     with many_objects():
-        together = replace(about, tensors={**about.tensors, **put_together(pieces)})
-        return _complete(folder, path, written, _encoded(path, texts), together, architecture, step, metrics, parent)
+        contents = _encoded(path, texts) | {PIECES: pieces.to_json().encode()}
+        require_bounded_json(contents[PIECES], f"'{path / PIECES}'")  # else it could not be read again
+        identity = pieces.identity(files)
+    return _complete(folder, path, dict(files), contents, {}, identity, architecture, step, metrics, parent)
 
 
 def _encoded(path: Path, texts: Mapping[str, str]) -> dict[str, bytes]:
@@ -389,52 +395,54 @@ def _encoded(path: Path, texts: Mapping[str, str]) -> dict[str, bytes]:
 
 
 def _write_tensor_files(
-    folder: NewFolder | remote.RemoteFolder, gathered: Mapping[str, Stored], progress: Progress | None
-) -> _TensorFiles:
+    folder: NewFolder | remote.RemoteFolder, gathered: Mapping[str, Stored], progress: Progress | None, described: bool = False
+) -> dict[str, _Job]:
+    """Write some files whole, to the disk. ``described``: each says the hashes of its tensors itself."""
+
+    def job_of(name: str, stored: Stored) -> _Job:
+        def header(hashes: Mapping[str, str]) -> tuple[bytes, list[str]]:
+            if not described:
+                return header_of(_described(stored), stored.aliases)
+            entries = stored.entries(hashes)
+            ours = Header(entries, identity=identity_of(entries))
+            return header_of(_described(stored), {**stored.aliases, HEADER_KEY: ours.to_json()})
+
+        job = _Job(folder.create(name), stored, *header(dict.fromkeys(stored.tensors, NO_HASH)))
+        if described:
+            job.final_start = lambda: header(job.hashes)[0]
+        return job
+
     with many_objects():
-        jobs = {
-            name: _Job(folder.create(name), stored, *header_of(_described(stored), stored.aliases))
-            for name, stored in gathered.items()
-        }
+        jobs = {name: job_of(name, stored) for name, stored in gathered.items()}
     _write_all(list(jobs.values()), progress, finish=True)
     for job in jobs.values():
         job.finish()  # of an empty one no thread did it
-    files = {
-        name: FileEntry(len(job.start) + job.stored.nbytes, blake3(job.start).hexdigest(), len(job.start))
-        for name, job in jobs.items()
-    }
-    with many_objects():
-        return _TensorFiles(files, {name: job.stored.entries(job.hashes) for name, job in jobs.items()}, dict(gathered))
+    return jobs
 
 
 def _complete(
     folder: NewFolder | remote.RemoteFolder,
     path: Path,
-    written: _TensorFiles,
-    contents: dict[str, bytes],
-    pieces: Pieces | None,
+    files: dict[str, FileEntry],
+    contents: Mapping[str, bytes],
+    entries: dict[str, dict[str, TensorEntry]],
+    identity: str,
     architecture: str | None,
     step: int | None,
     metrics: Mapping[str, float] | None,
     parent: Mapping[str, Any] | None,
 ) -> Manifest:
     """The texts, and the manifest last."""
-    model = written.entries.get(MODEL)
-    if pieces is not None:
-        contents |= {PIECES: pieces.to_json().encode()}
-        require_bounded_json(contents[PIECES], f"'{path / PIECES}'")  # else it could not be read again
-        model = entries_of(pieces.tensors[MODEL], written.entries)
     for name, data in contents.items():
         folder.create(name).write(data)
-        written.files[name] = FileEntry(len(data), blake3(data).hexdigest(), len(data))
+        files[name] = FileEntry(len(data), blake3(data).hexdigest(), len(data))
     with many_objects():
         about = (
             provenance()
-            | ({"config": written.files[CONFIG].blake3} if CONFIG in written.files else {})
+            | ({"config": files[CONFIG].blake3} if CONFIG in files else {})
             | ({"parent": parent} if parent else {})
         )
-        identity = identity_of(model) if model is not None else ""
-        manifest = Manifest(written.files, written.entries, architecture, step, dict(metrics or {}), about, identity)
+        manifest = Manifest(files, entries, architecture, step, dict(metrics or {}), about, identity)
         text = manifest.to_json().encode()
     require_bounded_json(text, f"The manifest of '{path}'")
     folder.create(MANIFEST).write(text)
@@ -489,12 +497,22 @@ class _Job:
                 small_bytes += nbytes
             position += nbytes
         self._add(position - small_bytes, small)
+        self.final_start: Callable[[], bytes] | None = None
+        """The start as it is to be once all hashes are known; of the same length."""
         self._lock, self._finished = Lock(), False
+
+    @property
+    def entry(self) -> FileEntry:
+        """What a manifest says of the file."""
+        return FileEntry(len(self.start) + self.stored.nbytes, blake3(self.start).hexdigest(), len(self.start))
 
     def finish(self) -> None:
         """Flush the file; the thread that comes first does it."""
         with self._lock:
             mine, self._finished = not self._finished, True
+        if mine and self.final_start is not None:
+            self.start = self.final_start()
+            self.file.write_at(self.start, 0)
         if mine:
             self.file.finish()
 
