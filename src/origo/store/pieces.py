@@ -217,8 +217,10 @@ class Pieces:
         for file, entries in self.tensors.items():
             lines = []
             for name, entry in entries.items():
-                text = texts.setdefault(id(entry.layout), entry.layout.to_json())
-                values = {"dtype": entry.dtype, "shape": list(entry.shape), "layout": numbers.setdefault(text, len(numbers))}
+                if id(entry.layout) not in texts:  # they are long, and many tensors have the same
+                    texts[id(entry.layout)] = entry.layout.to_json()
+                number = numbers.setdefault(texts[id(entry.layout)], len(numbers))
+                values = {"dtype": entry.dtype, "shape": list(entry.shape), "layout": number}
                 lines.append(
                     f"{json.dumps(name)}: {json.dumps(values | ({'aliases': list(entry.aliases)} if entry.aliases else {}))}"
                 )
