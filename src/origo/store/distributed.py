@@ -292,7 +292,12 @@ class DCPReader(StorageReader):
                 continue
             target = planner.resolve_tensor(item).detach()
             start = tuple(item.storage_index.offset) if item.storage_index.offset is not None else (0,) * target.dim()
-            values = self._piece(*where[name, start])
+            file, piece = self._piece(*where[name, start])
+            if tuple(item.lengths) == tuple(file.shapes[piece]) and dtype_name(target.dtype) == file.dtypes[piece]:
+                file.read_into(piece, target, verify=self._verify)
+                planner.commit_tensor(item, target)
+                continue
+            values = file.tensor(piece, verify=self._verify)
             box = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
             if values.dtype != target.dtype and not self._cast:
                 raise CheckpointError(
@@ -318,12 +323,10 @@ class DCPReader(StorageReader):
                 raise CheckpointError(f"'{self._path}' is one file, not a folder: origo.load(path, into=model) loads it.")
         return self._checkpoint
 
-    def _piece(self, file: str, name: str, part: Part) -> torch.Tensor:
+    def _piece(self, file: str, name: str, part: Part) -> tuple[TensorFile, str]:
+        """The file with a piece, and the name it has there."""
         opened = self._opened().tensors(file)
-        if isinstance(opened, PiecedFile):
-            opened, name = opened.piece(name, part)
-        values: torch.Tensor = opened.tensor(name, verify=self._verify)
-        return values
+        return opened.piece(name, part) if isinstance(opened, PiecedFile) else (opened, name)
 
     def _pieces(self) -> Pieces:
         """Of what one process wrote each tensor is one piece."""

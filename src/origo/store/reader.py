@@ -43,6 +43,7 @@ from origo.store.layout import (
 from origo.store.pickles import called, require_bounded
 from origo.store.pieces import PIECES, Part, Pieced, Pieces, piece_file
 from origo.store.tensorfile import (
+    as_bytes,
     dtype_called,
     dtype_name,
     format_dtype,
@@ -116,6 +117,14 @@ class TensorFile(ABC):
         """
         part: Tensor = self.tensor(name, verify=verify)[index].clone()
         return part
+
+    def read_into(self, name: str, target: Tensor, *, verify: bool = True) -> None:
+        """Read a tensor into one of the same shape and dtype. Where it is damaged, ``target`` has been changed.
+
+        Raises:
+            CheckpointError: as :meth:`tensor`.
+        """
+        target.copy_(self.tensor(name, verify=verify))
 
     def state(self, *, verify: bool = True) -> dict[str, Any]:
         """All tensors by name; tied ones are one object."""
@@ -230,6 +239,29 @@ class SafetensorsFile(TensorFile):
         self.aliases = {alias: name for name, entry in entries.items() for alias in entry.aliases}
         self.hashes = {name: entry.blake3 for name, entry in entries.items()}
 
+    def read_into(self, name: str, target: Tensor, *, verify: bool = True) -> None:
+        """As of any file; into memory in one piece what is read is hashed while it is in the processor's cache."""
+        stored = self._stored_name(name)
+        self._forget_if_changed()
+        if self._remote or not (target.is_cpu and target.is_contiguous()) or target.dtype != self._kinds[stored]:
+            super().read_into(name, target, verify=verify)
+            return
+        placed, to_check = self.placed[stored], verify and stored in self.hashes and stored not in self._right
+        if target.nbytes != placed.end - placed.start:
+            raise CheckpointError(f"{name} in '{self.path}' has the shape {self.shapes[stored]}, not {tuple(target.shape)}.")
+        view, hasher, position = as_bytes(target).numpy().data, blake3(), 0
+        while position < len(view):
+            done = os.preadv(self._descriptor, [view[position : position + _CHUNK]], self.data_start + placed.start + position)
+            if not done:
+                raise CheckpointError(f"'{self.path}' is damaged: it ends before {name!r} does.")
+            if to_check:
+                hasher.update(view[position : position + done])
+            position += done
+        if to_check and hasher.hexdigest() != self.hashes[stored]:
+            raise CheckpointError(self._damage(stored).reason)
+        if to_check:
+            self._right.add(stored)
+
     def _read(self, name: str) -> Tensor:
         dtype = self._kinds[name]
         if dtype is None:
@@ -271,12 +303,15 @@ class SafetensorsFile(TensorFile):
             self._right |= set(checkable) - wrong
         for name in self.shapes:
             if name in wrong:
-                yield Damage(
-                    self.path.name,
-                    name,
-                    f"'{self.path}' is damaged: the bytes of {name!r} are not those that were written. Use another checkpoint, "
-                    "or fetch the file again.",
-                )
+                yield self._damage(name)
+
+    def _damage(self, name: str) -> Damage:
+        return Damage(
+            self.path.name,
+            name,
+            f"'{self.path}' is damaged: the bytes of {name!r} are not those that were written. Use another checkpoint, "
+            "or fetch the file again.",
+        )
 
     def _wrong(self, names: list[str], keep: bool) -> list[str]:
         """Those whose bytes have another hash; read in pieces, so that nothing is kept."""
@@ -405,6 +440,10 @@ class PiecedFile(TensorFile):
         parts = list(entry.layout.overlapping(bounds))
         pieces = [self.piece(name, part) for part in parts]  # what is there has that size: nobody's word is taken for it
         box = torch.empty([max(end - start, 0) for start, end in bounds], dtype=dtype, device="cpu")
+        if len(parts) == 1 and tuple(box.shape) == parts[0].size:
+            file, piece = pieces[0]
+            file.read_into(piece, box, verify=verify)
+            return box
         for part, (file, piece) in zip(parts, pieces, strict=True):
             source, target = [], []
             for (start, end), at, size in zip(bounds, part.start, part.size, strict=True):
