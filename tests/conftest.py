@@ -65,7 +65,12 @@ def tokens() -> torch.Tensor:
 @pytest.fixture
 def book(tmp_path: Path) -> Path:
     """A text file of 30 paragraphs, enough for some batches."""
-    path = tmp_path / "book.txt"
+    return write_book(tmp_path)
+
+
+def write_book(folder: Path) -> Path:
+    """For what several tests share."""
+    path = folder / "book.txt"
     lines = [f"{word} was the {n}th of the {n * 7} things, and the {word} knew it.\n\n" for n, word in enumerate(WORDS * 10)]
     path.write_text("".join(lines), encoding="utf-8")
     return path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,21 @@ def test_a_cache_that_is_not_whole_is_made_again(tmp_path: Path, damage: str) ->
     again, _ = build(corpus, cache)
     assert np.array_equal(again.train.tokens, before)
     assert [entry.name for entry in (cache / "tokens").iterdir()] == [first.path.name]
+
+
+def test_another_process_that_puts_the_same_there_first_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on machines that share the cache: the first process of each tokenises."""
+    corpus, cache = write(tmp_path / "text", TEXTS), tmp_path / "cache"
+    rename = os.replace
+
+    def after_the_other(source: Path, target: Path) -> None:
+        if target.parent.name == "tokens" and not target.exists():
+            shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", after_the_other)
+    data, _ = build(corpus, cache)
+    assert [entry.name for entry in (cache / "tokens").iterdir()] == [data.path.name]
 
 
 def test_a_damaged_tokenizer_in_the_cache_is_made_again(tmp_path: Path) -> None:

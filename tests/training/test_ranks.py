@@ -9,13 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import origo as library
-from origo.training.ranks import Ranks, join
+from origo.training import ranks
+from origo.training.ranks import Ranks, _name_of_meeting, join
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, Run
 
@@ -265,7 +267,7 @@ def test_a_process_that_has_nowhere_to_meet_says_so(origo_process: Run, book: Pa
 def test_one_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert join("cpu") == (Ranks(), "cpu")
+    assert join("cpu", 60) == (Ranks(), "cpu")
 
 
 def test_alone_nothing_is_exchanged() -> None:
@@ -276,11 +278,51 @@ def test_alone_nothing_is_exchanged() -> None:
     assert alone.in_turn(lambda: "x") == "x"
 
 
+class _Silent:
+    """A store of another machine, from which nothing comes any more."""
+
+    def add(self, key: str, value: int) -> int:
+        time.sleep(60)
+        return 1
+
+
+class _Gone:
+    def add(self, key: str, value: int) -> int:
+        raise RuntimeError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("store", [_Silent(), _Gone()])
+def test_where_nobody_can_be_asked_the_first_of_each_machine_tells(store: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_ASKING_SECONDS", 0.05)
+    assert Ranks(2, 4, 0, store).tells()
+    assert not Ranks(3, 4, 1, store).tells()
+    monkeypatch.setenv(ranks.LAUNCHER, "1")
+    assert not Ranks(1, 2, 0, store).tells(), "the launcher does"
+
+
+def test_what_concerns_each_machine_is_told_once_on_each() -> None:
+    store = torch.distributed.HashStore()
+    assert [Ranks(number, 4, number % 2, store).tells(on_each_machine=True) for number in (3, 2, 1)] == [True, False, True]
+    assert not Ranks(3, 4, 1, store).tells(), "it has been told"
+
+
+def test_each_meeting_in_a_store_that_stays_has_a_name_of_its_own() -> None:
+    store = torch.distributed.HashStore()
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            names.append(set(pool.map(lambda number: _name_of_meeting(store, number, 3, 20), (2, 1, 0))))
+    assert [len(name) for name in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
+    with pytest.raises(RuntimeError, match="process 1 is not there"):
+        _name_of_meeting(store, 0, 3, 0.05)
+
+
 _FAILING = """
 import os
 from origo.errors import ConfigError, OrigoError
 from origo.training.ranks import join
-ranks, _ = join("cpu")
+ranks, _ = join("cpu", 60)
 def work():
     if ranks.number == 1:
         raise ConfigError("this one cannot")

@@ -168,10 +168,7 @@ def tokenise(corpus: Corpus, found: Survey, tokenizer: Tokenizer, cache: Path, p
             temporary = Path(name) / key
             temporary.mkdir()
             _write(temporary, corpus, found, tokenizer, progress)
-            if (data := open_tokens(folder)) is not None:  # another run was faster
-                return data
-            shutil.rmtree(folder, ignore_errors=True)  # one that is there but was not whole
-            os.replace(temporary, folder)
+            _put_in_place(temporary, folder)
     except OSError as error:
         raise storage_error("write the token cache", folder, error) from error
     written = open_tokens(folder)
@@ -196,10 +193,20 @@ def put_back(data: TokenData) -> None:
                 stream.tokens.tofile(temporary / f"{split}.bin")
                 np.save(temporary / f"{split}.documents.npy", stream.document_starts)
             (temporary / "tokens.json").write_text(json.dumps(data.description, indent=2) + "\n")
-            shutil.rmtree(data.path, ignore_errors=True)
-            os.replace(temporary, data.path)
+            _put_in_place(temporary, data.path)
     except OSError as error:
         raise storage_error("write the token cache", data.path, error) from error
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename it to its name. Another process, of this machine or of one with the same disk, may have been faster."""
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        if open_tokens(folder) is not None:
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
+        os.replace(temporary, folder)
 
 
 def _write(folder: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, progress: Progress | None) -> None:

@@ -53,7 +53,7 @@ from origo.training.plot import plot_losses
 from origo.training.precision import Compute, choose_compute
 from origo.training.preparation import prepare_data
 from origo.training.proof import Proof, prove
-from origo.training.ranks import LAUNCHER, PATIENCE_SECONDS, Ranks, is_lost_connection, join
+from origo.training.ranks import LAUNCHER, Ranks, is_lost_connection, join, reason_of
 from origo.training.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, require_same_run
 from origo.training.sample import write_sample
 from origo.training.schedule import make_schedule
@@ -107,7 +107,7 @@ def train(options: TrainOptions, display: Display) -> Outcome:
     """
     began = time.monotonic()
     leave_with_the_launcher()
-    ranks, device = join(options.run.device)
+    ranks, device = join(options.run.device, options.run.peer_timeout)
     folder = RunFolder(options.run_path, writes=ranks.first)
     if not ranks.first:
         display = Display.silent()
@@ -125,12 +125,12 @@ def train(options: TrainOptions, display: Display) -> Outcome:
         ranks.leave()
         return replace(outcome, tells=ranks.first)
     except Exception as error:
-        if (told := _as_told(error, ranks, checkpointer)) is not error:
+        if (told := _as_told(error, ranks, checkpointer, options.run.peer_timeout)) is not error:
             raise told from error
         raise
 
 
-def _as_told(error: Exception, ranks: Ranks, checkpointer: Checkpointer) -> Exception:
+def _as_told(error: Exception, ranks: Ranks, checkpointer: Checkpointer, patience_seconds: int) -> Exception:
     """An error as it is to be told, once, where several processes may have the same one or come to know of it."""
     if ranks.count == 1:
         return error
@@ -138,11 +138,12 @@ def _as_told(error: Exception, ranks: Ranks, checkpointer: Checkpointer) -> Exce
         kept = checkpointer.steps
         where = f"from step {kept[-1]}" if kept else "from the beginning"
         error = RunError(
-            f"Process {ranks.number} lost its connection to another one, which has died, or did not answer for "
-            f"{PATIENCE_SECONDS // 60} minutes ({str(error).splitlines()[0][:120]}). The same command goes on {where}."
+            f"Process {ranks.number} lost its connection to another one, which has died, or did not answer within "
+            f"--peer-timeout {patience_seconds} ({reason_of(error)}). The same command goes on {where}."
         )
         if LAUNCHER in os.environ:
             return Quiet()  # which process it was, the launcher knows
+        return error if ranks.tells(on_each_machine=True) else Quiet()
     if isinstance(error, OrigoError):
         return error if ranks.tells() else Quiet()
     error.add_note(f"In process {ranks.number} of {ranks.count}.")

@@ -210,12 +210,15 @@ class RunOptions:
     """Send the figures there too; both are extras: pip install 'origo[tensorboard]'."""
     processes: int = 1
     """How many processes of this machine share each batch: one for each GPU. Several machines: torchrun (docs/scale.md)."""
+    peer_timeout: int = 600
+    """Seconds after which a process that does not answer the others is given up, and with it the run."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
 
     def check(self) -> None:
         """Raise a ConfigError for a value that cannot work."""
         _require_positive(self, "eval_every", "eval_batches", "save_every", "keep_last", "log_every", "processes")
+        _require_positive(self, "peer_timeout")
         if self.time_limit is not None:
             duration(self.time_limit)
         if self.name is not None and (not self.name or Path(self.name).name != self.name or self.name.startswith(".")):

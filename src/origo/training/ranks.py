@@ -11,8 +11,12 @@ They meet through what ``torchrun`` puts into the environment; ``origo train --p
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,12 +32,11 @@ from origo.state.processes import gathered
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 600
-"""After which a process that does not answer is given up, and with it the run."""
 LAUNCHER = "ORIGO_LAUNCHER"
 """In the environment of a process that ``--processes`` started: the launcher's process id. It tells of a process that died."""
 _ERRORS = "origo/errors"
 _LINGERING_SECONDS = 2.0
+_ASKING_SECONDS = 5.0
 _SMALL = 1 << 16  # numbers; smaller gradients are sent together
 
 
@@ -99,18 +102,32 @@ class Ranks:
         self._raise_another(failures)
         return result[0] if result else work()
 
-    def tells(self) -> bool:
-        """Whether this process is to tell of an error: the first one that asks."""
+    def tells(self, on_each_machine: bool = False) -> bool:
+        """Whether this process is to tell of an error: the first one that asks.
+
+        Args:
+            on_each_machine: the first one of its machine. What is told on another one does not reach whoever looks at this one.
+        """
         if self.store is None:
             return self.first
-        try:
-            asked = int(self.store.add(_ERRORS, 1))
+        answer: list[bool] = []
+
+        def ask() -> None:
+            with suppress(Exception):
+                asked = [int(self.store.add(key, 1)) for key in (_ERRORS, f"{_ERRORS}/{self.number - self.on_this_machine}")]
+                answer.append(asked[on_each_machine] == 1)
+
+        # The store may be another machine's, and would be waited for without an end where nothing comes from there.
+        asking = threading.Thread(target=ask, name="origo-tells", daemon=True)
+        asking.start()
+        asking.join(_ASKING_SECONDS)
+        if not answer:  # it was another process's, which has gone (that one has told, on its machine), or cannot be reached
+            return self.on_this_machine == 0 and LAUNCHER not in os.environ
+        with suppress(Exception):
             until = time.monotonic() + _LINGERING_SECONDS
             while self.first and int(self.store.add(_ERRORS, 0)) < self.count and time.monotonic() < until:
                 time.sleep(0.01)  # the store is in this process: the others are to find it
-            return asked == 1
-        except Exception:  # the store was another process's, which has gone; that one has told
-            return False
+        return answer[0]
 
     def leave(self) -> None:
         """Part in peace."""
@@ -135,11 +152,12 @@ def launched() -> bool:
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def join(device: str) -> tuple[Ranks, str]:
+def join(device: str, patience_seconds: float) -> tuple[Ranks, str]:
     """Meet the other processes, if there are any.
 
     Args:
         device: as it was asked for.
+        patience_seconds: after which a process that does not answer is given up.
 
     Returns:
         This process among them, and the device that it computes on.
@@ -164,10 +182,11 @@ def join(device: str) -> tuple[Ranks, str]:
             raise ConfigError(f"Process {here} of this machine has no GPU of its own: there are {torch.cuda.device_count()}.")
         torch.cuda.set_device(here)
         device = f"cuda:{here}"
-    patience = timedelta(seconds=PATIENCE_SECONDS)
+    patience = timedelta(seconds=patience_seconds)
     try:
         store, _, _ = next(rendezvous("env://", timeout=patience))
-        store = PrefixStore(f"origo-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            store = PrefixStore(f"origo-{_name_of_meeting(store, number, count, patience_seconds)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
     except (RuntimeError, ValueError) as error:
@@ -175,6 +194,31 @@ def join(device: str) -> tuple[Ranks, str]:
             f"Process {number} of {count} did not meet the others at {where}: {str(error).splitlines()[0][:160]}."
         ) from error
     return Ranks(number, count, here, store), device
+
+
+def _name_of_meeting(store: Any, number: int, count: int, patience_seconds: float) -> str:
+    """One that all of them have, and that no earlier meeting had.
+
+    torchrun keeps its store from one start to the next, with what those that are dead by now have left in it. Its count of
+    restarts does not tell them apart: each machine counts by itself, and only what has failed on it.
+    """
+    mine = secrets.token_hex(8)
+    if number:
+        store.set(f"origo/here/{number}", mine)
+        name: str = store.get(f"origo/meeting/{mine}").decode()  # only somebody who lives can answer to this
+        store.set(f"origo/{name}/{number}", "")
+        return name
+    missing, until = set(range(1, count)), time.monotonic() + patience_seconds
+    while missing:
+        for each in sorted(missing):
+            if store.check([f"origo/{mine}/{each}"]):
+                missing.remove(each)
+            elif store.check([f"origo/here/{each}"]):  # or it was there in an earlier meeting
+                store.set(f"origo/meeting/{store.get(f'origo/here/{each}').decode()}", mine)
+        if time.monotonic() > until:
+            raise RuntimeError(f"process {min(missing)} is not there")
+        time.sleep(0.01)
+    return mine
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -190,6 +234,11 @@ def is_lost_connection(error: BaseException) -> bool:
         "socket timeout",
     )
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def reason_of(error: BaseException) -> str:
+    """What torch says of a lost connection, without the place in its source."""
+    return re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0][:120].rstrip(".")
 
 
 class GradientMean:

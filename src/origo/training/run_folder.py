@@ -28,6 +28,7 @@ CHANGEABLE = {
     *("data", "text_field"),  # how it is spelled; whether it is the same text is seen by the tokens
     *("cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "keep_every", "keep_best"),
     *("log_every", "compile", "precision", "deterministic", "device", "processes", "time_limit", "data_changed", "track"),
+    "peer_timeout",
     *("steps", "epochs", "tokens", "learning_rate", "schedule", "min_learning_rate", "warmup_steps", "decay_share"),
     *("micro_batch", "grad_clip", "spike_sigma", "patience", "gradient_checkpointing"),
 }
