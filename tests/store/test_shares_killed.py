@@ -1,0 +1,134 @@
+"""A folder that two processes fill, and one of them is killed at its N-th operation on the disk: at each, in turn.
+
+The processes are forked with everything imported and meet by a store alone, as under torchrun, whose store outlives them; so a
+crash point takes half a second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from origo.errors import OrigoError
+from origo.store import agreement
+from origo.store.filesystem import Disk, sweep
+from origo.store.layout import MODEL, Manifest
+from origo.store.pieces import Part, Table
+from origo.store.reader import read_checkpoint
+from origo.store.run import Retention, step_folder, steps, write_step
+from origo.store.shares import SharedFolder
+from origo.store.writer import Box, write_folder
+
+IN_FULL = bool(os.environ.get("ORIGO_PROVE"))
+OPERATIONS = [name for name, value in vars(Disk).items() if callable(value) and not name.startswith("_")]
+NAMES = ("a", "b", "c")
+
+
+def fill(run: Path, number: int, store: Any, place: Path, kill_at: int) -> None:
+    """One process's part in step 2; killed at its ``kill_at``-th operation on the disk."""
+    rows = dict.fromkeys(NAMES, ("float32", (40, 50), 0))
+    part = Part(number, (20 * number, 0), (20, 50))
+    table = Table({MODEL: rows}, parts={0: part})
+    tensors = {MODEL: {name: torch.full((20, 50), 2.0 + number) for name in NAMES}}
+    boxes = {MODEL: {name: Box(name, (40, 50), part.start) for name in NAMES}}
+    path = step_folder(run, 2)
+    if number == 0:
+        shared = SharedFolder.made(path, 100, 2, store)
+        store.set("place", f"{shared.place}\n{shared.token}")
+    else:
+        folder, token = store.get("place").decode().split("\n")
+        shared = SharedFolder(path, folder, token, 1, 2, store)
+    count, lock = 0, threading.Lock()
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*given: Any) -> Any:
+            nonlocal count
+            with lock:
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given)
+
+        return operation
+
+    for name in OPERATIONS:
+        setattr(Disk, name, counted(getattr(Disk, name)))
+    try:
+        if number == 0:
+            shared.lead(
+                lambda write, read_back: write_step(run, 2, write, retention=Retention(1), read_back=read_back) and None,
+                tensors,
+                boxes,
+                table,
+                {},
+                lambda written: None,
+                step=2,
+            )
+        else:
+            shared.help(tensors, boxes, table, lambda written: None)
+        said = "kept"
+    except OrigoError as error:
+        said = str(error)
+    (place / f"said-{number}").write_text(said)
+    (place / f"count-{number}").write_text(str(count))
+
+
+def attempt(folder: Path, victim: int, kill_at: int) -> list[str]:
+    """What the two processes said; of one that was killed, nothing. What is there has been looked at."""
+    folder.mkdir()
+    run = folder / "run"
+    write_folder(step_folder(run, 1), {MODEL: {name: torch.ones(40, 50) for name in NAMES}}, {}, step=1)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    children = []
+    for number in (0, 1):
+        child = os.fork()
+        if child == 0:
+            try:
+                mine = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+                fill(run, number, mine, folder, kill_at if number == victim else -1)
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    said = [(folder / f"said-{n}").read_text() if (folder / f"said-{n}").exists() else "" for n in (0, 1)]
+    for step in steps(run):
+        checkpoint = read_checkpoint(step_folder(run, step))
+        checkpoint.verify()
+        for name in NAMES:
+            found = checkpoint.tensor(name)
+            wanted = torch.ones(40, 50) if step == 1 else torch.cat([torch.full((20, 50), 2.0), torch.full((20, 50), 3.0)])
+            assert torch.equal(found, wanted)
+    assert steps(run), "nothing is left"
+    if "kept" in said:
+        assert steps(run)[-1] == 2, "it was told as kept"
+    assert said[1 - victim], "the other one was told nothing"
+    sweep(run)
+    assert {entry.name for entry in run.iterdir()} <= {"step-000000001", "step-000000002"}, "something is in the way"
+    Manifest.read(step_folder(run, steps(run)[-1]))
+    return said
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_at_any_operation(tmp_path: Path, victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(agreement, "_TICK_SECONDS", 0.05)
+    assert attempt(tmp_path / "alive", victim, -1) == ["kept", "kept"]
+    operations = int((tmp_path / "alive" / f"count-{victim}").read_text())
+    assert operations > 4
+    points = range(1, operations + 1)
+    outcomes = [
+        attempt(tmp_path / str(at), victim, at)[1 - victim]
+        for at in (points if IN_FULL else points[:: max(1, operations // 8)])
+    ]
+    assert any("no sign of life" in said for said in outcomes), outcomes
+    if IN_FULL:
+        print(f"killed at each of {operations} operations of process {victim}")
