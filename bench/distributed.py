@@ -1,4 +1,5 @@
-"""Sharded checkpoints: ``dcp.save`` and ``dcp.load`` with ``origo.DCPWriter`` and ``DCPReader``, against torch's own, in turns.
+"""Sharded checkpoints: ``dcp.save`` and ``dcp.load`` with ``origo.DCPWriter`` and ``DCPReader``, against torch's own, in turns;
+and ``origo.Checkpointer`` behind the loop's back against ``dcp.async_save``.
 
     python bench/distributed.py --processes 2 --megabytes 400 --rounds 5
 
@@ -19,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def measure(folder: Path, megabytes: int, rounds: int, verify: bool) -> None:
@@ -69,9 +71,51 @@ def measure(folder: Path, megabytes: int, rounds: int, verify: bool) -> None:
                 median = statistics.median(times[way, what])
                 speed = f"{nbytes / median / 1e9:5.2f} GB/s"
                 print(f"{what}  {way:<7} {median:6.3f} s  {speed}  origo is {median / ours:.2f} times as fast")
+    stalls(folder, model, rounds)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads outlive Python now and then
+
+
+def stalls(folder: Path, model: Any, rounds: int) -> None:
+    """How long ``Checkpointer.save`` and ``dcp.async_save`` hold up the training, and until when what they began is done."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    import origo
+
+    group = dist.new_group(backend="gloo")  # async_save's thread uses collectives, so it needs a group of its own
+    checkpointer = origo.Checkpointer(folder / "run", keep_last=1000)
+    # Its best: into memory that stays, as ours.
+    stager = DefaultStager(StagingOptions(False, True, False, False))  # what needs no GPU of it
+    times: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds + 2):
+        for way in ("origo", "dcp"):
+            dist.barrier()
+            start = time.perf_counter()
+            if way == "origo":
+                checkpointer.save(number + 1, {"model": model})
+                stalled = time.perf_counter() - start
+                checkpointer.wait()
+            else:
+                state = model.state_dict()
+                told: Any = dcp.async_save(
+                    state, checkpoint_id=folder / f"async-{number}", process_group=group, async_stager=stager
+                )
+                stalled = time.perf_counter() - start
+                getattr(told, "upload_completion", told).result()
+            dist.barrier()
+            if number > 1:
+                times.setdefault((way, "stall"), []).append(stalled)
+                times.setdefault((way, "until done"), []).append(time.perf_counter() - start)
+    checkpointer.close()
+    if dist.get_rank() == 0:
+        for what in ("stall", "until done"):
+            ours, theirs = (statistics.median(times[way, what]) for way in ("origo", "dcp"))
+            print(
+                f"behind the loop's back, {what}: origo {ours:.3f} s, dcp.async_save {theirs:.3f} s, {theirs / ours:.2f} times"
+            )
 
 
 def main() -> int:
