@@ -28,7 +28,7 @@ check: venv
 
 prove: venv
 	$(VENV)/bin/python -m pytest tests/naming/test_any_nesting.py tests/state/test_tree.py --hypothesis-profile=prove --durations=0 $(ARGS)
-	ORIGO_PROVE=1 $(VENV)/bin/python -m pytest tests/test_main_job.py tests/test_shares.py tests/store tests/training/test_resume.py tests/training/test_ranks.py tests/training/test_network.py --hypothesis-profile=prove --durations=0 -s $(ARGS)
+	ORIGO_PROVE=1 $(VENV)/bin/python -m pytest tests/test_main_job.py tests/test_shares.py tests/store tests/training/test_resume.py tests/training/test_ranks.py tests/training/test_network.py tests/training/test_sharded_training.py --hypothesis-profile=prove --durations=0 -s $(ARGS)
 
 bench: venv
 	for claim in bench/[a-z]*.py; do $(VENV)/bin/python $$claim $(ARGS) || exit 1; done

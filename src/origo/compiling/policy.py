@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,8 +48,10 @@ _ASSUMED: dict[bool, dict[How, Costs]] = {
 }
 
 
-def choose(steps: int, eager_seconds: float, on_cpu: bool, known: Mapping[How, Costs]) -> How:
-    """How to compile for ``steps`` more steps, each of which takes ``eager_seconds`` without.
+def choose(
+    steps: int, eager_seconds: float, on_cpu: bool, known: Mapping[How, Costs], ways: Sequence[How] = ("whole", "blocks")
+) -> How:
+    """How to compile for ``steps`` more steps, each of which takes ``eager_seconds`` without: one of ``ways``, or not at all.
 
     >>> choose(2000, 0.5, True, {}), choose(20, 0.5, True, {})
     ('whole', 'off')
@@ -57,7 +59,9 @@ def choose(steps: int, eager_seconds: float, on_cpu: bool, known: Mapping[How, C
     'whole'
     """
     costs = {**_ASSUMED[on_cpu], **known}
-    left: dict[How, float] = {how: steps * eager_seconds * each.saved - _COUNTS * each.seconds for how, each in costs.items()}
+    left: dict[How, float] = {
+        how: steps * eager_seconds * each.saved - _COUNTS * each.seconds for how, each in costs.items() if how in ways
+    }
     best = max(left, key=lambda how: left[how])
     return best if left[best] > 0 else "off"
 

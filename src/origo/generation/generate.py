@@ -17,6 +17,8 @@ from origo.errors import ConfigError
 from origo.generation.sampling import Sampling, choose
 from origo.models.eager import without_compilation
 from origo.models.gpt import GPT
+from origo.state.processes import agreed
+from origo.state.sharded import any_sharded, put_away, without_gradients
 
 
 def generate(
@@ -32,7 +34,8 @@ def generate(
     """Continue a prompt, one token id at a time.
 
     Args:
-        model: in evaluation mode; runs without compilation.
+        model: in evaluation mode; runs without compilation. Where FSDP2 has sharded it, all processes have to call this, and
+            take all tokens; they are those that the first one draws.
         prompt: token ids, at least one. Of one longer than the context, the last ones are read.
         max_new_tokens: when to stop at the latest.
         sampling: how tokens are chosen.
@@ -68,21 +71,25 @@ def _generate(
     model: GPT, tokens: list[int], max_new_tokens: int, sampling: Sampling, seed: int | None, end: int | None, slide: int
 ) -> Iterator[int]:
     context = model.config.context_length
-    device = model.tok_emb.weight.device
+    device, sharded = model.tok_emb.weight.device, any_sharded([model])
     generator = torch.Generator(device=device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     cache = model.new_cache()
     unread = tokens[-context:]
-    for _ in range(max_new_tokens):
-        # Entered anew for each token: a caller may do other things between two of them.
-        with torch.inference_mode(), without_compilation():
-            logits = model(torch.tensor([unread], device=device), cache=cache)[:, -1]  # [1, vocab]
-            token = int(choose(logits, sampling, generator))
-        if token == end:
-            return
-        yield token
-        tokens.append(token)
-        unread = [token]
-        if cache.length == context:
-            cache.length = 0
-            unread = tokens[-(context - slide + 1) :]
+    try:
+        for _ in range(max_new_tokens):
+            # Entered anew for each token: a caller may do other things between two of them.
+            with without_gradients(sharded), without_compilation():
+                logits = model(torch.tensor([unread], device=device), cache=cache)[:, -1]  # [1, vocab]
+                token = agreed(lambda: int(choose(logits, sampling, generator)), sharded)  # noqa: B023  # called at once
+            if token == end:
+                return
+            yield token
+            tokens.append(token)
+            unread = [token]
+            if cache.length == context:
+                cache.length = 0
+                unread = tokens[-(context - slide + 1) :]
+    finally:
+        if sharded:
+            put_away(model)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
@@ -27,6 +28,17 @@ def any_sharded(values: Iterable[Any]) -> bool:
     return any(is_sharded(tensor) for module in modules for tensor in module.parameters()) or any(
         has_flat_parameters(module) for module in modules
     )
+
+
+def without_gradients(sharded: bool) -> AbstractContextManager[object]:
+    """For forward passes alone; what FSDP2 puts together there, training uses too, so it cannot be of ``inference_mode``."""
+    return torch.no_grad() if sharded else torch.inference_mode()
+
+
+def put_away(model: nn.Module) -> None:
+    """After such passes: FSDP2 leaves what is outside of the blocks put together, for a backward pass that does not come."""
+    fsdp: Any = model
+    fsdp.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from itertools import zip_longest
 
-import torch
 from torch import nn
 
 from origo.data.batches import IGNORED_TARGET, evaluation_batches
 from origo.data.tokens import TokenStream
 from origo.models.eager import without_compilation
 from origo.state.processes import gathered
+from origo.state.sharded import any_sharded, put_away, without_gradients
 from origo.training.precision import Compute
 
 
@@ -32,13 +32,18 @@ def held_out_loss(
     sums: list[tuple[float, int]] = []
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), compute.autocast(), without_compilation():
+    sharded, number = any_sharded([model]), -1
+    with without_gradients(sharded), compute.autocast(), without_compilation():
         for number, (inputs, targets) in enumerate(evaluation_batches(stream, context_length, batch_size, limit)):
             if number % of_how_many != which:
                 continue
             counted = int((targets != IGNORED_TARGET).sum())
             loss = model(inputs.to(compute.device), targets.to(compute.device))
             sums.append((float(loss) * counted, counted))
+        if sharded and which > number % of_how_many:  # the others have one more, for which all are needed; it counts once
+            model(inputs.to(compute.device), targets.to(compute.device))
+    if sharded:
+        put_away(model)
     model.train(was_training)
     shares = gathered(sums, together=of_how_many > 1)
     # In the batches' order, whoever computed them: the same bits as from one process.

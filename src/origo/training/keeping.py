@@ -10,6 +10,7 @@ from typing import Any
 from origo.checkpointer import Checkpointer
 from origo.errors import CheckpointError, StorageError
 from origo.snapshot import stored_values
+from origo.state.processes import agreed
 from origo.store.reader import Checkpoint
 from origo.store.run import step_folder
 from origo.training.display import Display
@@ -19,10 +20,14 @@ State = Callable[[], tuple[dict[str, Any], dict[str, str]]]
 
 
 class Keeper:
-    """Keeps steps, and tells which were not kept."""
+    """Keeps steps, and tells which were not kept.
 
-    def __init__(self, checkpointer: Checkpointer, folder: Path, display: Display) -> None:
-        self._checkpointer, self._folder, self._display = checkpointer, folder, display
+    Args:
+        together: whether all processes have to take part in keeping a step, because each has a share of it.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, folder: Path, display: Display, *, together: bool = False) -> None:
+        self._checkpointer, self._folder, self._display, self._together = checkpointer, folder, display, together
         self.kept_step = -1
         """The last step that was kept, or is being written."""
         self.kept_at = 0.0
@@ -44,6 +49,7 @@ class Keeper:
             self._checkpointer.wait()
         except (StorageError, CheckpointError) as error:
             self._not_kept(error)
+        self.kept_step = agreed(lambda: self.kept_step, self._together)  # the first one writes, so it alone knows
 
     def keep_for_sure(self, step: int, state: State, metrics: dict[str, float]) -> None:
         """Keep the last step, and wait until it is on the disk.

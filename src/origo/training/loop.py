@@ -39,6 +39,7 @@ from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.snapshot import stored_objects, stored_values
 from origo.state.rng import seed_all
+from origo.state.sharded import whole
 from origo.store.layout import TOKENIZER
 from origo.store.reader import Checkpoint
 from origo.store.run import newest_good
@@ -57,6 +58,7 @@ from origo.training.ranks import LAUNCHER, Ranks, is_lost_connection, join, reas
 from origo.training.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, require_same_run
 from origo.training.sample import write_sample
 from origo.training.schedule import make_schedule
+from origo.training.sharding import Sharding, make_sharding
 from origo.training.signals import StopRequest
 from origo.training.start import Start, starting_point
 from origo.training.step import Batch, Result, Stepper
@@ -177,12 +179,13 @@ def _train(
         ranks.all_or_none(folder.require_writable)
     compute = choose_compute(device, options.run.precision)
     compute.repeat_exactly(options.run.deterministic)
+    sharding = make_sharding(options.run.parallel, ranks, compute.device)
     start, source = None, found.checkpoint if found else None
     if found is None and options.model.start_from is not None:
         options, start = starting_point(options)
         source = start.checkpoint if options.data.tokenizer is None else None
     tokenizer, tokens = ranks.in_turn(lambda: prepare_data(options, source, display))
-    trainer = Trainer(options, folder, checkpointer, compute, tokenizer, tokens, display, ranks)
+    trainer = Trainer(options, folder, checkpointer, compute, tokenizer, tokens, display, ranks, sharding)
     if before is not None and before.get("steps") == trainer.schedule.steps:  # of a longer run, what pays may be another way
         trainer.compiled = before.get("compiled")
     if found is not None:
@@ -218,9 +221,10 @@ class Trainer:
         tokens: TokenData,
         display: Display,
         ranks: Ranks,
+        sharding: Sharding | None = None,
     ) -> None:
         self.options, self.folder, self.checkpointer = options, folder, checkpointer
-        self.compute, self.display, self.ranks = compute, display, ranks
+        self.compute, self.display, self.ranks, self.sharding = compute, display, ranks, sharding
         self.tokenizer, self.tokens = tokenizer, tokens
         self.config: GPTConfig = options.model.config(tokenizer.vocab_size)
         self.schedule = make_schedule(options.optimization, self.config.context_length, len(tokens.train))
@@ -231,9 +235,10 @@ class Trainer:
         )
         self.prefetcher = Prefetcher(self.batches.__getitem__, compute.device)
         seed_all(seed)
-        self.model = GPT(self.config).to(compute.device)
-        self.stepper = Stepper(self.model, options.optimization, compute, ranks)
-        self.keeper = Keeper(checkpointer, folder.checkpoints, display)
+        model = GPT(self.config)
+        self.model = model if sharding else model.to(compute.device)  # of a large one, the device has room for this share
+        self.stepper = Stepper(self.model, options.optimization, compute, ranks, sharding)
+        self.keeper = Keeper(checkpointer, folder.checkpoints, display, together=sharding is not None)
         self.step = 0  # steps done
         self.seconds = 0.0  # that they and everything between them took
         self.pending: list[Result] = []  # of the steps since the last row of metrics.jsonl
@@ -283,7 +288,7 @@ class Trainer:
         for name, now in {"processes": "1", **self._surroundings()}.items():
             if (then := progress.get(name, "1")) != now:
                 self.display.warn(f"Not bit for bit as without the interruption, going on: {name} was {then}, is {now}.")
-        as_many = progress.get("processes", "1") == str(self.ranks.count)
+        as_many = progress.get("processes", "1") == self._surroundings().get("processes", "1")
         if self.options.optimization.micro_batch == "auto" and as_many:  # another split of a batch adds up in another order
             self.micro_batches = [size for size in self.micro_batches if size <= progress["micro_batch"]]
         self.restore(checkpoint)
@@ -321,9 +326,11 @@ class Trainer:
     def run(self, began: float) -> Outcome:
         """Train to the end, or to an interruption; ``began`` is when the time limit began, of :func:`time.monotonic`."""
         run, steps = self.options.run, self.schedule.steps
+        shared = f", {self.sharding}" if self.sharding else ""
+        together = f"; {self.ranks.count} processes{shared}" if self.ranks.count > 1 else ""
         self.display.note(
             f"Model: {self.options.model.preset}, {self.parameters / 1e6:.1f}M parameters, context "
-            f"{self.config.context_length}; {self.compute}"
+            f"{self.config.context_length}; {self.compute}{together}"
         )
         if self.step < steps and not self.settled:
             compilation, first_loss = self._prepare()
@@ -395,6 +402,9 @@ class Trainer:
         how = self.options.run.compile
         if how == "auto" and self.compiled is not None:
             how = self.compiled  # as the run has begun: another way rounds otherwise
+        if how == "whole" and self.sharding is not None:
+            how = "blocks"
+            self.display.note(f"Compiling each block: --parallel {self.options.run.parallel} gathers one after the other.")
         with self.display.activity("First step") as activity, warm_start(how != "off", self.display.warn) as warm:
             compilation, loss = self.stepper.prepare(
                 self._batch(self.step), self.micro_batches, how, self.schedule.steps - self.step
@@ -402,7 +412,8 @@ class Trainer:
             activity.title = "Compiling" if compilation.compiled else activity.title
             activity.result = f"{compilation}{warm}" if compilation.compiled else str(compilation)
             if how == "auto" and not compilation.compiled and not compilation.reason:
-                activity.result += f": it would not pay in {self.schedule.steps - self.step:,} steps (--compile whole does it)"
+                most = "whole" if self.sharding is None else "blocks"
+                activity.result += f": it would not pay in {self.schedule.steps - self.step:,} steps (--compile {most} does it)"
             if self.stepper.micro_batch < self.schedule.batch_size // self.ranks.count:
                 parts = self.schedule.batch_size // self.ranks.count // self.stepper.micro_batch
                 activity.result += f"; {parts} micro-batches of {self.stepper.micro_batch} a step"
@@ -436,7 +447,7 @@ class Trainer:
         last = self.pending[-1]
         self.ranks.all_or_none(self.keeper.settle)  # what the first one writes is there for all
         found = self.keeper.to_go_back_to(self.tried)
-        spoilt = [name for name, weights in self.model.named_parameters() if not weights.isfinite().all()]
+        spoilt = [name for name, weights in self.model.named_parameters() if not whole(weights).isfinite().all()]
         seen = (
             f"{f'{streak} steps in a row up to' if streak else 'what came of'} step {failed} "
             f"{'could not be applied' if streak else 'is no good'} (loss {float(last.loss):.4g}, gradient norm "
@@ -485,11 +496,13 @@ class Trainer:
             self.best, self.best_step, self.stale = self.held_out, self.step, 0
         elif self.step:
             self.stale += 1
-        if not self.ranks.first:
+        if not self.ranks.first and self.sharding is None:
             return
         try:
             text = write_sample(self.model, self.tokenizer, self.tokens.held_out)
         except CheckpointError:  # of weights that are spoilt, which is told elsewhere
+            return
+        if not self.ranks.first:
             return
         self.sample = text
         self._track(lambda tracker: tracker.sample(self.step, text))
@@ -678,7 +691,8 @@ class Trainer:
         """What the last bit of a result depends on, besides the options."""
         where = f"{self.compute}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
         surroundings = {"torch": str(torch.__version__), "machine": where}
-        return surroundings | ({"processes": str(self.ranks.count)} if self.ranks.count > 1 else {})
+        how = f", {self.sharding}" if self.sharding else ""
+        return surroundings | ({"processes": f"{self.ranks.count}{how}"} if self.ranks.count > 1 else {})
 
     def _metrics(self) -> dict[str, float]:
         measured = self.measured_step == self.step and math.isfinite(self.held_out)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from origo.errors import ConfigError
 from origo.models.gpt import GPT
+from origo.state.sharded import local
 from origo.training.options import OptimizationOptions
 
 
@@ -63,4 +64,4 @@ class Average:
         """
         share = torch.where(bad, 0.0, 1 - min(self._decay, (1 + step) / (10 + step)))
         for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-            mine.lerp_(theirs, share)
+            local(mine).lerp_(local(theirs), share)

@@ -30,6 +30,9 @@ LENGTHS = ("steps", "epochs", "tokens")
 SIZES = ("batch_size", "tokens_per_step")
 """Those that say how much goes into a step."""
 
+Parallel = Literal["ddp", "fsdp", "hybrid"]
+"""What several processes have of the model."""
+
 _PresetInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_PRESETS)]
 _PresetFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=_PRESETS)]
 _PresetStr = Annotated[str | None, arg(metavar="tanh|erf", help_behavior_hint=_PRESETS)]
@@ -212,6 +215,9 @@ class RunOptions:
     """How many processes of this machine share each batch: one for each GPU. Several machines: torchrun (docs/scale.md)."""
     peer_timeout: int = 600
     """Seconds after which a process that does not answer the others is given up, and with it the run."""
+    parallel: Parallel = "ddp"
+    """What they share besides. ddp: nothing, each has the whole model; fsdp: weights, gradients and the optimizer's state;
+    hybrid: those too, among the processes of one machine."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
 
@@ -238,6 +244,17 @@ class TrainOptions:
         # Here rather than in each part: the command line builds the parts, and would put our sentence into its own frame.
         for part in (self.data, self.model, self.optimization, self.run):
             part.check()
+        if self.run.parallel != "ddp":
+            flags = f"--parallel {self.run.parallel}"
+            if self.optimization.optimizer == "muon":
+                raise ConfigError(
+                    f"Muon needs whole matrices, and {flags} shares them out: take --optimizer adamw, or --parallel ddp."
+                )
+            if self.run.precision == "fp16":
+                raise ConfigError(
+                    f"The scaler of fp16 looks at one process's gradients alone, and {flags} shares them out: take "
+                    "--precision bf16 or fp32, or --parallel ddp."
+                )
 
     @property
     def run_path(self) -> Path:

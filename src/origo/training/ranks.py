@@ -37,6 +37,7 @@ LAUNCHER = "ORIGO_LAUNCHER"
 _ERRORS = "origo/errors"
 _LINGERING_SECONDS = 2.0
 _ASKING_SECONDS = 5.0
+_PATIENCE_FOR_OTHERS = 20.0
 _SMALL = 1 << 16  # numbers; smaller gradients are sent together
 
 
@@ -49,6 +50,8 @@ class Ranks:
     on_this_machine: int = 0
     """Its number among those of this machine."""
     store: Any = field(default=None, compare=False)
+    came: dict[str, int] = field(default_factory=dict, compare=False)
+    """How often this process came to a place."""
 
     @property
     def first(self) -> bool:
@@ -101,6 +104,18 @@ class Ranks:
             raise failure
         self._raise_another(failures)
         return result[0] if result else work()
+
+    def all_come(self, where: str) -> bool:
+        """Whether the others come to the same place within some seconds: where they may wait for something that never comes."""
+        self.came[where] = self.came.get(where, 0) + 1
+        key, wanted = f"origo/{where}", self.came[where] * self.count
+        self.store.add(key, 1)
+        until = time.monotonic() + _PATIENCE_FOR_OTHERS
+        while int(self.store.add(key, 0)) < wanted:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return True
 
     def tells(self, on_each_machine: bool = False) -> bool:
         """Whether this process is to tell of an error: the first one that asks.

@@ -15,6 +15,7 @@ from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.persist import open_checkpoint
 from origo.state.model import load_state_dict
+from origo.state.sharded import shared_out_like
 from origo.store.layout import TOKENIZER
 from origo.store.reader import Checkpoint
 from origo.training.options import ModelOptions, TrainOptions, flag
@@ -69,7 +70,9 @@ class Start:
                     optimizer.state[parameter] = {
                         "step": found[0][f"step.{name}"].to(parameter.device, torch.float32, copy=True),
                         **{
-                            slot: value[: rows.get(name, len(value))].to(parameter.device, parameter.dtype, copy=True)
+                            slot: shared_out_like(
+                                value[: rows.get(name, len(value))].to(parameter.device, parameter.dtype, copy=True), parameter
+                            )
                             for slot, value in moments.items()
                         },
                     }

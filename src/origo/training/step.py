@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -14,15 +14,17 @@ from torch import Tensor
 from origo.compiling.compilation import Compilation, How, compile_in_place, uncompile
 from origo.compiling.policy import choose, recall, remember
 from origo.data.order import epoch_key
-from origo.errors import is_out_of_memory
+from origo.errors import LESS_MEMORY, RunError, is_out_of_memory
 from origo.models.gpt import GPT
 from origo.state.processes import agreed
+from origo.state.sharded import local
 from origo.training.guard import Guard
 from origo.training.memory import give_back_freed_memory, keep_freed_memory
 from origo.training.optimizer import Average, build_optimizers
 from origo.training.options import OptimizationOptions
 from origo.training.precision import Compute
 from origo.training.ranks import GradientMean, Ranks
+from origo.training.sharding import Sharding, clip_gradients
 
 _SLOWER = 1.1  # as often as a step takes where compiling is undone; less is noise, on a machine that does other things too
 
@@ -46,16 +48,28 @@ class Stepper:
     """The model and all that changes with a step: optimizers, moving average, scaler, guard.
 
     Args:
-        model: on the device that computes.
+        model: on the device that computes; to be shared out, on any.
         ranks: this process among those that share each batch.
+        sharding: how the model is shared out, too.
     """
 
-    def __init__(self, model: GPT, options: OptimizationOptions, compute: Compute, ranks: Ranks = Ranks()) -> None:  # noqa: B008
-        self.model, self.compute, self.ranks = model, compute, ranks
+    def __init__(
+        self,
+        model: GPT,
+        options: OptimizationOptions,
+        compute: Compute,
+        ranks: Ranks = Ranks(),  # noqa: B008
+        sharding: Sharding | None = None,
+    ) -> None:
+        self.model, self.compute, self.ranks, self.sharding = model, compute, ranks, sharding
         self._options = options
-        self._gradients = GradientMean(model, ranks)
-        self.optimizers = build_optimizers(model, options)
+        self._gradients = GradientMean(model, ranks if sharding is None else Ranks())
         self.average = Average(model, options.ema) if options.ema else None
+        if sharding is not None:
+            sharding.share_out(model)
+            if self.average is not None:
+                sharding.share_out(self.average.model)
+        self.optimizers = build_optimizers(model, options)
         fp16 = compute.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(compute.device.type, enabled=fp16)
         self.guard = Guard(options.spike_sigma, compute.device)
@@ -76,8 +90,9 @@ class Stepper:
     @property
     def finite(self) -> bool:
         """Whether all weights are; waits for the device."""
-        largest = torch._foreach_norm(list(self.model.parameters()), torch.inf)
-        return bool(torch.stack(largest).isfinite().all())
+        weights = [local(parameter) for parameter in self.model.parameters()]
+        largest = torch._foreach_norm([each for each in weights if each.numel()], torch.inf)
+        return not self.ranks.largest(not torch.stack(largest).isfinite().all())
 
     def prepare(
         self, batch: Batch, sizes: Iterable[int], how: How | Literal["auto"], steps: int = 0
@@ -101,6 +116,8 @@ class Stepper:
                 return self._dry_run((batch[0][:size], batch[1][:size]), len(batch[0]) // size, how, steps)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or size == candidates[-1]:
+                    raise
+                if self.sharding is not None and not self.sharding.put_away(self.model):
                     raise
                 self.model.zero_grad()
             if self.compute.device.type == "cuda":
@@ -137,7 +154,8 @@ class Stepper:
         if how == "auto":
             self._everywhere(once)  # at the first, memory is new
             eager_seconds = min(timed(), timed())
-            how = agreed(lambda: choose(steps, eager_seconds, on_cpu, recall(self._shape)))
+            ways: Sequence[How] = ("whole", "blocks") if self.sharding is None else ("blocks",)
+            how = agreed(lambda: choose(steps, eager_seconds, on_cpu, recall(self._shape), ways))
         chosen: How = how  # type: ignore[assignment]  # it is not auto any more
         compilation = self._everywhere(lambda: compile_in_place(self.model, chosen, once, reraise=is_out_of_memory))
         if automatic and compilation.compiled:
@@ -164,6 +182,11 @@ class Stepper:
             if self.ranks.count == 1 or not is_out_of_memory(error):
                 raise
             failure = error
+            if self.sharding is not None and not self.ranks.all_come("out-of-memory"):
+                raise RunError(
+                    f"Process {self.ranks.number} of {self.ranks.count} has less memory left than the others, and each has to "
+                    f"hold a share of the model: {LESS_MEMORY}."
+                ) from error
         if self.ranks.largest(failure is not None):
             raise failure or MemoryError("out of memory in another process")
         return result
@@ -171,7 +194,9 @@ class Stepper:
     @property
     def _shape(self) -> dict[str, Any]:
         """What the cost and the gain of compiling depend on."""
-        options = {"gradient_checkpointing": self.model.recompute_activations, "micro_batch": self.micro_batch}
+        options: dict[str, Any] = {"gradient_checkpointing": self.model.recompute_activations, "micro_batch": self.micro_batch}
+        if self.sharding is not None:
+            options["parallel"] = str(self.sharding)
         where = {"compute": str(self.compute), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
         return {**self.model.config.to_dict(), **options, **where}
 
@@ -191,6 +216,8 @@ class Stepper:
             loss = self._loss(part)
             if part is parts[-1]:
                 self._gradients.begin()
+            if self.sharding is not None:
+                self.sharding.last_of_step(self.model, part is parts[-1])
             self._scaler.scale(loss / len(parts) if len(parts) > 1 else loss).backward()
             losses.append(loss.detach())
         self._gradients.finish()
@@ -198,7 +225,7 @@ class Stepper:
         if self._scaler.is_enabled():
             for optimizer in self.optimizers:
                 self._scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._options.grad_clip or torch.inf)
+        norm = clip_gradients(self.model, self._options.grad_clip or torch.inf)
         bad = self.guard.judge(loss, norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
