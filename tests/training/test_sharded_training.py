@@ -343,7 +343,7 @@ from origo.training.sharding import make_sharding
 from origo.training.step import Stepper
 
 TINY = GPTConfig(vocab_size=101, context_length=32, emb_dim=32, n_heads=4, n_layers=2)
-ranks, _ = join("cpu")
+ranks, _ = join("cpu", 600)
 compute = Compute(torch.device("cpu"), torch.float32)
 torch.manual_seed(0)
 model = GPT(TINY)

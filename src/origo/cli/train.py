@@ -161,4 +161,5 @@ def _bytes_in(folder: Path) -> int:
 
 def _model_size(outcome: Outcome) -> str:
     assert outcome.checkpoint is not None
-    return f"{size((outcome.checkpoint / MODEL).stat().st_size)}, {outcome.parameters / 1e6:.1f}M parameters"
+    files = outcome.checkpoint.glob(f"{MODEL.removesuffix('.safetensors')}*.safetensors")  # of several processes' shares, all
+    return f"{size(sum(file.stat().st_size for file in files))}, {outcome.parameters / 1e6:.1f}M parameters"
