@@ -11,9 +11,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from origo.errors import CheckpointError, ConfigError, storage_error
+from origo.errors import CheckpointError, ConfigError, StorageError, storage_error
 from origo.snapshot import put_back, take
-from origo.state.processes import agreed, agreed_with_help, first_process, gathered, process_count, process_number
+from origo.state.processes import (
+    agreed,
+    agreed_with_help,
+    first_process,
+    gathered,
+    none_goes_on_alone,
+    process_count,
+    process_number,
+)
 from origo.state.sharded import any_sharded
 from origo.store import remote
 from origo.store.agreement import meeting_store
@@ -28,6 +36,7 @@ from origo.store.shares import SharedFolder
 from origo.store.writer import gather, write_folder
 
 T = TypeVar("T")
+_UNSEEN = "not seen by process "
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ class Checkpointer:
         self._lock = threading.RLock()
         self._parent: dict[str, Any] | None = None
         self._shares = not remote.is_remote(self.directory)  # whether several processes write, each its own
-        self._shared: SharedFolder | None = None
+        self._line: tuple[Any, Any] = (None, None)  # the store that the processes met by, and a connection of our own to it
         self._left: list[int] = []  # steps that the run has left behind it by going on from an earlier one
 
     def save(
@@ -157,16 +166,22 @@ class Checkpointer:
         """
         if type(step) is not int or step < 0:
             raise ConfigError(f"step is {step!r}: it has to be a whole number from 0 on.")
-        numbers = _numbers(metrics or {})
-        texts = _texts(files or {})
         with self._lock:
-            return self._save(step, state, numbers, texts)
+            return self._save(step, state, metrics or {}, files or {})
 
-    def _save(self, step: int, state: Mapping[str, Any], metrics: dict[str, float], texts: dict[str, str]) -> bool:
+    def _save(self, step: int, state: Mapping[str, Any], given: Mapping[str, Any], files: Mapping[str, Any]) -> bool:
         together = isinstance(state, Mapping) and any_sharded(state.values())
+        metrics: dict[str, float] = {}
+        texts: dict[str, str] = {}
+
+        def ready() -> bool:  # of these the first process's are kept, so it alone looks at them
+            metrics.update(_numbers(given))
+            texts.update(_texts(files))
+            return self._ready(step)
+
         if not together and not first_process():
             return True
-        if not self._agreed_upon(lambda: agreed(lambda: self._ready(step), together), together):
+        if not self._agreed_upon(lambda: agreed(ready, together), together):
             return False
         if together and process_count() > 1 and self._shares and self._save_share(step, state, metrics, texts):
             return True
@@ -220,23 +235,19 @@ class Checkpointer:
 
     def _save_share(self, step: int, state: Mapping[str, Any], metrics: dict[str, float], texts: dict[str, str]) -> bool:
         """Keep a step of which each process writes its share; False where they do not see the same disk."""
-        failure: Exception | None = None
+        snapshot = take(state, texts, share=True)
+        failure: BaseException | None = None
         nbytes = 0
         try:
-            snapshot = take(state, texts, share=True)
             tensors = self._staging.copy(snapshot.tensors) if self._background else snapshot.tensors
             nbytes = sum(gather(named).nbytes for named in tensors.values())
-        except Exception as error:
+        except BaseException as error:
             failure = error
-        told = gathered((None if failure is None else str(failure), nbytes))
-        if failure is not None:
-            raise failure
-        for number, (reason, _) in enumerate(told):
-            if reason is not None:
-                raise CheckpointError(reason if number == 0 else f"In process {number}: {reason}")
-        if self._shared is not None:
-            self._shared.forget()
-        path, store = step_folder(self.directory, step), meeting_store()
+        none_goes_on_alone(failure)
+        told = gathered((step, nbytes))
+        if len({number for number, _ in told}) > 1:
+            raise ConfigError(f"The processes are at different steps ({', '.join(str(number) for number, _ in told[:4])}).")
+        path, store = step_folder(self.directory, step), self._line_to_the_others()
         made: list[SharedFolder] = []
 
         def make() -> tuple[str, str]:
@@ -249,9 +260,11 @@ class Checkpointer:
         if not all(gathered(shared.seen)):
             shared.give_up()
             self._shares = False
-            self.notes.append(f"'{self.directory}' is not seen by all processes: the first one gathers and writes everything.")
+            self.notes.append(
+                f"'{self.directory}' is not seen by all processes: the first one gathers and writes everything. To restore, "
+                "all of them have to see it."
+            )
             return False
-        self._shared = shared if made else None
         progress = self.progress = Progress(step, nbytes)
 
         def lead() -> None:
@@ -270,6 +283,12 @@ class Checkpointer:
 
         self._begin(lead if made else lambda: shared.help(tensors, snapshot.boxes, snapshot.table, progress.add), progress)
         return True
+
+    def _line_to_the_others(self) -> Any:
+        met_by = meeting_store()
+        if self._line[0] is not met_by:
+            self._line = met_by, met_by.clone()  # no wait of torch's holds it up
+        return self._line[1]
 
     def _agreed_upon(self, agree: Callable[[], T], together: bool) -> T:
         """What they agree upon. What went wrong in the background the first process tells, and the others forget."""
@@ -316,7 +335,8 @@ class Checkpointer:
                 try:
                     return replace(self.restore_from(found.checkpoint, state, rng=rng), skipped=found.skipped)
                 except CheckpointError:
-                    if step != "latest" or found.checkpoint.path.exists():
+                    gone = step == "latest" and not found.checkpoint.path.exists()
+                    if not any(gathered(gone, together)):
                         raise
                     # A writer has gone on, and deleted it under our hands, before anything was changed: take its successor.
 
@@ -331,13 +351,20 @@ class Checkpointer:
                     opened[path] = read_checkpoint(path)
                 share = (process_number(), process_count()) if together else (0, 1)
                 return next((damage.reason for damage in opened[path].damages(share=share)), None)
-            except CheckpointError as error:
-                return str(error)
+            except Exception as error:
+                if not together and not isinstance(error, CheckpointError | OSError):
+                    raise
+                return str(error) if path.exists() else f"{_UNSEEN}{process_number()}"
 
         def decide(ask: Callable[[Path], list[str | None]]) -> tuple[Path | None, list[tuple[Path, str]]]:
             def verified(checkpoint: Checkpoint) -> None:
                 opened[checkpoint.path] = checkpoint
                 for reason in ask(checkpoint.path):
+                    if reason is not None and reason.startswith(_UNSEEN) and checkpoint.path.exists():
+                        raise StorageError(
+                            f"'{checkpoint.path}' is not seen by process {reason.removeprefix(_UNSEEN)}: to restore, all of "
+                            "them need a disk that they share."
+                        )
                     if reason is not None:
                         raise CheckpointError(reason)
 
@@ -356,9 +383,12 @@ class Checkpointer:
         path, skipped = self._agreed_upon(lambda: agreed_with_help(decide, check, together), together)
         if path is None:
             return None
-        checkpoint = opened[path] if path in opened else read_checkpoint(path)
-        if verify:
-            checkpoint.trust()
+        failure: CheckpointError | None = None
+        try:
+            checkpoint = opened[path] if path in opened else read_checkpoint(path)
+        except CheckpointError as error:
+            failure = error
+        none_goes_on_alone(failure, together)
         return Found(checkpoint, skipped)
 
     def restore_from(self, checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> Restored:

@@ -24,7 +24,7 @@ from origo.naming.mismatch import compare
 from origo.naming.wrappers import unwrap
 from origo.state.model import describe, load_state_dict, state_dict, tensor_identity, whole_state
 from origo.state.optimizer import load_optimizer_state, optimizer_state
-from origo.state.processes import gathered, process_number
+from origo.state.processes import gathered, none_goes_on_alone, process_number
 from origo.state.rng import load_rng_state, require_rng_state, rng_state
 from origo.state.sharded import any_sharded, cut_as, from_own_piece, is_cut, is_mine_to_write, local, own_box, whole
 from origo.state.tree import flatten, unflatten
@@ -75,6 +75,35 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str], *, share: bool = Fa
         ConfigError: a name cannot be one, or an optimizer's model is not among the objects.
         CheckpointError: something in it cannot be kept; says what.
     """
+    failure: BaseException | None = None
+    try:
+        modules, main, parts = _seen(state)
+    except BaseException as error:
+        failure = error
+    none_goes_on_alone(failure, share)  # what follows, all of them have to take part in
+    first = process_number() == 0
+    generators, values = _generators()
+    shares = _Shares()
+    if share:
+        parts.tensors = {file: shares.own(file, tensors) for file, tensors in parts.tensors.items()}
+        loose = shares.own(TRAINER_TENSORS, parts.loose)
+    else:
+        for each in gathered({name: tensor.numpy() for name, tensor in generators.items()}, any_sharded(state.values())):
+            generators |= {name: torch.from_numpy(array) for name, array in each.items()}
+        parts.tensors = {file: whole_state(tensors)[0] for file, tensors in parts.tensors.items()}
+        loose, _ = whole_state(parts.loose)
+    parts.tensors[TRAINER_TENSORS] = {**loose, **generators}
+    if not first and share:
+        return Snapshot(parts.tensors, {}, None, shares.boxes, shares.table)
+    architecture, config = describe_model(unwrap(modules[main]))
+    written = {TRAINER: json.dumps({"objects": parts.objects, "rng": values}, allow_nan=False) + "\n", **texts}
+    if config is not None:
+        written[CONFIG] = json.dumps(config, indent=2) + "\n"
+    return Snapshot(parts.tensors, written, architecture, shares.boxes, shares.table)
+
+
+def _seen(state: Mapping[str, Any]) -> tuple[dict[str, nn.Module], str, _Parts]:
+    """The models among some objects, which of them is the main one, and what is to be kept of all."""
     if not isinstance(state, Mapping):
         raise ConfigError(f'save takes a dict like {{"model": model, "optimizer": optimizer}}, not a {type(state).__name__}.')
     for key in state:
@@ -110,25 +139,7 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str], *, share: bool = Fa
                 raise CheckpointError(f"{key!r} cannot be kept: {error}.") from error
             parts.loose |= tensors
             parts.objects[key] = {"kind": "state" if stateful else "values", "state": values}
-    first = process_number() == 0
-    generators, values = _generators()
-    shares = _Shares()
-    if share:
-        parts.tensors = {file: shares.own(file, tensors) for file, tensors in parts.tensors.items()}
-        loose = shares.own(TRAINER_TENSORS, parts.loose)
-    else:
-        for each in gathered({name: tensor.numpy() for name, tensor in generators.items()}, any_sharded(state.values())):
-            generators |= {name: torch.from_numpy(array) for name, array in each.items()}
-        parts.tensors = {file: whole_state(tensors)[0] for file, tensors in parts.tensors.items()}
-        loose, _ = whole_state(parts.loose)
-    parts.tensors[TRAINER_TENSORS] = {**loose, **generators}
-    if not first and share:
-        return Snapshot(parts.tensors, {}, None, shares.boxes, shares.table)
-    architecture, config = describe_model(unwrap(modules[main]))
-    written = {TRAINER: json.dumps({"objects": parts.objects, "rng": values}, allow_nan=False) + "\n", **texts}
-    if config is not None:
-        written[CONFIG] = json.dumps(config, indent=2) + "\n"
-    return Snapshot(parts.tensors, written, architecture, shares.boxes, shares.table)
+    return modules, main, parts
 
 
 class _Shares:
@@ -145,7 +156,7 @@ class _Shares:
         first: dict[Any, tuple[int, str]] = {}
         rows = self.table.tensors.setdefault(file, {})
         for at, (name, value) in enumerate(tensors.items()):
-            turn, stored = first.setdefault(tensor_identity(value) or name, (at, name))  # a tied one is one process's to write
+            turn, stored = first.setdefault(_memory_of(value) or name, (at, name))  # a tied one is one process's to write
             if stored != name:
                 self.table.aliases.setdefault(file, {})[name] = stored
             shape = tuple(value.shape)
@@ -168,7 +179,7 @@ class _Shares:
     @staticmethod
     def _part(value: Tensor, cut: Any, turn: int) -> Part | None:
         number = process_number()
-        if cut is None:
+        if cut is None or value.numel() == 0:
             return Part(0, (0,) * value.dim(), tuple(value.shape)) if number == 0 else None
         if not is_mine_to_write(value, turn):
             return None
@@ -176,6 +187,14 @@ class _Shares:
         if any(part.start >= part.stop for part in where):
             return None
         return Part(number, tuple(part.start for part in where), tuple(part.stop - part.start for part in where))
+
+
+def _memory_of(value: Tensor) -> Any:
+    """Equal for tied tensors, in a process too that has nothing of them; None where it cannot be told."""
+    own = local(value)
+    if own.numel() == 0 and is_cut(value):
+        return own.untyped_storage()._cdata, tuple(value.shape)
+    return tensor_identity(value)
 
 
 def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -202,9 +221,22 @@ def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = Tr
         The plain values that the checkpoint has.
 
     Raises:
-        CheckpointError: it has nothing under one of the names, or something of another kind.
+        CheckpointError: it has nothing under one of the names, or something of another kind; in one of several processes.
         MismatchError: it does not fit.
     """
+    together = isinstance(state, Mapping) and any_sharded(state.values())
+    failure: BaseException | None = None
+    try:
+        decoded = _decoded(checkpoint, state, rng)
+    except BaseException as error:
+        failure = error
+    none_goes_on_alone(failure, together)
+    stored, modules, decoded_values, values, generators = decoded
+    return _put(stored, state, modules, decoded_values, values, generators)
+
+
+def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> Any:
+    """All that objects are to be given, read, checked and decoded; nothing has been changed."""
     if not isinstance(state, Mapping):
         raise ConfigError(
             f'restore takes a dict like {{"model": model, "optimizer": optimizer}}, not a {type(state).__name__}.'
@@ -241,7 +273,17 @@ def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = Tr
             generators = stored.generators()
             if generators is not None:
                 require_rng_state(*generators)
+    return stored, modules, decoded, values, generators
 
+
+def _put(
+    stored: _Stored,
+    state: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    decoded: Mapping[str, Any],
+    values: dict[str, Any],
+    generators: tuple[dict[str, Tensor], dict[str, Any]] | None,
+) -> dict[str, Any]:
     fitting = {key: not compare(describe(decoded[key]), describe(state_dict(module))) for key, module in modules.items()}
     for key in sorted(modules, key=lambda key: fitting[key]):  # one that does not fit says so before any other is changed
         if not fitting[key]:

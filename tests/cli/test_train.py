@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import origo as library
+from origo.store.pieces import PIECES
+from origo.store.reader import read_checkpoint
 from origo.store.run import steps
 from tests.conftest import TINY_RUN, Run
 
@@ -29,9 +31,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def checkpoint(run: Path, step: int) -> dict[str, torch.Tensor]:
     folder = run / "checkpoints" / f"step-{step:09d}"
-    tensors = {}
+    pieces, tensors = (folder / PIECES).exists(), {}
     for file in ("model", "optimizer", "trainer"):
-        tensors |= {f"{file}/{name}": value.clone() for name, value in load_file(folder / f"{file}.safetensors").items()}
+        name = f"{file}.safetensors"
+        found = read_checkpoint(folder).tensors(name).state() if pieces else load_file(folder / name)
+        tensors |= {f"{file}/{name}": value.clone() for name, value in found.items()}
     return tensors
 
 

@@ -103,7 +103,7 @@ def test_many_processes_make_no_large_file() -> None:
 
 def test_one_that_would_take_for_ever_to_check_is_refused_soon() -> None:
     """Right as it is, and nobody's: in each direction hundreds of boxes begin at the same place."""
-    side = 400
+    side = 500
     parts = [[0, [row, column], [1, 1]] for row in range(side) for column in range(side)]
     entry = {"dtype": "float32", "shape": [side, side], "layout": 0}
     text = {"layouts": [parts], "tensors": {MODEL: {"a": entry}}, "objects": {}, "prefix": "", "paths": {}}

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from origo.errors import OrigoError
+from origo.errors import CheckpointError, OrigoError
 
 T = TypeVar("T")
 Question = TypeVar("Question")
@@ -93,3 +93,21 @@ def gathered(value: T, together: bool = True) -> list[T]:
     values: list[T | None] = [None] * process_count()
     torch.distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def none_goes_on_alone(failure: BaseException | None, together: bool = True) -> None:
+    """Where something failed in one of several processes, raise in all of them; each has to call this.
+
+    Args:
+        failure: of this process.
+        together: False: the others are not asked.
+
+    Raises:
+        CheckpointError: another one's; its own is raised as it is.
+    """
+    told = gathered(None if failure is None else str(failure) or type(failure).__name__, together)
+    if failure is not None:
+        raise failure
+    for number, reason in enumerate(told):
+        if reason is not None:
+            raise CheckpointError(reason if number == 0 else f"In process {number}: {reason}")

@@ -6,8 +6,9 @@ Nothing of torch.distributed is imported here: where there is a piece, the progr
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
@@ -23,11 +24,18 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def any_sharded(values: Iterable[Any]) -> bool:
-    """Whether a model among these is in pieces, so that all processes have to take part in what is done with it."""
-    modules = [value for value in values if isinstance(value, nn.Module)]
-    return any(is_sharded(tensor) for module in modules for tensor in module.parameters()) or any(
-        has_flat_parameters(module) for module in modules
-    )
+    """Whether something among these is in pieces, so that all processes have to take part in what is done with it."""
+    return any(_is_in_pieces(value) for value in values)
+
+
+def _is_in_pieces(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return any(map(is_sharded, chain(value.parameters(), value.buffers()))) or has_flat_parameters(value)
+    if isinstance(value, Mapping):
+        return any(map(_is_in_pieces, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_is_in_pieces, value))
+    return isinstance(value, Tensor) and is_sharded(value)
 
 
 def without_gradients(sharded: bool) -> AbstractContextManager[object]:
@@ -59,10 +67,11 @@ def is_cut(tensor: Any) -> TypeGuard[Tensor]:
 def own_box(tensor: Tensor) -> tuple[slice, ...]:
     """Where in the whole this process's piece is, of a tensor that :func:`is_cut`."""
     pieces: Any = tensor
+    if pieces.device_mesh.get_coordinate() is None:  # it is other processes' alone
+        return (slice(0, 0),) * tensor.dim()
     # What torch.distributed.checkpoint finds its own boxes with.
     boxed = sys.modules["torch.distributed.tensor"]._utils.compute_local_shape_and_global_offset
     sizes, starts = boxed(pieces.shape, pieces.device_mesh, pieces.placements)
-    starts = starts or (0,) * len(pieces.shape)  # of a process that has nothing of it
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 

@@ -10,24 +10,28 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
-from origo.errors import OrigoError, StorageError
+from origo.errors import StorageError
 
 PATIENCE_SECONDS = 60.0
 """After which a process that gives no sign of life is given up."""
 _TICK_SECONDS = 0.5
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.001, 0.1
+_LINGERING_SECONDS = 5.0
+_SILENT = "no sign of life for {:.0f} seconds"
+
+T = TypeVar("T")
 
 
 def meeting_store() -> Any:
-    """The store that the processes of torch.distributed met by, on a connection of its own: no wait of torch's holds it up."""
-    store: Any = torch.distributed.distributed_c10d._get_default_store()
-    return store.clone()
+    """The store that the processes of torch.distributed met by."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 class Agreement:
@@ -43,9 +47,10 @@ class Agreement:
     def __init__(self, store: Any, token: str, number: int, count: int, what: str) -> None:
         self._store, self._token = store, token
         self._number, self._count, self._what = number, count, what
-        self._stages: list[str] = []
-        self._given_up = threading.Event()
-        self._stop = threading.Event()
+        self._failure: str | None = None  # the first one that was told
+        self._given_up, self._stop = threading.Event(), threading.Event()
+        self._keys: set[str] = set()
+        self._dead = 0
 
     @contextmanager
     def alive(self) -> Iterator[None]:
@@ -58,13 +63,13 @@ class Agreement:
                     if self._number and self._store.check([self._key("decided")]):
                         self._given_up.set()
 
-        thread = threading.Thread(target=tick, name="origo-alive")
+        thread = threading.Thread(target=tick, name="origo-alive", daemon=True)
         thread.start()
         try:
             yield
         finally:
             self._stop.set()
-            thread.join()
+            thread.join(_TICK_SECONDS)  # it may wait for a store that does not answer
 
     @property
     def given_up(self) -> bool:
@@ -74,9 +79,12 @@ class Agreement:
     def report(self, stage: str, value: Any = None, failure: BaseException | None = None) -> None:
         """Tell the first process, once a stage."""
         said = pickle.dumps((self._number, value, None if failure is None else str(failure)))
-        with self._connection():
+
+        def tell() -> None:
             arrived = self._store.add(self._key(stage, "reports"), 1)
             self._store.set(self._key(stage, arrived), said)
+
+        self._asked(tell)
 
     def reports(self, stage: str) -> list[Any]:
         """What all have reported, in the order of their numbers; the first process calls this.
@@ -84,92 +92,126 @@ class Agreement:
         Raises:
             StorageError: one of them failed, or has died. All know it then, and none is at work any more.
         """
-        self._stages.append(f"{stage}/reports")
+        self._keys.add(f"{stage}/reports")
         values: dict[int, Any] = {}
-        failures: dict[int, str] = {}
         missing, unread, known = set(range(self._count)), set[int](), 0
         signs, pause, looked = _Signs(), _SHORTEST_WAIT, time.monotonic()
-        with self._connection():
-            while missing:
-                reported = self._store.add(self._key(stage, "reports"), 0)
-                unread |= set(range(known + 1, reported + 1))
-                known = reported
-                there = [arrived for arrived in sorted(unread) if self._store.check([self._key(stage, arrived)])]
-                for arrived in there:
-                    number, value, failure = pickle.loads(self._store.get(self._key(stage, arrived)))
-                    self._store.delete_key(self._key(stage, arrived))
-                    unread.remove(arrived)
-                    missing.discard(number)
-                    values[number] = value
-                    if failure is not None:
-                        failures[number] = failure
-                if time.monotonic() - looked > _TICK_SECONDS:
-                    looked = time.monotonic()
-                    for number in sorted(missing - {self._number}):
-                        if signs.silent(number, self._store.add(self._key("alive", number), 0)):
-                            failures[number] = f"{self._what} was not kept: no sign of life for {PATIENCE_SECONDS:.0f} seconds."
-                            missing.remove(number)
-                if failures:
-                    self.decide(failure=self._told(failures))  # who still writes need not go on
-                pause = _SHORTEST_WAIT if there else min(pause * 2, _LONGEST_WAIT)
-                if missing:
-                    time.sleep(pause)
-        if failures:
-            raise self._told(failures)
+
+        def heard() -> list[tuple[int, Any, str | None]]:
+            nonlocal known
+            reported = self._store.add(self._key(stage, "reports"), 0)
+            unread.update(range(known + 1, reported + 1))
+            known = reported
+            said = []
+            for arrived in [each for each in sorted(unread) if self._store.check([self._key(stage, each)])]:
+                said.append(pickle.loads(self._store.get(self._key(stage, arrived))))
+                self._store.delete_key(self._key(stage, arrived))
+                unread.remove(arrived)
+            return said
+
+        while missing:
+            there = self._asked(heard)
+            for number, value, failure in there:
+                missing.discard(number)
+                values[number] = value
+                if failure is not None:
+                    self._tell_failure(number, failure)
+            if time.monotonic() - looked > _TICK_SECONDS:
+                looked = time.monotonic()
+                others = sorted(missing - {self._number})
+                counts = self._asked(partial(self._signs_of, others))
+                for number, count in zip(others, counts, strict=True):
+                    if signs.silent(number, count):
+                        missing.remove(number)
+                        self._dead += 1
+                        self._tell_failure(number, f"{self._what} was not kept: {_SILENT.format(PATIENCE_SECONDS)}.")
+            pause = _SHORTEST_WAIT if there else min(pause * 2, _LONGEST_WAIT)
+            if missing:
+                time.sleep(pause)
+        if self._failure is not None:
+            raise StorageError(self._failure)
         return [values[number] for number in range(self._count)]
 
-    def decide(self, value: Any = None, failure: BaseException | None = None) -> None:
-        """Tell all; the first process calls this. A failure that was told already stays."""
-        if self._given_up.is_set():
+    def decide(self, value: Any = None, failure: BaseException | str | None = None, stage: str = "decided") -> None:
+        """Tell all; the first process calls this. What was told already stays."""
+        if stage in self._keys:
             return
-        self._given_up.set()
-        with self._connection():
-            self._store.set(self._key("decided"), pickle.dumps((value, None if failure is None else str(failure))))
+        self._keys.add(stage)
+        if stage == "decided":
+            self._given_up.set()
+        said = pickle.dumps((value, None if failure is None else str(failure)))
+        self._asked(lambda: self._store.set(self._key(stage), said))
 
-    def decision(self) -> Any:
+    def decision(self, stage: str = "decided") -> Any:
         """What the first process has decided.
 
         Raises:
             StorageError: what it says went wrong; or it has died.
         """
-        with self._connection():
-            signs, pause = _Signs(), _SHORTEST_WAIT
-            while not self._store.check([self._key("decided")]):
-                if signs.silent(0, self._store.add(self._key("alive", 0), 0)):
-                    raise StorageError(
-                        f"{self._what} was not kept: no sign of life of process 0 for {PATIENCE_SECONDS:.0f} seconds."
-                    )
-                time.sleep(pause)
-                pause = min(pause * 2, _LONGEST_WAIT)
-            value, failure = pickle.loads(self._store.get(self._key("decided")))
+        signs, pause = _Signs(), _SHORTEST_WAIT
+
+        def look() -> tuple[bytes | None, int]:
+            if self._store.check([self._key(stage)]):
+                return self._store.get(self._key(stage)), 0
+            return None, self._store.add(self._key("alive", 0), 0)
+
+        while True:
+            said, count = self._asked(look)
+            if said is not None:
+                break
+            if signs.silent(0, count):
+                raise StorageError(f"{self._what} was not kept: process 0: {_SILENT.format(PATIENCE_SECONDS)}.")
+            time.sleep(pause)
+            pause = min(pause * 2, _LONGEST_WAIT)
+        value, failure = pickle.loads(said)
         if failure is not None:
             raise StorageError(failure)
         return value
 
-    def forget(self) -> None:
-        """Free what the store holds of it, once all have heard; the first process calls this."""
+    def leave(self) -> None:
+        """Say that this process has heard all; the first one waits some seconds for that, and frees what the store holds."""
+        key = self._key("heard")
         with suppress(Exception):
-            for key in (*self._stages, "decided"):
-                self._store.delete_key(self._key(key))
-            for number in range(self._count):
-                self._store.delete_key(self._key("alive", number))
+            if self._number:
+                self._asked(lambda: self._store.add(key, 1))
+                return
+            until = time.monotonic() + _LINGERING_SECONDS
+            while self._asked(lambda: self._store.add(key, 0)) < self._count - 1 - self._dead and time.monotonic() < until:
+                time.sleep(_SHORTEST_WAIT)
+            alive = [f"alive/{number}" for number in range(self._count)]
+            self._asked(lambda: [self._store.delete_key(self._key(each)) for each in (*self._keys, "heard", *alive)])
+
+    def _signs_of(self, numbers: list[int]) -> list[int]:
+        return [self._store.add(self._key("alive", number), 0) for number in numbers]
+
+    def _tell_failure(self, number: int, failure: str) -> None:
+        if self._failure is None:
+            self._failure = failure if number == 0 else f"In process {number}: {failure}"
+            self.decide(failure=self._failure)  # who still writes need not go on
 
     def _key(self, *parts: object) -> str:
         return "/".join(("origo", self._token, *map(str, parts)))
 
-    def _told(self, failures: dict[int, str]) -> OrigoError:
-        number, failure = min(failures.items())
-        return StorageError(failure if number == 0 else f"In process {number}: {failure}")
+    def _asked(self, operation: Callable[[], T]) -> T:
+        """The store's answer. Where it is in a process that hangs it would be waited for without an end."""
+        answers: list[T] = []
+        errors: list[Exception] = []
 
-    @contextmanager
-    def _connection(self) -> Iterator[None]:
-        try:
-            yield
-        except OrigoError:
-            raise
-        except RuntimeError as error:  # DistNetworkError and its kin are
-            reason = str(error).splitlines()[0][:160]
-            raise StorageError(f"{self._what} was not kept: the connection to the other processes broke ({reason}).") from error
+        def ask() -> None:
+            try:
+                answers.append(operation())
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=ask, name="origo-asks", daemon=True)
+        thread.start()
+        thread.join(PATIENCE_SECONDS)
+        if answers:
+            return answers[0]
+        if errors and not isinstance(errors[0], RuntimeError):  # DistNetworkError and its kin are
+            raise errors[0]
+        reason = str(errors[0]).splitlines()[0][:160] if errors else _SILENT.format(PATIENCE_SECONDS)
+        raise StorageError(f"{self._what} was not kept: the connection to the other processes broke ({reason}).")
 
 
 class _Signs:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from blake3 import blake3
 
 from origo.errors import CheckpointError
 from origo.store.layout import MODEL, FileEntry, Manifest, are_counts, parse_json
 
 PIECES = "pieces.json"
-_MOST_COMPARED = 20_000_000
+_MOST_COMPARED = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Layout:
     def _longest(self) -> int:
         return max((part.size[0] for part in self.parts), default=0)
 
-    def wrong(self, shape: tuple[int, ...]) -> str | None:
+    def wrong(self, shape: tuple[int, ...], budget: list[int] | None = None) -> str | None:
         """What is wrong with it for a tensor of this shape: its parts have to be in it, apart, and together all of it."""
         boxes = []
         for part in self.parts:
@@ -88,9 +89,10 @@ class Layout:
                 boxes.append((part.start, end))
         if not self.parts:
             return "has no pieces"
-        if sum(math.prod(map(int.__sub__, end, start)) for start, end in boxes) != math.prod(shape):
+        total, volume = sum(math.prod(map(int.__sub__, end, start)) for start, end in boxes), math.prod(shape)
+        if total < volume:
             return "is not all there"
-        return "has pieces that overlap" if any(_overlapping(boxes)) else None
+        return "has pieces that overlap" if total > volume or _overlapping(boxes, budget) else None
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,13 @@ class Table:
 
 def tabled(table: Table, parts: Iterable[Mapping[int, Part]]) -> dict[str, dict[str, Pieced]]:
     """The tensors of a table, from each process's boxes."""
-    found: dict[int, list[Part]] = {}
+    found: dict[int, dict[tuple[Any, ...], Part]] = {}
     for each in parts:
-        for number, part in each.items():
-            found.setdefault(number, []).append(part)
+        for number, part in each.items():  # of two copies, where a mesh does not know of the other one, the first
+            found.setdefault(number, {}).setdefault((part.start, part.size), part)
     layouts = {
-        number: Layout(tuple(sorted(parts, key=lambda part: (part.start, part.process)))) for number, parts in found.items()
+        number: Layout(tuple(sorted(boxes.values(), key=lambda part: (part.start, part.process))))
+        for number, boxes in found.items()
     }
     tensors: dict[str, dict[str, Pieced]] = {}
     for file, entries in table.tensors.items():
@@ -257,20 +260,15 @@ class Pieces:
                 }
                 for file, entries in values["tensors"].items()
             }
-            wrong: dict[tuple[int, tuple[int, ...]], str | None] = {}
             for entries in tensors.values():
                 for name, entry in entries.items():
                     if type(entry.dtype) is not str or not are_counts(entry.shape):
                         raise CheckpointError(f"'{source}' is damaged: {name!r} has no shape.")
-                    key = (id(entry.layout), entry.shape)
-                    if key not in wrong:
-                        wrong[key] = entry.layout.wrong(entry.shape)
-                    if wrong[key]:
-                        raise CheckpointError(f"'{source}' is damaged: {name!r} {wrong[key]}.")
                 further = [alias for entry in entries.values() for alias in entry.aliases]
                 if len(set(further)) != len(further) or not entries.keys().isdisjoint(further):
                     raise CheckpointError(f"'{source}' is damaged: a tensor has a name that is another's.")
             found = cls(tensors, dict(values["objects"]), str(values["prefix"]), dict(values["paths"]))
+            found.require_whole(f"'{source}' is damaged")
             missing = next((file for file in found.files if file not in manifest.files), None)
             if missing is not None:
                 raise CheckpointError(f"'{source}' is damaged: it has pieces in {missing!r}, which is not there.")
@@ -279,6 +277,30 @@ class Pieces:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"'{source}' is damaged ({type(error).__name__}: {error}).") from error
+
+    def require_whole(self, what: str) -> None:
+        """See that the pieces of each tensor are all of it, and no two pieces have one name.
+
+        Raises:
+            CheckpointError: begins with ``what``.
+        """
+        wrong: dict[tuple[int, tuple[int, ...]], str | None] = {}
+        budget = [_MOST_COMPARED]
+        for entries in self.tensors.values():
+            for name, entry in entries.items():
+                key = (id(entry.layout), entry.shape)
+                if key not in wrong:
+                    try:
+                        wrong[key] = entry.layout.wrong(entry.shape, budget)
+                    except ValueError as error:
+                        raise CheckpointError(f"{what}: {error}.") from error
+                if wrong[key]:
+                    raise CheckpointError(f"{what}: {name!r} {wrong[key]}.")
+                if "[" in name:
+                    tensor = name.rpartition("[")[0]
+                    other = entries.get(tensor)
+                    if other and any(part.name(tensor, other.shape) == name for part in other.layout.parts):
+                        raise CheckpointError(f"{what}: {name!r} would be a piece of {tensor!r} too.")
 
     def identity(self, files: Mapping[str, FileEntry]) -> str:
         """Of the model: how each tensor is cut, and the hashes of the headers that have the hashes of the pieces."""
@@ -296,18 +318,28 @@ def _index(value: Any) -> int:
     return value
 
 
-def _overlapping(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Iterator[bool]:
-    """Sorted by the dimension that tells most of them apart, each is compared with those that begin before it ends."""
+def _overlapping(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], budget: list[int] | None = None) -> bool:
+    """Sorted by the dimension that tells most of them apart, each is compared with those that begin before it ends.
+
+    Args:
+        budget: how many may be compared yet, as a list of one number; it is counted down.
+    """
+    left = budget if budget is not None else [_MOST_COMPARED]
     if len(boxes) < 2:
-        return
-    sweep = max(range(len(boxes[0][0])), key=lambda at: len({start[at] for start, _ in boxes}), default=0)
-    ordered = sorted(boxes, key=lambda box: box[0][sweep])
-    compared = 0
-    for number, (lower, end) in enumerate(ordered):
-        for start, other_end in ordered[number + 1 :]:
-            if start[sweep] >= end[sweep]:
-                break
-            compared += 1
-            if compared > _MOST_COMPARED:
-                raise ValueError("more pieces lie beside each other than are compared")
-            yield all(a < d and c < b for a, b, c, d in zip(lower, end, start, other_end, strict=True))
+        return False
+    if not boxes[0][0]:
+        return True  # of a single number there is one
+    starts, ends = (np.array([box[side] for box in boxes], dtype=np.int64) for side in (0, 1))
+    sweep = max(range(starts.shape[1]), key=lambda at: len(np.unique(starts[:, at])))
+    order = np.argsort(starts[:, sweep], kind="stable")
+    starts, ends = starts[order], ends[order]
+    until = np.searchsorted(starts[:, sweep], ends[:, sweep], side="left")
+    numbers = np.arange(len(boxes))
+    left[0] -= int((until - numbers - 1).sum())
+    if left[0] < 0:
+        raise ValueError("more pieces lie beside each other than are compared")
+    for number in numbers[until > numbers + 1]:
+        beside = slice(number + 1, until[number])
+        if ((starts[beside] < ends[number]) & (ends[beside] > starts[number])).all(axis=1).any():
+            return True
+    return False

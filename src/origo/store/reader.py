@@ -147,11 +147,6 @@ class TensorFile(ABC):
         mine = sorted(self.shapes, key=lambda name: -math.prod(self.shapes[name]))[which::of_how_many]
         return self._check([name for name in mine if name not in self._right], keep=False)
 
-    def trust(self) -> None:
-        """Take all of them for checked: other processes have done it, just now."""
-        self._forget_if_changed()
-        self._right |= set(self.shapes)
-
     def _require_right(self, names: Iterable[str]) -> None:
         self._forget_if_changed()
         for damage in self._check([name for name in names if name not in self._right]):
@@ -251,7 +246,11 @@ class SafetensorsFile(TensorFile):
             raise CheckpointError(f"{name} in '{self.path}' has the shape {self.shapes[stored]}, not {tuple(target.shape)}.")
         view, hasher, position = as_bytes(target).numpy().data, blake3(), 0
         while position < len(view):
-            done = os.preadv(self._descriptor, [view[position : position + _CHUNK]], self.data_start + placed.start + position)
+            part = view[position : position + _CHUNK]
+            try:
+                done = os.preadv(self._descriptor, [part], self.data_start + placed.start + position)
+            except OSError as error:
+                raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from error
             if not done:
                 raise CheckpointError(f"'{self.path}' is damaged: it ends before {name!r} does.")
             if to_check:
@@ -298,7 +297,10 @@ class SafetensorsFile(TensorFile):
         threads = WORKERS if total > 4 * _CHUNK else 1
         shares: list[list[str]] = [checkable[number::threads] for number in range(threads)]
         wrong: set[str] = set()
-        share(lambda number: wrong.update(self._wrong(shares[number], keep)), threads)
+        try:
+            share(lambda number: wrong.update(self._wrong(shares[number], keep)), threads)
+        except OSError as error:
+            raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from error
         if not self._remote:
             self._right |= set(checkable) - wrong
         for name in self.shapes:
@@ -421,9 +423,6 @@ class PiecedFile(TensorFile):
         bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
         return self._box(stored, bounds, verify)
 
-    def trust(self) -> None:
-        """Its files do it."""
-
     def _read(self, name: str) -> Tensor:
         entry = self._entries[name]
         if len(entry.layout.parts) == 1:
@@ -485,6 +484,31 @@ def _is_box(index: Any, dimensions: int) -> bool:
     )
 
 
+class _TensorFiles:
+    """The tensor files of a folder, each opened when it is asked for. What is in pieces holds this, not the checkpoint."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path, self._manifest = path, manifest
+        self._opened: dict[str, TensorFile] = {}
+
+    def open(self, file: str) -> TensorFile:
+        if file not in self._opened:
+            entry = self._manifest.files[file]
+            with many_objects():
+                opened = SafetensorsFile(self._path / file)
+                if opened.data_start != entry.hashed or blake3(opened.start).hexdigest() != entry.blake3:
+                    raise CheckpointError(f"'{self._path / file}' is damaged: its header is not what was written.")
+                if file in self._manifest.tensors:
+                    opened.adopt(self._manifest.tensors[file])
+                else:
+                    opened.adopt(Header.from_json(opened.metadata.get(HEADER_KEY, ""), str(opened.path)).tensors)
+            self._opened[file] = opened
+        return self._opened[file]
+
+
+_NONE = Pieces({})
+
+
 class Checkpoint:
     """Something with a model's weights in it, opened but not read; see :func:`read_checkpoint`."""
 
@@ -499,6 +523,7 @@ class Checkpoint:
         self.manifest = manifest
         """Of a folder."""
         self._opened: dict[str, TensorFile] = {MODEL: model} if model is not None else {}
+        self._files: _TensorFiles | None = None
         self._texts: dict[str, str] = dict(texts or {})
         self.config: Mapping[str, Any] | None = None
         """The model's configuration, where it is stored."""
@@ -509,7 +534,6 @@ class Checkpoint:
         self.origin: Any = None
         """Where somebody else's program wrote it, how that was understood (``origo.interop.opening.Origin``)."""
         self._identity = manifest.identity if manifest else ""
-        self._trusted = False
 
     @functools.cached_property
     def pieces(self) -> Pieces | None:
@@ -568,23 +592,13 @@ class Checkpoint:
     def tensors(self, file: str) -> TensorFile:
         """The tensors of another file of the folder (``"optimizer.safetensors"``)."""
         if file not in self._opened:
-            if self.pieces is not None and file in self.pieces.tensors:
-                self._opened[file] = PiecedFile(self.path / file, self.pieces.tensors[file], self.tensors)
-                return self._opened[file]
-            if self.manifest is None or file not in self._tensor_files:
+            if self.manifest is None or (file not in self._tensor_files and file not in (self.pieces or _NONE).tensors):
                 raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
-            entry = self.manifest.files[file]
-            with many_objects():
-                opened = SafetensorsFile(self.path / file)
-                if opened.data_start != entry.hashed or blake3(opened.start).hexdigest() != entry.blake3:
-                    raise CheckpointError(f"'{self.path / file}' is damaged: its header is not what was written.")
-                if file in self.manifest.tensors:
-                    opened.adopt(self.manifest.tensors[file])
-                else:
-                    opened.adopt(Header.from_json(opened.metadata.get(HEADER_KEY, ""), str(opened.path)).tensors)
-            if self._trusted:
-                opened.trust()
-            self._opened[file] = opened
+            self._files = self._files or _TensorFiles(self.path, self.manifest)
+            if self.pieces is not None and file in self.pieces.tensors:
+                self._opened[file] = PiecedFile(self.path / file, self.pieces.tensors[file], self._files.open)
+            else:
+                self._opened[file] = self._files.open(file)
         return self._opened[file]
 
     def verify(self, files: Iterable[str] | None = None) -> None:
@@ -611,7 +625,7 @@ class Checkpoint:
             return
         names = list(self.manifest.files if files is None else files)
         if len(pieces := [name for name in names if self.pieces and name in self.pieces.files]) >= share[1] > 1:
-            names = [name for name in names if name not in pieces] + pieces[share[0] :: share[1]]
+            names = [name for name in names if name not in pieces] + self._share_of(pieces, *share)
             share = (0, 1)
         for file in names:
             try:
@@ -628,6 +642,17 @@ class Checkpoint:
             yield from self._misfits(set(names))
         if identity != self._identity:
             yield Damage(MANIFEST, None, f"'{self.path / MANIFEST}' is damaged: its identity is not that of its tensors.")
+
+    def _share_of(self, files: list[str], which: int, of_how_many: int) -> list[str]:
+        """The files that one of several processes is to check: each as many bytes, about."""
+        assert self.manifest is not None
+        sizes = {file: self.manifest.files[file].bytes for file in files}
+        loads, shares = [0] * of_how_many, [list[str]() for _ in range(of_how_many)]
+        for file in sorted(files, key=lambda file: (-sizes[file], file)):
+            least = loads.index(min(loads))
+            loads[least] += sizes[file]
+            shares[least].append(file)
+        return shares[which]
 
     def _misfits(self, files: set[str]) -> Iterator[Damage]:
         """Of tensors in pieces: what these files hold otherwise than ``pieces.json`` says."""
@@ -651,12 +676,6 @@ class Checkpoint:
         """Those with tensors of their own, those with pieces too."""
         assert self.manifest is not None
         return self.manifest.tensors if self.pieces is None else self.pieces.files
-
-    def trust(self) -> None:
-        """Take all tensors for checked: other processes have done it, just now."""
-        self._trusted = True
-        for opened in self._opened.values():
-            opened.trust()
 
     def _checked(self, file: str) -> bytes:
         assert self.manifest is not None

@@ -79,9 +79,13 @@ class SharedFolder:
             StorageError: nothing was put in place; says why.
         """
         with self._agreement.alive():
-            self._write(tensors, boxes, table, progress)
-            if self._agreement.decision() == _CHECK:
-                self._agreement.report("checked", self._damage())
+            try:
+                self._write(tensors, boxes, table, progress)
+                if self._agreement.decision() == _CHECK:
+                    self._agreement.report("checked", self._damage())
+                    self._agreement.decision("ended")
+            finally:
+                self._agreement.leave()
 
     def lead(
         self,
@@ -129,18 +133,18 @@ class SharedFolder:
                     raise CheckpointError(reason)
 
         with self._agreement.alive():
+            failure: BaseException | None = None
             try:
                 keep(write, read_back)
-                self._agreement.decide()
             except BaseException as error:
-                with suppress(OrigoError):
-                    self._agreement.decide(failure=error)
-                self.give_up()
+                failure = error
                 raise
-
-    def forget(self) -> None:
-        """Once all have heard how it ended."""
-        self._agreement.forget()
+            finally:
+                with suppress(OrigoError):  # who does not hear it finds out: it is as it is
+                    self._agreement.decide(failure=failure)
+                    self._agreement.decide(failure=failure, stage="ended")
+                self._agreement.leave()
+                self.give_up()
 
     def _write(
         self,
@@ -171,7 +175,7 @@ class SharedFolder:
         try:
             checkpoint = read_checkpoint(self.path)
             damage = next(checkpoint.damages(self._to_check(checkpoint)), None)
-        except CheckpointError as error:
+        except Exception as error:
             return str(error)
         return None if damage is None else damage.reason
 

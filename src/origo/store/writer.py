@@ -344,6 +344,8 @@ def write_share(
             box = (boxes or {}).get(file, {}).get(kept_as, Box(kept_as, tuple(values.shape), (0,) * values.dim()))
             part = Part(number, box.start, tuple(values.shape))
             name = part.name(box.name, box.shape)
+            if name in named.get(own[file], {}):
+                raise CheckpointError(f"{name!r} is a tensor's name and would be that of another one's piece: rename it.")
             named.setdefault(own[file], {})[name] = values
             pieces.append((own[file], name, Written(file, box.name, dtype_name(values.dtype), box.shape, part)))
     with many_objects():
@@ -381,6 +383,7 @@ def complete_folder(
         pieces: what is in them; some of it is of the model.
         texts, architecture, step, metrics, parent: as in :func:`write_folder`.
     """
+    pieces.require_whole(f"'{path}'")
     with many_objects():
         contents = _encoded(path, texts) | {PIECES: pieces.to_json().encode()}
         require_bounded_json(contents[PIECES], f"'{path / PIECES}'")  # else it could not be read again
@@ -409,7 +412,7 @@ def _write_tensor_files(
 
         job = _Job(folder.create(name), stored, *header(dict.fromkeys(stored.tensors, NO_HASH)))
         if described:
-            job.final_start = lambda: header(job.hashes)[0]
+            job.final_start = lambda hashes: header(hashes)[0]
         return job
 
     with many_objects():
@@ -497,8 +500,8 @@ class _Job:
                 small_bytes += nbytes
             position += nbytes
         self._add(position - small_bytes, small)
-        self.final_start: Callable[[], bytes] | None = None
-        """The start as it is to be once all hashes are known; of the same length."""
+        self.final_start: Callable[[Mapping[str, str]], bytes] | None = None
+        """Makes the start as it is to be once all hashes are known; of the same length."""
         self._lock, self._finished = Lock(), False
 
     @property
@@ -511,7 +514,7 @@ class _Job:
         with self._lock:
             mine, self._finished = not self._finished, True
         if mine and self.final_start is not None:
-            self.start = self.final_start()
+            self.start, self.final_start = self.final_start(self.hashes), None
             self.file.write_at(self.start, 0)
         if mine:
             self.file.finish()
