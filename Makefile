@@ -17,8 +17,9 @@ READY  := $(VENV)/.ready
 train: venv
 	$(VENV)/bin/origo train $(ARGS)
 
+# A file's tests stay together: some share what took long to make.
 test: venv
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 check: venv
 	$(VENV)/bin/ruff check

@@ -91,7 +91,7 @@ def failing(work, says):
         assert says in str(error), error
         print(f"{rank} was told", flush=True)
     else:
-        raise SystemExit("it should have failed")
+        raise SystemExit(f"it should have failed: {says}")
 
 if what == "write":
     state = training(1)
@@ -140,11 +140,13 @@ if what == "full":   # the disk, for one of them; then the next save works
     real = Disk.write
     def broken(disk, descriptor, data, position):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def slow(disk, descriptor, data, position):
+        time.sleep(0.2)   # so that another one fails meanwhile, and it is given up
+        return real(disk, descriptor, data, position)
     for bad, told_by in ((count - 1, checkpointer.wait), (0, lambda: checkpointer.save(3, state))):
-        if rank == bad:
-            Disk.write = broken
+        Disk.write = broken if rank == bad else slow if rank == 1 else real
         checkpointer.save(2, state)
-        failing(told_by, "disk is full")
+        failing(told_by, "disk is full")   # the reason itself, in all of them
         Disk.write = real
         dist.barrier()
         assert checkpointer.steps == [1]
@@ -171,6 +173,76 @@ if what == "flat":   # FSDP1, whose flat parameters are no tensors of the model'
     assert checkpointer.restore({"model": model}).step == 1
     after = origo.state_dict(model)
     assert all(torch.equal(before[name], after[name]) for name in before) and before["odd.weight"].any()
+    checkpointer.close()
+    leave()
+
+if what == "alone":   # where one of them fails, or has something of its own, none goes on alone
+    from torch.distributed.tensor import distribute_tensor, Shard
+    state = training(1)
+    step(state)
+    checkpointer = origo.Checkpointer(folder, keep_last=1)
+    checkpointer.save(1, state, {"loss": 1.0} if rank == 0 else {"loss": None})   # the first one's are kept
+    failing(lambda: checkpointer.save(2 + rank, state), "different steps")
+    failing(lambda: checkpointer.save(2, {**state, "own": object() if rank else 1}), "cannot be kept")
+    failing(lambda: checkpointer.restore({**state, "progress": [] if rank else {}}), "was given to be filled")
+    named = nn.Linear(3, 4)
+    named.register_buffer("weight[0:2,0:3]", torch.full((2, 3), 7.0))
+    fully_shard(named)
+    checkpointer.save(2, {"model": named})
+    failing(checkpointer.wait, "would be that of another one's piece")
+
+    empty = nn.Linear(2, 2)
+    empty.nothing = nn.Parameter(torch.empty(0, 4))
+    fully_shard(empty)
+    copies = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    twice = nn.Linear(2, 2)
+    fully_shard(twice, mesh=copies["shard"])   # neither copy knows of the other
+    average = {"weight": distribute_tensor(torch.arange(6.0).reshape(3, 2), init_device_mesh("cpu", (2,)), [Shard(0)])}
+    odd = {"model": empty, "twice": twice, "average": average}
+    checkpointer.save(2, odd)
+    checkpointer.wait()
+    before = whole(empty.weight).clone(), twice.weight.to_local().clone()
+    with torch.no_grad():
+        for parameter in (*empty.parameters(), *twice.parameters()):
+            parameter.to_local().zero_()
+    restored = checkpointer.restore(odd)
+    assert torch.equal(whole(empty.weight), before[0]) and torch.equal(twice.weight.to_local(), before[1])
+    assert torch.equal(restored.values["average"]["weight"], torch.arange(6.0).reshape(3, 2))
+    files = list((folder / "step-000000002").glob("twice-*"))
+    assert len(files) == 1, files
+
+    for number in range(3, 8):
+        checkpointer.save(number, state)
+    checkpointer.wait()
+    held = [os.readlink(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd")
+            and os.path.islink(f"/proc/self/fd/{each}")] if sys.platform == "linux" else []
+    assert not [each for each in held if "(deleted)" in each], "a deleted step takes room still"
+
+    keeping = origo.Checkpointer(folder.parent / "two", keep_last=2)
+    keeping.save(1, state)
+    keeping.save(2, state)
+    keeping.wait()
+    real = os.pread
+    def unreadable(descriptor, *more):
+        if "step-000000002" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, *more)
+    if sys.platform == "linux":
+        if rank:
+            os.pread = unreadable
+        found = keeping.restore(state)
+        os.pread = real
+        assert found.step == 1 and "Input/output error" in found.skipped[0][1], found
+
+    from origo.store.shares import SharedFolder
+    damage = SharedFolder._damage
+    if rank:
+        SharedFolder._damage = lambda shared: "as if it were damaged"
+    keeping.save(3, state)   # the damaged one goes aside
+    keeping.save(4, state)   # and now the first would be deleted
+    failing(keeping.wait, "does not read back")
+    SharedFolder._damage = damage
+    keeping.close()
     checkpointer.close()
     leave()
 
@@ -316,7 +388,12 @@ def test_of_copies_one_process_each_writes_some(launch: Launch, tmp_path: Path) 
 
 
 def test_a_disk_that_is_full_for_one_is_told_to_all_once_and_nothing_is_lost(launch: Launch, tmp_path: Path) -> None:
-    assert sum(out.count("was told") for out in launch(2, "full", tmp_path / "run")) == 4
+    assert sum(out.count("was told") for out in launch(3, "full", tmp_path / "run")) == 6
+
+
+def test_where_one_fails_or_has_something_of_its_own_none_goes_on_alone(launch: Launch, tmp_path: Path) -> None:
+    """Each of these hung, or was kept and could not be read again."""
+    assert [out.count("was told") for out in launch(2, "alone", tmp_path / "run")] == [5, 5]
 
 
 def test_where_they_do_not_see_the_same_disk_the_first_gathers_and_writes(launch: Launch, tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ class Checkpointer:
 
     Of several processes (torch.distributed) the first one writes. Where FSDP has sharded a model all of them have to call
     ``save`` and ``restore``, with the same names in the same order, and do as the first one decides; otherwise any of them may.
-    Of FSDP2's models each process writes its own shards, and any number of processes, or one alone, reads them.
+    Of FSDP2's models each process writes its own shards, and any number of processes, or one alone, reads them; what is no
+    sharded tensor is the first one's, except for the random number generators.
 
     Args:
         directory: where the steps are, as ``step-000001000/``; also ``s3://bucket/run``.

@@ -24,7 +24,7 @@ from origo.naming.mismatch import compare
 from origo.naming.wrappers import unwrap
 from origo.state.model import describe, load_state_dict, state_dict, tensor_identity, whole_state
 from origo.state.optimizer import load_optimizer_state, optimizer_state
-from origo.state.processes import gathered, none_goes_on_alone, process_number
+from origo.state.processes import gathered, none_goes_on_alone, process_count, process_number
 from origo.state.rng import load_rng_state, require_rng_state, rng_state
 from origo.state.sharded import any_sharded, cut_as, from_own_piece, is_cut, is_mine_to_write, local, own_box, whole
 from origo.state.tree import flatten, unflatten
@@ -87,6 +87,7 @@ def take(state: Mapping[str, Any], texts: Mapping[str, str], *, share: bool = Fa
     if share:
         parts.tensors = {file: shares.own(file, tensors) for file, tensors in parts.tensors.items()}
         loose = shares.own(TRAINER_TENSORS, parts.loose)
+        shares.leave_to_others({**parts.tensors, TRAINER_TENSORS: loose})
     else:
         for each in gathered({name: tensor.numpy() for name, tensor in generators.items()}, any_sharded(state.values())):
             generators |= {name: torch.from_numpy(array) for name, array in each.items()}
@@ -149,6 +150,8 @@ class _Shares:
         self.boxes: dict[str, dict[str, Box]] = {}
         self.table = Table()
         self._numbers: dict[Any, int] = {}
+        self._meshes: dict[Any, int] = {}
+        self._in_a_part_of_them = False
 
     def own(self, file: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Its pieces of those that are sharded; of whole ones the first process has all."""
@@ -161,9 +164,13 @@ class _Shares:
                 self.table.aliases.setdefault(file, {})[name] = stored
             shape = tuple(value.shape)
             cut = cut_as(value, turn)
+            if cut is not None and cut[0].size() != process_count():
+                self._in_a_part_of_them = True
             if cut is None:
                 value = whole(value)  # of what is sharded in another way; each process has to take part
-            number = self._numbers.setdefault((shape, cut), len(self._numbers))
+            # Meshes by the order in which they appear: another process may be in another one, at the same place.
+            alike = None if cut is None else (self._meshes.setdefault(cut[0], len(self._meshes)), *cut[1:])
+            number = self._numbers.setdefault((shape, alike), len(self._numbers))
             rows[name] = (dtype_name(value.dtype), shape, number)
             part = self.table.parts.get(number)
             if part is None:
@@ -175,6 +182,20 @@ class _Shares:
             if part.size != shape:
                 self.boxes.setdefault(file, {})[name] = Box(name, shape, part.start)
         return mine
+
+    def leave_to_others(self, mine: Mapping[str, dict[str, Any]]) -> None:
+        """Drop from ``mine`` what an earlier process has too: of meshes that are not of all processes none knows of another."""
+        if not self._in_a_part_of_them:
+            return
+        before = gathered(self.table.parts)[: process_number()]
+        for number, part in list(self.table.parts.items()):
+            theirs = [each[number] for each in before if number in each]
+            if any((other.start, other.size) == (part.start, part.size) for other in theirs):
+                del self.table.parts[number]
+                for file, rows in self.table.tensors.items():
+                    for name, (_, _, of) in rows.items():
+                        if of == number:
+                            mine[file].pop(name, None)
 
     @staticmethod
     def _part(value: Tensor, cut: Any, turn: int) -> Part | None:

@@ -142,13 +142,12 @@ class Table:
 
 def tabled(table: Table, parts: Iterable[Mapping[int, Part]]) -> dict[str, dict[str, Pieced]]:
     """The tensors of a table, from each process's boxes."""
-    found: dict[int, dict[tuple[Any, ...], Part]] = {}
+    found: dict[int, list[Part]] = {}
     for each in parts:
-        for number, part in each.items():  # of two copies, where a mesh does not know of the other one, the first
-            found.setdefault(number, {}).setdefault((part.start, part.size), part)
+        for number, part in each.items():
+            found.setdefault(number, []).append(part)
     layouts = {
-        number: Layout(tuple(sorted(boxes.values(), key=lambda part: (part.start, part.process))))
-        for number, boxes in found.items()
+        number: Layout(tuple(sorted(parts, key=lambda part: (part.start, part.process)))) for number, parts in found.items()
     }
     tensors: dict[str, dict[str, Pieced]] = {}
     for file, entries in table.tensors.items():
