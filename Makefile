@@ -19,7 +19,7 @@ train: venv
 
 # A file's tests stay together: some share what took long to make.
 test: venv
-	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: venv
 	$(VENV)/bin/ruff check

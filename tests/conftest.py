@@ -86,6 +86,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: item.get_closest_marker("slow") is None
+    )  # a whole training first: nothing is to wait for it alone
     if not os.environ.get("ORIGO_PROVE"):
         left = [item for item in items if item.get_closest_marker("prove")]
         config.hook.pytest_deselected(items=left)

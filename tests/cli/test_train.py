@@ -225,7 +225,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(origo: Run, book: Path, tmp_
 def test_without_a_compiler_it_says_why_and_goes_on(origo_process: Run, book: Path, tmp_path: Path) -> None:
     done = origo_process(
         *("train", "--data", book, *TINY_RUN, "--steps", 4, "--compile", "whole"),
-        CXX=str(tmp_path / "no-such-compiler"),
+        CXX="/no-such-compiler",
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
     )
     assert done.returncode == 0, done.stderr
