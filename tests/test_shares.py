@@ -15,7 +15,7 @@ import pytest
 import origo
 from origo.store.pieces import PIECES
 from origo.store.reader import read_checkpoint
-from tests.conftest import free_port
+from origo.training.launch import free_port
 
 IN_FULL = bool(os.environ.get("ORIGO_PROVE"))
 

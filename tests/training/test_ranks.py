@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 
 import origo as library
 from origo.training import ranks
+from origo.training.launch import free_port
 from origo.training.ranks import Ranks, _name_of_meeting, join
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, Run
@@ -191,9 +191,7 @@ def test_one_of_several_leaves_before_torch_takes_itself_down_and_loses_nothing(
 
 def test_two_machines_meet(book: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """Two torchruns of one process each, as on two machines; what local number 0 prepares is prepared on each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
     launch += [
         f"--rdzv-endpoint=127.0.0.1:{port}",

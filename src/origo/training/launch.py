@@ -7,6 +7,7 @@ reason was. Here signals reach each process once, the exit code is theirs, and o
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -34,9 +35,7 @@ def launch(count: int, command: Sequence[str]) -> int:
     Raises:
         RunError: one of them died.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     threads = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
     # torch's warnings about connections that end are not for the user, who is told in a sentence.
     shared = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
@@ -62,6 +61,15 @@ def launch(count: int, command: Sequence[str]) -> int:
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def free_port() -> int:
+    """One that nobody listens at, and that no connection is given meanwhile: systems give those from 32768 on, or 49152."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
