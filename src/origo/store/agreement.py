@@ -22,7 +22,7 @@ from origo.errors import StorageError
 PATIENCE_SECONDS = 60.0
 """After which a process that gives no sign of life is given up."""
 _TICK_SECONDS = 0.5
-_SHORTEST_WAIT, _LONGEST_WAIT = 0.001, 0.1
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.001, 0.02
 _LINGERING_SECONDS = 5.0
 _SILENT = "no sign of life for {:.0f} seconds"
 
