@@ -175,7 +175,9 @@ def test_one_of_several_leaves_before_torch_takes_itself_down_and_loses_nothing(
     """Left to Python's own end, gloo aborts it on a busy machine, one time in some hundreds."""
     program = "\n".join(
         (
-            "import atexit, sys, threading, time",
+            "import atexit, concurrent.futures, sys, threading, time",
+            "pool = concurrent.futures.ThreadPoolExecutor(1)",  # nobody ends it, as the compiler's
+            "pool.submit(int)",
             "from origo.cli.main import program",
             "atexit.register(print, 'told at the exit')",
             "threading.Thread(target=lambda: (time.sleep(0.2), print('written behind its back'))).start()",

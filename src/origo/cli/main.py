@@ -86,9 +86,8 @@ def program() -> NoReturn:
     code = main()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.main_thread():
-            thread.join()
+    # As Python does: pools are told to end (the compiler leaves one), and threads are waited for.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
