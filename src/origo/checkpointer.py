@@ -33,10 +33,9 @@ from origo.store.pieces import PIECES
 from origo.store.reader import Checkpoint, read_checkpoint
 from origo.store.run import Found, Retention, leave_behind, newest_good, pin, pins, step_folder, steps, unpin, write_step
 from origo.store.shares import SharedFolder
-from origo.store.writer import gather, write_folder
+from origo.store.writer import Content, gather, write_folder
 
 T = TypeVar("T")
-_UNSEEN = "not seen by process "
 
 
 @dataclass(frozen=True)
@@ -268,12 +267,12 @@ class Checkpointer:
             return False
         progress = self.progress = Progress(step, nbytes)
 
+        content = Content(tensors, snapshot.boxes, snapshot.table)
+
         def lead() -> None:
             shared.lead(
                 lambda write, read_back: self._keep(step, write, read_back),
-                tensors,
-                snapshot.boxes,
-                snapshot.table,
+                content,
                 snapshot.texts,
                 progress.add,
                 architecture=snapshot.architecture,
@@ -282,7 +281,7 @@ class Checkpointer:
                 parent=self._parent,
             )
 
-        self._begin(lead if made else lambda: shared.help(tensors, snapshot.boxes, snapshot.table, progress.add), progress)
+        self._begin(lead if made else lambda: shared.help(content, progress.add), progress)
         return True
 
     def _line_to_the_others(self) -> Any:
@@ -345,26 +344,26 @@ class Checkpointer:
         """The checkpoint to restore. ``together`` the first process decides, and all share the checking."""
         opened: dict[Path, Checkpoint] = {}
 
-        def check(path: Path) -> str | None:
-            """What is wrong with this process's share of a step."""
+        def check(path: Path) -> tuple[bool, str | None]:
+            """Whether this process sees a step, and what is wrong with its share of it."""
             try:
                 if path not in opened:
                     opened[path] = read_checkpoint(path)
                 share = (process_number(), process_count()) if together else (0, 1)
-                return next((damage.reason for damage in opened[path].damages(share=share)), None)
+                return True, next((damage.reason for damage in opened[path].damages(share=share)), None)
             except Exception as error:
                 if not together and not isinstance(error, CheckpointError | OSError):
                     raise
-                return str(error) if path.exists() else f"{_UNSEEN}{process_number()}"
+                return path.exists(), str(error)
 
-        def decide(ask: Callable[[Path], list[str | None]]) -> tuple[Path | None, list[tuple[Path, str]]]:
+        def decide(ask: Callable[[Path], list[tuple[bool, str | None]]]) -> tuple[Path | None, list[tuple[Path, str]]]:
             def verified(checkpoint: Checkpoint) -> None:
                 opened[checkpoint.path] = checkpoint
-                for reason in ask(checkpoint.path):
-                    if reason is not None and reason.startswith(_UNSEEN) and checkpoint.path.exists():
+                for number, (seen, reason) in enumerate(ask(checkpoint.path)):
+                    if not seen and checkpoint.path.exists():
                         raise StorageError(
-                            f"'{checkpoint.path}' is not seen by process {reason.removeprefix(_UNSEEN)}: to restore, all of "
-                            "them need a disk that they share."
+                            f"'{checkpoint.path}' is not seen by process {number}: to restore, all of them need a disk that "
+                            "they share."
                         )
                     if reason is not None:
                         raise CheckpointError(reason)

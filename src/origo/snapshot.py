@@ -252,11 +252,10 @@ def put_back(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = Tr
     except BaseException as error:
         failure = error
     none_goes_on_alone(failure, together)
-    stored, modules, decoded_values, values, generators = decoded
-    return _put(stored, state, modules, decoded_values, values, generators)
+    return _put(state, decoded)
 
 
-def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> Any:
+def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> _Decoded:
     """All that objects are to be given, read, checked and decoded; nothing has been changed."""
     if not isinstance(state, Mapping):
         raise ConfigError(
@@ -294,17 +293,12 @@ def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> Any
             generators = stored.generators()
             if generators is not None:
                 require_rng_state(*generators)
-    return stored, modules, decoded, values, generators
+    return _Decoded(stored, modules, decoded, values, generators)
 
 
-def _put(
-    stored: _Stored,
-    state: Mapping[str, Any],
-    modules: Mapping[str, nn.Module],
-    decoded: Mapping[str, Any],
-    values: dict[str, Any],
-    generators: tuple[dict[str, Tensor], dict[str, Any]] | None,
-) -> dict[str, Any]:
+def _put(state: Mapping[str, Any], found: _Decoded) -> dict[str, Any]:
+    """Give the objects what was found of them."""
+    stored, modules, decoded = found.stored, found.modules, found.objects
     fitting = {key: not compare(describe(decoded[key]), describe(state_dict(module))) for key, module in modules.items()}
     for key in sorted(modules, key=lambda key: fitting[key]):  # one that does not fit says so before any other is changed
         if not fitting[key]:
@@ -324,9 +318,9 @@ def _put(
             value.update(decoded[key])
         elif isinstance(value, list) and stored.kind(key) == "values":
             value[:] = decoded[key]
-    if generators is not None:
-        load_rng_state(*generators)
-    return values
+    if found.generators is not None:
+        load_rng_state(*found.generators)
+    return found.values
 
 
 def stored_values(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -342,6 +336,18 @@ def stored_generators(checkpoint: Checkpoint) -> dict[str, Any]:
 def stored_objects(checkpoint: Checkpoint) -> list[str]:
     """The names of all that a checkpoint has: models, optimizers, whatever had a ``state_dict()``, plain values."""
     return list(_Stored(checkpoint).objects)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """All that some objects are to be given."""
+
+    stored: _Stored
+    modules: dict[str, nn.Module]
+    objects: dict[str, Any]
+    values: dict[str, Any]
+    """The plain values that the checkpoint has."""
+    generators: tuple[dict[str, Tensor], dict[str, Any]] | None
 
 
 class _Stored:

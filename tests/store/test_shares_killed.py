@@ -25,7 +25,7 @@ from origo.store.pieces import Part, Table
 from origo.store.reader import read_checkpoint
 from origo.store.run import Retention, step_folder, steps, write_step
 from origo.store.shares import SharedFolder
-from origo.store.writer import Box, write_folder
+from origo.store.writer import Box, Content, write_folder
 
 IN_FULL = bool(os.environ.get("ORIGO_PROVE"))
 OPERATIONS = [name for name, value in vars(Disk).items() if callable(value) and not name.startswith("_")]
@@ -39,6 +39,7 @@ def fill(run: Path, number: int, store: Any, place: Path, kill_at: int) -> None:
     table = Table({MODEL: rows}, parts={0: part})
     tensors = {MODEL: {name: torch.full((20, 50), 2.0 + number) for name in NAMES}}
     boxes = {MODEL: {name: Box(name, (40, 50), part.start) for name in NAMES}}
+    content = Content(tensors, boxes, table)
     path = step_folder(run, 2)
     if number == 0:
         shared = SharedFolder.made(path, 100, 2, store)
@@ -65,15 +66,13 @@ def fill(run: Path, number: int, store: Any, place: Path, kill_at: int) -> None:
         if number == 0:
             shared.lead(
                 lambda write, read_back: write_step(run, 2, write, retention=Retention(1), read_back=read_back) and None,
-                tensors,
-                boxes,
-                table,
+                content,
                 {},
                 lambda written: None,
                 step=2,
             )
         else:
-            shared.help(tensors, boxes, table, lambda written: None)
+            shared.help(content, lambda written: None)
         said = "kept"
     except OrigoError as error:
         said = str(error)

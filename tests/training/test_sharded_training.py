@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import origo as library
 from origo.data.tokenizer import Tokenizer
 from origo.store.reader import read_checkpoint
 from origo.training import ranks
+from origo.training.launch import free_port
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, WORDS, Run
 from tests.interop import peers
@@ -86,19 +86,9 @@ for number, (name, arguments, fault, changes) in enumerate(json.loads(sys.argv[1
 """
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def run_together(folder: Path, program: str, *arguments: str, count: int = 2, **environment: str) -> list[tuple[int, str]]:
     """A program in several processes; each one's exit code, and what it said."""
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(count)}
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     shared |= {"ORIGO_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(count), **environment}
     processes = [
         subprocess.Popen(
@@ -156,11 +146,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("uneven", (*RUN, "--parallel", "hybrid", "--name", "uneven"), "", {"LOCAL_WORLD_SIZE": ["1", "2"]}),
     ]
     commands: list[Any] = []
-    for (name, arguments, fault, changes), port in zip(runs, free_ports(len(runs)), strict=True):
+    for name, arguments, fault, changes in runs:
+        port = free_port()
         command = ["train", "--data", "book.txt", "--runs-dir", "runs", "--processes", 2, *arguments]
         commands.append((name, list(map(str, command)), fault, {**changes, "port": port}))
     # The last one of them leaves as a program that has failed, in which no other can be started.
-    commands.insert(-1, ("shares", [_SHARES], "program", {"port": free_ports(1)[0]}))
+    commands.insert(-1, ("shares", [_SHARES], "program", {"port": free_port()}))
     (folder / "said.json").write_text(json.dumps(run_together(folder, _WORKER, json.dumps(commands))))
     return folder
 
@@ -462,7 +453,7 @@ def test_compiled_they_train_the_same(origo_process: Run, book: Path, tmp_path: 
 def test_two_machines_of_two(book: Path, tmp_path: Path, environment: dict[str, str], origo: Run) -> None:
     """Two torchruns of two processes each, as on two machines."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    launch += [f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}", "--rdzv-id=book", "-m", "origo", "train", "--data", str(book)]
+    launch += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=book", "-m", "origo", "train", "--data", str(book)]
     command = [*launch, *map(str, RUN), "--parallel", "hybrid"]
     machines = [
         subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -95,19 +95,17 @@ def gathered(value: T, together: bool = True) -> list[T]:
     return values  # type: ignore[return-value]
 
 
-def none_goes_on_alone(failure: BaseException | None, together: bool = True) -> None:
+def none_goes_on_alone(failure: BaseException | None, together: bool = True, error: type[OrigoError] = CheckpointError) -> None:
     """Where something failed in one of several processes, raise in all of them; each has to call this.
 
     Args:
         failure: of this process.
         together: False: the others are not asked.
-
-    Raises:
-        CheckpointError: another one's; its own is raised as it is.
+        error: what another one's failure is raised as; its own is raised as it is.
     """
     told = gathered(None if failure is None else str(failure) or type(failure).__name__, together)
     if failure is not None:
         raise failure
     for number, reason in enumerate(told):
         if reason is not None:
-            raise CheckpointError(reason if number == 0 else f"In process {number}: {reason}")
+            raise error(reason if number == 0 else f"In process {number}: {reason}")

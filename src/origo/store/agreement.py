@@ -51,6 +51,7 @@ class Agreement:
         self._given_up, self._stop = threading.Event(), threading.Event()
         self._keys: set[str] = set()
         self._dead = 0
+        self._kept = False  # it is in place already
 
     @contextmanager
     def alive(self) -> Iterator[None]:
@@ -124,7 +125,7 @@ class Agreement:
                     if signs.silent(number, count):
                         missing.remove(number)
                         self._dead += 1
-                        self._tell_failure(number, f"{self._what} was not kept: {_SILENT.format(PATIENCE_SECONDS)}.")
+                        self._tell_failure(number, f"{self._fate}: {_SILENT.format(PATIENCE_SECONDS)}.")
             pause = _SHORTEST_WAIT if there else min(pause * 2, _LONGEST_WAIT)
             if missing:
                 time.sleep(pause)
@@ -138,6 +139,7 @@ class Agreement:
             return
         self._keys.add(stage)
         if stage == "decided":
+            self._kept = failure is None
             self._given_up.set()
         said = pickle.dumps((value, None if failure is None else str(failure)))
         self._asked(lambda: self._store.set(self._key(stage), said))
@@ -160,12 +162,13 @@ class Agreement:
             if said is not None:
                 break
             if signs.silent(0, count):
-                raise StorageError(f"{self._what} was not kept: process 0: {_SILENT.format(PATIENCE_SECONDS)}.")
+                raise StorageError(f"{self._fate}: process 0: {_SILENT.format(PATIENCE_SECONDS)}.")
             time.sleep(pause)
             pause = min(pause * 2, _LONGEST_WAIT)
         value, failure = pickle.loads(said)
         if failure is not None:
             raise StorageError(failure)
+        self._kept = True
         return value
 
     def leave(self) -> None:
@@ -211,7 +214,11 @@ class Agreement:
         if errors and not isinstance(errors[0], RuntimeError):  # DistNetworkError and its kin are
             raise errors[0]
         reason = str(errors[0]).splitlines()[0][:160] if errors else _SILENT.format(PATIENCE_SECONDS)
-        raise StorageError(f"{self._what} was not kept: the connection to the other processes broke ({reason}).")
+        raise StorageError(f"{self._fate}: the connection to the other processes broke ({reason}).")
+
+    @property
+    def _fate(self) -> str:
+        return f"{self._what} was kept, and not read back" if self._kept else f"{self._what} was not kept"
 
 
 class _Signs:

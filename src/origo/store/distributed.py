@@ -48,7 +48,7 @@ from origo.store.layout import MANIFEST, MODEL
 from origo.store.pieces import Layout, Part, Pieced, Pieces, put_together
 from origo.store.reader import Checkpoint, PiecedFile, TensorFile, read_checkpoint
 from origo.store.tensorfile import dtype_called, dtype_name
-from origo.store.writer import Box, Share, complete_folder, require_replaceable, write_share
+from origo.store.writer import Box, Content, Share, complete_folder, require_replaceable, write_share
 
 STATE = "state.safetensors"
 """What is no part of the model: an optimizer's tensors, and those inside of other objects."""
@@ -151,7 +151,7 @@ class DCPWriter(StorageWriter):
             )
         folder = self._folder or NewFolder(Path(place.folder))
         try:
-            share = write_share(folder, place.number, tensors, boxes)
+            share = write_share(folder, place.number, Content(tensors, boxes))
         except OSError as error:
             raise storage_error("write", self._required_path(), error) from error
         finally:

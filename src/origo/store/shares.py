@@ -12,15 +12,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from origo.errors import CheckpointError, OrigoError, StorageError, storage_error
 from origo.store.agreement import Agreement
 from origo.store.filesystem import NewFolder, new_folder
 from origo.store.layout import MANIFEST, Manifest
-from origo.store.pieces import Pieced, Pieces, Table, put_together, tabled
+from origo.store.pieces import Pieced, Pieces, put_together, tabled
 from origo.store.reader import Checkpoint, read_checkpoint
-from origo.store.writer import Box, Progress, Share, complete_folder, write_share
+from origo.store.writer import Content, Progress, Share, complete_folder, write_share
 
 _CHECK = "read it back"
 
@@ -66,13 +64,7 @@ class SharedFolder:
         with suppress(OrigoError):
             self._making.__exit__(StorageError, StorageError("A save was given up."), None)
 
-    def help(
-        self,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        boxes: Mapping[str, Mapping[str, Box]],
-        table: Table,
-        progress: Progress,
-    ) -> None:
+    def help(self, content: Content, progress: Progress) -> None:
         """Write this process's share, and return when all is in place: any process's but the first.
 
         Raises:
@@ -80,7 +72,7 @@ class SharedFolder:
         """
         with self._agreement.alive():
             try:
-                self._write(tensors, boxes, table, progress)
+                self._write(content, progress)
                 if self._agreement.decision() == _CHECK:
                     self._agreement.report("checked", self._damage())
                     self._agreement.decision("ended")
@@ -90,9 +82,7 @@ class SharedFolder:
     def lead(
         self,
         keep: Callable[[Callable[[Path], Manifest], Callable[[Path], None]], None],
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        boxes: Mapping[str, Mapping[str, Box]],
-        table: Table,
+        content: Content,
         texts: Mapping[str, str],
         progress: Progress,
         **about: Any,
@@ -108,16 +98,15 @@ class SharedFolder:
         """
 
         def write(path: Path) -> Manifest:
-            self._write(tensors, boxes, table, progress)
+            self._write(content, progress)
             shares: list[Share] = self._agreement.reports("written")
             files = {name: entry for share in shares for name, entry in share.files.items()}
             if len({share.table for share in shares}) > 1:
                 raise CheckpointError(
                     "The processes do not keep the same tensors: save has to be called with the same objects in all of them."
                 )
-            together: dict[str, dict[str, Pieced]] = {file: {} for file in tensors} | tabled(
-                table, [share.parts for share in shares]
-            )
+            together: dict[str, dict[str, Pieced]] = {file: {} for file in content.tensors}
+            together |= tabled(content.table, [share.parts for share in shares])
             for file, entries in put_together(written for share in shares for written in share.written).items():
                 together[file] = together.get(file, {}) | entries
             pieces = Pieces(together)
@@ -146,20 +135,14 @@ class SharedFolder:
                 self._agreement.leave()
                 self.give_up()
 
-    def _write(
-        self,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        boxes: Mapping[str, Mapping[str, Box]],
-        table: Table,
-        progress: Progress,
-    ) -> None:
+    def _write(self, content: Content, progress: Progress) -> None:
         def written(count: int) -> None:
             if self._agreement.given_up:
                 raise StorageError(f"'{self.path}' was given up.")
             progress(count)
 
         try:
-            share = write_share(self._folder, self._number, tensors, boxes, table, written)
+            share = write_share(self._folder, self._number, content, written)
         except OSError as error:
             self._agreement.report("written", failure=storage_error("write", self.path, error))
         except Exception as error:

@@ -112,6 +112,18 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Content:
+    """What one of several processes is to write."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """By the file that they would be in if one process wrote all, and by name."""
+    boxes: Mapping[str, Mapping[str, Box]] = field(default_factory=dict)
+    """Which part of a tensor these values are, where they are not all of the one that they are named by."""
+    table: Table = field(default_factory=Table)
+    """What all keep together; what is in it need not be told."""
+
+
+@dataclass(frozen=True)
 class Share:
     """What one of several processes has written of a folder."""
 
@@ -318,30 +330,20 @@ def write_folder(
         return _complete(folder, path, files, contents, entries, identity, architecture, step, metrics, parent)
 
 
-def write_share(
-    folder: NewFolder,
-    number: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    boxes: Mapping[str, Mapping[str, Box]] | None = None,
-    table: Table | None = None,
-    progress: Progress | None = None,
-) -> Share:
+def write_share(folder: NewFolder, number: int, content: Content, progress: Progress | None = None) -> Share:
     """Write what one of several processes has of a folder, to the disk, the hashes in the files' headers.
 
     Args:
         folder: that all of them fill.
         number: the process's.
-        tensors: by the file that they would be in if one process wrote all, and by name.
-        boxes: which part of a tensor these values are, where they are not all of the one that they are named by.
-        table: what all keep together; what is in it need not be told.
         progress: see :data:`Progress`.
     """
-    own = {file: piece_file(file, number) for file, state in tensors.items() if state}
+    own = {file: piece_file(file, number) for file, state in content.tensors.items() if state}
     pieces: list[tuple[str, str, Written]] = []
     named: dict[str, dict[str, Tensor]] = {}
     for file in own:
-        for kept_as, values in tensors[file].items():
-            box = (boxes or {}).get(file, {}).get(kept_as, Box(kept_as, tuple(values.shape), (0,) * values.dim()))
+        for kept_as, values in content.tensors[file].items():
+            box = content.boxes.get(file, {}).get(kept_as, Box(kept_as, tuple(values.shape), (0,) * values.dim()))
             part = Part(number, box.start, tuple(values.shape))
             name = part.name(box.name, box.shape)
             if name in named.get(own[file], {}):
@@ -353,13 +355,12 @@ def write_share(
     jobs = _write_tensor_files(folder, gathered, progress, described=True)
     tensor = {(file, name): written.name for file, name, written in pieces}
     same = {(file, a): tensor[file, stored] for file, job in jobs.items() for a, stored in job.stored.aliases.items()}
-    files, known = {name: job.entry for name, job in jobs.items()}, table or Table()
     untold = [
         replace(written, same_as=same.get((file, name), ""))
         for file, name, written in pieces
-        if written.name not in known.tensors.get(written.file, {})
+        if written.name not in content.table.tensors.get(written.file, {})
     ]
-    return Share(files, untold, known.parts, known.digest)
+    return Share({name: job.entry for name, job in jobs.items()}, untold, content.table.parts, content.table.digest)
 
 
 def complete_folder(

@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from origo.errors import ConfigError, OrigoError, RunError
-from origo.state.processes import gathered
+from origo.state.processes import none_goes_on_alone
 
 T = TypeVar("T")
 
@@ -81,10 +81,7 @@ class Ranks:
             OrigoError: its own, or another one's.
         """
         result, failure = _tried(work)
-        failures = gathered(None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        self._raise_another(failures)
+        none_goes_on_alone(failure, error=RunError)
         return result[0]
 
     def in_turn(self, work: Callable[[], T]) -> T:
@@ -99,10 +96,7 @@ class Ranks:
         failure: OrigoError | None = None
         if self.on_this_machine == 0:
             result, failure = _tried(work)
-        failures = gathered(None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        self._raise_another(failures)
+        none_goes_on_alone(failure, error=RunError)
         return result[0] if result else work()
 
     def all_come(self, where: str) -> bool:
@@ -148,11 +142,6 @@ class Ranks:
         """Part in peace."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-    def _raise_another(self, failures: list[str | None]) -> None:
-        for number, failure in enumerate(failures):
-            if failure is not None:
-                raise RunError(failure if number == 0 else f"In process {number}: {failure}")
 
 
 def _tried(work: Callable[[], T]) -> tuple[list[T], OrigoError | None]:

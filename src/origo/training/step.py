@@ -92,7 +92,7 @@ class Stepper:
         """Whether all weights are; waits for the device."""
         weights = [local(parameter) for parameter in self.model.parameters()]
         largest = torch._foreach_norm([each for each in weights if each.numel()], torch.inf)
-        return not self.ranks.largest(not torch.stack(largest).isfinite().all())
+        return not self.ranks.largest(bool(largest) and not torch.stack(largest).isfinite().all())
 
     def prepare(
         self, batch: Batch, sizes: Iterable[int], how: How | Literal["auto"], steps: int = 0
