@@ -186,7 +186,9 @@ def test_one_of_several_leaves_before_torch_takes_itself_down_and_loses_nothing(
         )
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment | {"WORLD_SIZE": "2"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment | {"WORLD_SIZE": "2"}, capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1:] == ["written behind its back", "told at the exit"]
 
