@@ -219,6 +219,27 @@ def test_nothing_is_deleted_before_the_successor_was_read_back(tmp_path: Path, m
     assert origo.Checkpointer(tmp_path).restore({"model": model}).step == 1
 
 
+def test_what_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that the disk does not give any more, among the numbers of a tensor."""
+    model = nn.Linear(3, 2)
+    with origo.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        checkpointer.save(2, {"model": model})
+    real = os.pread
+
+    def unreadable(descriptor: int, length: int, position: int) -> bytes:
+        file = os.fstat(descriptor)
+        bad = step_folder(tmp_path, 2) / "model.safetensors"
+        if position > 8 and (file.st_dev, file.st_ino) == (bad.stat().st_dev, bad.stat().st_ino):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, length, position)
+
+    monkeypatch.setattr(os, "pread", unreadable)
+    restored = origo.Checkpointer(tmp_path).restore({"model": model})
+    assert restored.step == 1
+    assert "cannot be read: Input/output error" in restored.skipped[0][1]
+
+
 def test_a_deletion_that_fails_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusing(disk: Disk, path: Path) -> None:
         raise PermissionError(errno.EACCES, "no")

@@ -28,8 +28,9 @@ from origo.naming.mismatch import MismatchError, compare
 from origo.naming.recovery import recover_names
 from origo.naming.wrappers import AVERAGE_COUNTER, require_module, unwrap
 from origo.state.model import DtypePolicy, LoadReport, describe, load_state_dict, state_dict, whole_state, with_memory
+from origo.store.files import TensorFile
 from origo.store.layout import CONFIG, MODEL
-from origo.store.reader import Checkpoint, TensorFile
+from origo.store.reader import Checkpoint
 from origo.store.remote import as_path
 from origo.store.writer import write_folder, write_pth, write_safetensors
 

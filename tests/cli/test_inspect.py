@@ -13,9 +13,9 @@ from torch import nn
 
 import origo as library
 from origo.cli.tree import tree
+from origo.store.files import TensorFile
 from origo.store.layout import MANIFEST
 from origo.store.lease import LEASE
-from origo.store.reader import TensorFile
 from tests.conftest import Run
 
 CONFIG = library.GPTConfig(vocab_size=50, context_length=8, emb_dim=8, n_heads=2, n_layers=3, tie_embeddings=True)

@@ -28,9 +28,10 @@ from origo.cli.tree import tree
 from origo.errors import CheckpointError
 from origo.interop.opening import open_any
 from origo.store import remote
+from origo.store.files import TensorFile
 from origo.store.layout import Manifest
 from origo.store.lease import LEASE, holder, lock
-from origo.store.reader import Checkpoint, TensorFile
+from origo.store.reader import Checkpoint
 from origo.store.run import pins, step_folder, steps
 from origo.store.tensorfile import dtype_called
 from origo.training.display import size

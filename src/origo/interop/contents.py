@@ -19,8 +19,9 @@ from origo.errors import CheckpointError, nearest
 from origo.interop import dcp
 from origo.interop.table import Joined, Recipe, View
 from origo.state.model import tensor_identity
+from origo.store.files import PickledFile, SafetensorsFile, TensorFile
 from origo.store.layout import MOST_JSON_BYTES, is_file_name, parse_json
-from origo.store.reader import PickledFile, SafetensorsFile, TensorFile, read_pickle
+from origo.store.reader import read_pickle
 
 # What people call the model's part of a file, most telling first.
 _MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module", "net", "network", "model_state", "weights", "params", "app")

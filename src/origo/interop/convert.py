@@ -36,8 +36,9 @@ from origo.interop.translation import biases, mask
 from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.store import remote
+from origo.store.files import PickledFile, SafetensorsFile, TensorFile
 from origo.store.layout import CONFIG, MODEL, OPTIMIZER, TOKENIZER
-from origo.store.reader import Checkpoint, PickledFile, SafetensorsFile, TensorFile
+from origo.store.reader import Checkpoint
 from origo.store.tensorfile import as_bytes, dtype_called, from_bytes
 from origo.store.writer import Made, Progress, write_files, write_folder, write_pickle, write_safetensors
 

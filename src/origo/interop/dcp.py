@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from origo.errors import CheckpointError
+from origo.store.files import Damage, TensorFile
 from origo.store.layout import are_counts, is_file_name
 from origo.store.pickles import named_in, require_bounded
-from origo.store.reader import Damage, TensorFile
 from origo.store.tensorfile import dtype_name
 
 METADATA = ".metadata"

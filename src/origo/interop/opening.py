@@ -32,8 +32,9 @@ from origo.models.config import GPTConfig
 from origo.models.gpt import GPT
 from origo.naming.wrappers import AVERAGE_COUNTER
 from origo.store import remote
+from origo.store.files import TensorFile
 from origo.store.layout import CONFIG, MANIFEST, TOKENIZER
-from origo.store.reader import Checkpoint, TensorFile, require_path
+from origo.store.reader import Checkpoint, require_path
 from origo.store.run import CHECKPOINTS, find_checkpoint, steps
 from origo.store.run import Found as FoundCheckpoint
 

@@ -25,9 +25,10 @@ from origo.interop.opening import open_any
 from origo.interop.table import Recipe, View, nbytes
 from origo.naming.wrappers import AVERAGE_COUNTER
 from origo.store import remote
+from origo.store.files import SafetensorsFile, TensorFile
 from origo.store.filesystem import replace_file
 from origo.store.layout import parse_json
-from origo.store.reader import SafetensorsFile, TensorFile, read_pickle, require_path
+from origo.store.reader import read_pickle, require_path
 from origo.store.writer import write_pickle, write_safetensors
 
 

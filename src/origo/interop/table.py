@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from origo.errors import CheckpointError
-from origo.store.reader import Damage, TensorFile
+from origo.store.files import Damage, TensorFile
 from origo.store.tensorfile import dtype_called
 
 Shape = tuple[int, ...]

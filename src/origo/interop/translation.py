@@ -12,7 +12,7 @@ from origo.interop.format import Format, Found
 from origo.interop.opening import FORMATS
 from origo.interop.table import Recipe, Shape, View, made, to_theirs, zeros
 from origo.models.config import GPTConfig
-from origo.store.reader import TensorFile
+from origo.store.files import TensorFile
 
 _MASK = re.compile(r"(.*\.)?att\.mask")
 

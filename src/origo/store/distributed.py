@@ -43,10 +43,11 @@ from torch.futures import Future
 from origo.errors import CheckpointError, ConfigError, StorageError, storage_error
 from origo.state.tree import flatten, unflatten
 from origo.store import remote
+from origo.store.files import PiecedFile, TensorFile
 from origo.store.filesystem import NewFolder, new_folder
 from origo.store.layout import MANIFEST, MODEL
 from origo.store.pieces import Layout, Part, Pieced, Pieces, put_together
-from origo.store.reader import Checkpoint, PiecedFile, TensorFile, read_checkpoint
+from origo.store.reader import Checkpoint, read_checkpoint
 from origo.store.tensorfile import dtype_called, dtype_name
 from origo.store.writer import Box, Content, Share, complete_folder, require_replaceable, write_share
 
