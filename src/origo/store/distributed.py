@@ -294,18 +294,13 @@ class DCPReader(StorageReader):
             target = planner.resolve_tensor(item).detach()
             start = tuple(item.storage_index.offset) if item.storage_index.offset is not None else (0,) * target.dim()
             file, piece = self._piece(*where[name, start])
-            if tuple(item.lengths) == tuple(file.shapes[piece]) and dtype_name(target.dtype) == file.dtypes[piece]:
-                file.read_into(piece, target, verify=self._verify)
-                planner.commit_tensor(item, target)
-                continue
-            values = file.tensor(piece, verify=self._verify)
-            box = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
-            if values.dtype != target.dtype and not self._cast:
+            if not self._cast and file.dtypes[piece] != dtype_name(target.dtype):
                 raise CheckpointError(
-                    f"{name} is {dtype_name(values.dtype)} in '{self._opened().path}' and {dtype_name(target.dtype)} here: "
+                    f"{name} is {file.dtypes[piece]} in '{self._opened().path}' and {dtype_name(target.dtype)} here: "
                     'DCPReader(path, dtype="cast") converts it.'
                 )
-            target.copy_(values[box])
+            box = [(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True)]
+            file.read_into(piece, target, box, verify=self._verify)
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)

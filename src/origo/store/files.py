@@ -9,7 +9,7 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from torch import Tensor
 from origo.errors import CheckpointError
 from origo.state.model import describe
 from origo.store import remote
-from origo.store.layout import (
-    TensorEntry,
-)
+from origo.store.hashes import BLOCK, TensorHash, blocks_of
+from origo.store.layout import TensorEntry
 from origo.store.pieces import PIECES, Part, Pieced, piece_file
 from origo.store.tensorfile import (
     as_bytes,
@@ -38,6 +37,10 @@ from origo.store.tensorfile import (
 from origo.store.threads import WORKERS, share
 
 _CHUNK = 1 << 20
+_UNIT = 16 * BLOCK  # of a large tensor, what a thread checks at a time
+
+Box = Sequence[tuple[int, int]]
+"""Of a tensor, in each dimension: where a part of it begins, and where it ends."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class TensorFile(ABC):
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, str],
         aliases: Mapping[str, str],
-        hashes: Mapping[str, str],
+        hashes: Mapping[str, TensorHash],
     ) -> None:
         self.path = path
         self.shapes = shapes
@@ -69,7 +72,7 @@ class TensorFile(ABC):
         self.aliases = aliases
         """Further names of tied tensors -> the name they are stored under."""
         self.hashes = hashes
-        """BLAKE3 of each tensor's bytes; a name without one cannot be checked."""
+        """What each tensor's bytes must hash to; a name without one cannot be checked."""
         self.versions: Mapping[str, Any] | None = None
         """The layout versions of the modules by their path, where the file keeps them (``.pth``)."""
         self._right: set[str] = set()  # names that were checked, and need not be again while the file is as it was
@@ -95,19 +98,25 @@ class TensorFile(ABC):
 
         Args:
             name: a name or alias.
-            index: whatever a tensor can be indexed with.
-            verify: check the tensor that it is a part of, all of it, the first time.
+            index: whatever a tensor can be indexed with. Of slices without a step, and numbers, what is needed is read alone.
+            verify: check the blocks of the tensor that have something of it, the first time.
         """
-        part: Tensor = self.tensor(name, verify=verify)[index].clone()
-        return part
+        stored = self._stored_name(name)
+        found, dtype = _box_of(index, self.shapes[stored]), dtype_called(self.dtypes[stored])
+        if found is None or dtype is None:
+            part: Tensor = self.tensor(name, verify=verify)[index].clone()
+            return part
+        box, dropped = found
+        return self._box(stored, box, dtype, verify)[dropped]
 
-    def read_into(self, name: str, target: Tensor, *, verify: bool = True) -> None:
-        """Read a tensor into one of the same shape and dtype. Where it is damaged, ``target`` has been changed.
+    def read_into(self, name: str, target: Tensor, box: Box | None = None, *, verify: bool = True) -> None:
+        """Read a tensor, or a box of one, into a tensor of that shape. Where it is damaged, ``target`` has been changed.
 
         Raises:
             CheckpointError: as :meth:`tensor`.
         """
-        target.copy_(self.tensor(name, verify=verify))
+        value = self.tensor(name, verify=verify)
+        target.copy_(value if box is None else value[_slices(box)])
 
     def state(self, *, verify: bool = True) -> dict[str, Any]:
         """All tensors by name; tied ones are one object."""
@@ -144,6 +153,15 @@ class TensorFile(ABC):
     def _forget_if_changed(self) -> None:  # noqa: B027
         """Where a file can be written over in place, what was checked is checked anew afterwards."""
 
+    def _box(self, name: str, box: Box, dtype: torch.dtype, verify: bool) -> Tensor:
+        """A part of a tensor, in memory of its own."""
+        try:
+            values = torch.empty(_size(box), dtype=dtype, device="cpu")
+        except RuntimeError as error:  # a shape whose strides no machine can count
+            raise CheckpointError(f"{name} in '{self.path}' cannot be a tensor: {error}.") from error
+        self.read_into(name, values, box, verify=verify)
+        return values
+
     @abstractmethod
     def _read(self, name: str) -> Any: ...
 
@@ -160,6 +178,7 @@ class SafetensorsFile(TensorFile):
         self._mapped: Tensor | None = None
         self._fetched: dict[str, bytes] = {}
         self._stamp = (0, 0)
+        self._right_blocks: dict[str, set[int]] = {}  # likewise of large tensors, of which parts were checked
         try:
             if self._remote:
                 self._size, self._descriptor = remote.size(path), -1
@@ -204,7 +223,8 @@ class SafetensorsFile(TensorFile):
                     "pip install --upgrade torch."
                 )
             kept, more = format_dtype(dtype)
-            if placed is None or (placed.dtype, placed.shape) != (kept, (*entry.shape, *more)):
+            right = placed is not None and (placed.dtype, placed.shape) == (kept, (*entry.shape, *more))
+            if placed is None or not right or len(entry.blocks) not in (0, 64 * blocks_of(placed.end - placed.start)):
                 raise CheckpointError(f"'{self.path}' is damaged: it holds other tensors than were written.")
         further = [alias for entry in entries.values() for alias in entry.aliases]
         if len(set(further)) != len(further) or not entries.keys().isdisjoint(further):
@@ -215,45 +235,95 @@ class SafetensorsFile(TensorFile):
         self.dtypes = {name: entry.dtype for name, entry in entries.items()}
         self._kinds = {name: dtype_called(entry.dtype) for name, entry in entries.items()}
         self.aliases = {alias: name for name, entry in entries.items() for alias in entry.aliases}
-        self.hashes = {name: entry.blake3 for name, entry in entries.items()}
+        self.hashes = {name: entry.hash for name, entry in entries.items()}
 
-    def read_into(self, name: str, target: Tensor, *, verify: bool = True) -> None:
+    def read_into(self, name: str, target: Tensor, box: Box | None = None, *, verify: bool = True) -> None:
         """As of any file; into memory in one piece what is read is hashed while it is in the processor's cache."""
         stored = self._stored_name(name)
         self._forget_if_changed()
-        if self._remote or not (target.is_cpu and target.is_contiguous()) or target.dtype != self._kinds[stored]:
-            super().read_into(name, target, verify=verify)
+        shape, dtype = self.shapes[stored], self._dtype(stored)
+        box = _whole(shape) if box is None else box
+        if tuple(target.shape) != _size(box) or len(box) != len(shape):
+            raise CheckpointError(f"{name} in '{self.path}' has the shape {shape}, of which not {tuple(target.shape)} is read.")
+        if not target.numel():
             return
-        placed, to_check = self.placed[stored], verify and stored in self.hashes and stored not in self._right
-        if target.nbytes != placed.end - placed.start:
-            raise CheckpointError(f"{name} in '{self.path}' has the shape {self.shapes[stored]}, not {tuple(target.shape)}.")
-        view, hasher, position = as_bytes(target).numpy().data, blake3(), 0
-        while position < len(view):
-            part = view[position : position + _CHUNK]
-            try:
-                done = os.preadv(self._descriptor, [part], self.data_start + placed.start + position)
-            except OSError as error:
-                raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from error
-            if not done:
-                raise CheckpointError(f"'{self.path}' is damaged: it ends before {name!r} does.")
+        strides = _strides(shape)
+        first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True)) * dtype.itemsize
+        last = sum((end - 1) * stride for (_, end), stride in zip(box, strides, strict=True)) * dtype.itemsize
+        end = last + dtype.itemsize
+        verify = verify and stored in self.hashes and stored not in self._right
+        try:
+            if self._remote:
+                data = self._fetch_part(stored, first, end, verify)
+            elif end - first == target.nbytes and target.is_cpu and target.is_contiguous() and target.dtype == dtype:
+                self._require_pass(stored, first, end, as_bytes(target).numpy().data, verify)
+                return
+            else:
+                if verify:
+                    self._require_pass(stored, first, end)
+                start = self.data_start + self.placed[stored].start
+                data = self._map()[start + first : start + end]
+        except OSError as error:
+            raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from error
+        target.copy_(from_bytes(data, dtype, ((end - first) // dtype.itemsize,)).as_strided(_size(box), strides))
+
+    def _require_pass(self, name: str, start: int, end: int, target: memoryview | None = None, verify: bool = True) -> None:
+        if not self._pass(name, start, end, target, verify):
+            raise CheckpointError(self._damage(name).reason)
+
+    def _pass(self, name: str, start: int, end: int, target: memoryview | None = None, verify: bool = True) -> bool:
+        """Go through a part of a tensor's bytes: check the blocks that it is in, and read it into ``target``.
+
+        Returns:
+            Whether all is there, and as it was written.
+        """
+        data_start, nbytes = self.data_start + self.placed[name].start, self._nbytes(name)
+        expected, right = self.hashes.get(name), self._right_blocks.setdefault(name, set())
+        block = _block(expected, nbytes)
+        buffer: memoryview | None = None
+        for number in range(start // block, -(-end // block)):
+            position, stop = number * block, min((number + 1) * block, nbytes)
+            to_check = verify and expected is not None and number not in right
+            if not to_check:  # of this one only what is wanted
+                position, stop = (max(position, start), min(stop, end)) if target is not None else (stop, stop)
+            hasher = blake3()
+            while position < stop:
+                size = min(_CHUNK, stop - position)
+                if target is not None and start <= position and position + size <= end:
+                    piece = target[position - start : position - start + size]
+                else:
+                    buffer = buffer or memoryview(bytearray(_CHUNK))
+                    piece = buffer[:size]
+                done = os.preadv(self._descriptor, [piece], data_start + position)
+                if not done:
+                    return False
+                if to_check:
+                    hasher.update(piece[:done])  # while it is in the processor's cache
+                if target is not None and piece.obj is not target.obj:
+                    low, high = max(position, start), min(position + done, end)
+                    if low < high:
+                        target[low - start : high - start] = piece[low - position : high - position]
+                position += done
             if to_check:
-                hasher.update(view[position : position + done])
-            position += done
-        if to_check and hasher.hexdigest() != self.hashes[stored]:
-            raise CheckpointError(self._damage(stored).reason)
-        if to_check:
-            self._right.add(stored)
+                assert expected is not None
+                if hasher.hexdigest() != _hash_of_block(expected, number):
+                    return False
+                right.add(number)
+        return True
 
     def _read(self, name: str) -> Tensor:
-        dtype = self._kinds[name]
-        if dtype is None:
-            raise CheckpointError(f"{name} in '{self.path}' has the dtype {self.dtypes[name]}, which torch does not have.")
-        placed = self.placed[name]
+        dtype, placed = self._dtype(name), self.placed[name]
         start, end = self.data_start + placed.start, self.data_start + placed.end
         try:
             return from_bytes(self._bytes(name, start, end), dtype, self.shapes[name])
         except RuntimeError as error:  # a shape whose strides no machine can count
             raise CheckpointError(f"{name} in '{self.path}' cannot be a tensor: {error}.") from error
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self._kinds[name]
+        if dtype is None:
+            raise CheckpointError(f"{name} in '{self.path}' has the dtype {self.dtypes[name]}, which torch does not have.")
+        return dtype
 
     def _bytes(self, name: str, start: int, end: int) -> Tensor:
         if self._remote:
@@ -272,16 +342,15 @@ class SafetensorsFile(TensorFile):
             status = os.fstat(self._descriptor)
             stamp = (status.st_size, status.st_mtime_ns)
             if stamp != self._stamp:
-                self._right, self._stamp = set(), stamp
+                self._right, self._right_blocks, self._stamp = set(), {}, stamp
 
     def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
-        checkable = sorted((name for name in names if name in self.hashes), key=lambda name: -self._nbytes(name))
-        total = sum(map(self._nbytes, checkable))
-        threads = WORKERS if total > 4 * _CHUNK else 1
-        shares: list[list[str]] = [checkable[number::threads] for number in range(threads)]
+        checkable = [name for name in names if name in self.hashes]
+        units = sorted((unit for name in checkable for unit in self._units(name)), key=lambda unit: unit[1] - unit[2])
+        threads = WORKERS if sum(end - start for _, start, end in units) > 4 * _CHUNK else 1
         wrong: set[str] = set()
         try:
-            share(lambda number: wrong.update(self._wrong(shares[number], keep)), threads)
+            share(lambda number: wrong.update(self._wrong(units[number::threads], keep)), threads)
         except OSError as error:
             raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from error
         if not self._remote:
@@ -289,6 +358,13 @@ class SafetensorsFile(TensorFile):
         for name in self.shapes:
             if name in wrong:
                 yield self._damage(name)
+
+    def _units(self, name: str) -> Iterator[tuple[str, int, int]]:
+        """What of a tensor a thread checks at a time: a name, and where in its bytes that begins and ends."""
+        nbytes = self._nbytes(name)
+        size = _UNIT if self.hashes[name].blocks and not self._remote else max(nbytes, 1)
+        for start in range(0, max(nbytes, 1), size):
+            yield name, start, min(start + size, nbytes)
 
     def _damage(self, name: str) -> Damage:
         return Damage(
@@ -298,34 +374,30 @@ class SafetensorsFile(TensorFile):
             "or fetch the file again.",
         )
 
-    def _wrong(self, names: list[str], keep: bool) -> list[str]:
-        """Those whose bytes have another hash; read in pieces, so that nothing is kept."""
-        buffer = memoryview(bytearray(_CHUNK))
-        wrong = []
-        for name in names:
-            placed = self.placed[name]
+    def _wrong(self, units: list[tuple[str, int, int]], keep: bool) -> Iterator[str]:
+        """The tensors whose bytes are others; read in pieces, so that nothing is kept."""
+        for name, start, end in units:
             if self._remote:
-                self._fetched[name] = self._fetch(name)
-                found = blake3(self._fetched[name]).hexdigest()
-                if not keep:
-                    del self._fetched[name]
-            elif placed.end - placed.start <= _CHUNK:
-                found = blake3(
-                    os.pread(self._descriptor, placed.end - placed.start, self.data_start + placed.start)
-                ).hexdigest()
+                fetched = self._fetch(name)
+                right = self._agrees(name, fetched)
+                if keep:
+                    self._fetched[name] = fetched
+            elif end <= _CHUNK:  # there may be a great many
+                data = os.pread(self._descriptor, end, self.data_start + self.placed[name].start)
+                right = blake3(data).hexdigest() == self.hashes[name].blake3
             else:
-                hasher, position, end = blake3(), self.data_start + placed.start, self.data_start + placed.end
-                while position < end:
-                    piece = buffer[: min(_CHUNK, end - position)]
-                    done = os.preadv(self._descriptor, [piece], position)
-                    if not done:
-                        break
-                    hasher.update(piece[:done])
-                    position += done
-                found = hasher.hexdigest()
-            if found != self.hashes[name]:
-                wrong.append(name)
-        return wrong
+                right = self._pass(name, start, end)
+            if not right:
+                yield name
+
+    def _agrees(self, name: str, data: bytes, first: int = 0) -> bool:
+        """Whether these are a tensor's bytes, from block ``first`` on."""
+        expected = self.hashes[name]
+        block = _block(expected, len(data))
+        return all(
+            blake3(data[number * block : (number + 1) * block]).hexdigest() == _hash_of_block(expected, first + number)
+            for number in range(max(-(-len(data) // block), 1))
+        )
 
     def _nbytes(self, name: str) -> int:
         return self.placed[name].end - self.placed[name].start
@@ -334,6 +406,16 @@ class SafetensorsFile(TensorFile):
         """The bytes of a tensor on remote storage."""
         placed = self.placed[name]
         return self._raw(self.path, self.data_start + placed.start, self.data_start + placed.end)
+
+    def _fetch_part(self, name: str, start: int, end: int, verify: bool) -> Tensor:
+        """Bytes of a tensor on remote storage, and no more of it than they are checked by."""
+        data_start, nbytes = self.data_start + self.placed[name].start, self._nbytes(name)
+        block = _block(self.hashes[name], nbytes) if verify else 1
+        first, stop = start // block * block, min(-(-end // block) * block, nbytes)
+        data = self._raw(self.path, data_start + first, data_start + stop)
+        if len(data) < stop - first or (verify and not self._agrees(name, data, first // block)):
+            raise CheckpointError(self._damage(name).reason)
+        return torch.frombuffer(bytearray(data[start - first : end - first]), dtype=torch.uint8)
 
     def _raw(self, path: Path, start: int, end: int) -> bytes:
         if self._remote:
@@ -397,14 +479,19 @@ class PiecedFile(TensorFile):
         )
         self._entries, self._open = entries, opened
 
-    def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
-        """As of any file; of a box of slices, the pieces alone that have something of it are read and checked."""
+    def read_into(self, name: str, target: Tensor, box: Box | None = None, *, verify: bool = True) -> None:
+        """As of any file; of a box, the pieces alone that have something of it are read and checked."""
         stored = self._stored_name(name)
-        shape = self._entries[stored].shape
-        if not _is_box(index, len(shape)):
-            return super().part(name, index, verify=verify)
-        bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
-        return self._box(stored, bounds, verify)
+        entry = self._entries[stored]
+        box = _whole(entry.shape) if box is None else box
+        for part in entry.layout.overlapping(box):
+            file, piece = self.piece(stored, part)
+            source, place = [], []
+            for (start, end), at, size in zip(box, part.start, part.size, strict=True):
+                first, last = max(start, at), min(end, at + size)
+                source.append((first - at, last - at))
+                place.append((first - start, last - start))
+            file.read_into(piece, target[_slices(place)], source, verify=verify)
 
     def _read(self, name: str) -> Tensor:
         entry = self._entries[name]
@@ -412,28 +499,15 @@ class PiecedFile(TensorFile):
             file, piece = self.piece(name, entry.layout.parts[0])
             whole: Tensor = file.tensor(piece, verify=False)
             return whole
-        return self._box(name, [(0, size) for size in entry.shape], False)
-
-    def _box(self, name: str, bounds: list[tuple[int, int]], verify: bool) -> Tensor:
-        entry = self._entries[name]
         dtype = dtype_called(entry.dtype)
         if dtype is None:
             raise CheckpointError(f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch does not have.")
-        parts = list(entry.layout.overlapping(bounds))
-        pieces = [self.piece(name, part) for part in parts]  # what is there has that size: nobody's word is taken for it
-        box = torch.empty([max(end - start, 0) for start, end in bounds], dtype=dtype, device="cpu")
-        if len(parts) == 1 and tuple(box.shape) == parts[0].size:
-            file, piece = pieces[0]
-            file.read_into(piece, box, verify=verify)
-            return box
-        for part, (file, piece) in zip(parts, pieces, strict=True):
-            source, target = [], []
-            for (start, end), at, size in zip(bounds, part.start, part.size, strict=True):
-                first, last = max(start, at), min(end, at + size)
-                source.append(slice(first - at, last - at))
-                target.append(slice(first - start, last - start))
-            box[tuple(target)] = file.tensor(piece, verify=verify)[tuple(source)]
-        return box
+        return self._box(name, _whole(entry.shape), dtype, False)
+
+    def _box(self, name: str, box: Box, dtype: torch.dtype, verify: bool) -> Tensor:
+        for part in self._entries[name].layout.overlapping(box):
+            self.piece(name, part)  # what is there has that size: nobody's word is taken for it
+        return super()._box(name, box, dtype, verify)
 
     def piece(self, name: str, part: Part) -> tuple[TensorFile, str]:
         """The file with a piece, and the name it has there."""
@@ -458,10 +532,50 @@ class PiecedFile(TensorFile):
             yield from file._check([piece for piece in dict.fromkeys(pieces) if piece not in file._right], keep=keep)
 
 
-def _is_box(index: Any, dimensions: int) -> bool:
-    """Whether an index is a slice of each dimension, of consecutive places."""
-    return (
-        isinstance(index, tuple)
-        and len(index) == dimensions
-        and all(isinstance(each, slice) and each.step in (None, 1) for each in index)
-    )
+def _block(expected: TensorHash | None, nbytes: int) -> int:
+    """How many bytes of a tensor are checked together."""
+    return BLOCK if expected is not None and expected.blocks else max(nbytes, 1)
+
+
+def _hash_of_block(expected: TensorHash, number: int) -> str:
+    return expected.block(number) if expected.blocks else expected.blake3
+
+
+def _whole(shape: tuple[int, ...]) -> Box:
+    return [(0, size) for size in shape]
+
+
+def _size(box: Box) -> tuple[int, ...]:
+    return tuple(end - start for start, end in box)
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, end) for start, end in box)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a tensor in one piece, in numbers."""
+    return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
+
+
+def _box_of(index: Any, shape: tuple[int, ...]) -> tuple[Box, tuple[int | slice, ...]] | None:
+    """The box that an index asks for, and how the dimensions that it gives one number for are dropped from it afterwards.
+
+    None for what is no box: masks, steps, new dimensions; and for what the tensor itself has to refuse.
+    """
+    given = index if isinstance(index, tuple) else (index,)
+    if len(given) > len(shape):
+        return None
+    box: list[tuple[int, int]] = []
+    dropped: list[int | slice] = []
+    for each, size in zip([*given, *[slice(None)] * (len(shape) - len(given))], shape, strict=True):
+        if type(each) is int and -size <= each < size:
+            box.append((each % size, each % size + 1))
+            dropped.append(0)
+        elif isinstance(each, slice) and each.step in (None, 1):
+            start, end, _ = each.indices(size)
+            box.append((start, max(start, end)))
+            dropped.append(slice(None))
+        else:
+            return None
+    return box, tuple(dropped)

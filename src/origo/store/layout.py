@@ -20,6 +20,7 @@ from blake3 import blake3
 
 from origo.errors import CheckpointError
 from origo.store import remote
+from origo.store.hashes import NO_HASH, TensorHash
 
 FORMAT = "origo-checkpoint"
 VERSION = 1
@@ -39,7 +40,6 @@ HEADER_KEY = "origo"
 MOST_JSON_BYTES = 256 << 20
 MOST_JSON_VALUES = 5_000_000
 
-NO_HASH = "0" * 64
 _SELF_HASH = re.compile(r'"blake3": ?"([0-9a-f]{64})"\s*\}\s*\Z')
 
 
@@ -64,6 +64,13 @@ class TensorEntry:
     shape: list[int]
     blake3: str
     aliases: list[str] = field(default_factory=list)
+    blocks: str = ""
+    """Of one that is larger than a block, the hashes of its blocks; see :mod:`origo.store.hashes`."""
+
+    @property
+    def hash(self) -> TensorHash:
+        """What its bytes must hash to."""
+        return TensorHash(self.blake3, self.blocks)
 
 
 def identity_of(tensors: Mapping[str, TensorEntry]) -> str:
@@ -315,11 +322,13 @@ def _file_entry(values: Mapping[str, Any]) -> FileEntry:
 
 
 def _tensor_entry(values: Mapping[str, Any]) -> TensorEntry:
-    entry = TensorEntry(values["dtype"], values["shape"], values["blake3"], values.get("aliases", []))
+    entry = TensorEntry(values["dtype"], values["shape"], values["blake3"], values.get("aliases", []), values.get("blocks", ""))
     texts = type(entry.dtype) is str and type(entry.blake3) is str and type(entry.aliases) is list
     texts = texts and (not entry.aliases or all(type(alias) is str for alias in entry.aliases))
-    if not (texts and type(entry.shape) is list and are_counts(entry.shape)):
-        raise ValueError(f"a tensor entry says {dict(values)}")
+    if not (texts and type(entry.blocks) is str and type(entry.shape) is list and are_counts(entry.shape)):
+        raise ValueError(f"a tensor entry says {str(dict(values))[:200]}")
+    if entry.blocks and not entry.hash.agrees:
+        raise ValueError("the hashes of a tensor's blocks have another hash")
     return entry
 
 
@@ -339,6 +348,8 @@ def _optional(value: Any, kind: type) -> Any:
 
 def _values(entry: TensorEntry) -> dict[str, Any]:
     values: dict[str, Any] = {"dtype": entry.dtype, "shape": entry.shape, "blake3": entry.blake3}
+    if entry.blocks:
+        values["blocks"] = entry.blocks
     return {**values, "aliases": entry.aliases} if entry.aliases else values
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -56,7 +56,7 @@ class Layout:
         """A list of ``[process, [start], [size]]``."""
         return json.dumps([[part.process, list(part.start), list(part.size)] for part in self.parts])
 
-    def overlapping(self, bounds: list[tuple[int, int]]) -> Iterator[Part]:
+    def overlapping(self, bounds: Sequence[tuple[int, int]]) -> Iterator[Part]:
         """The parts that have something of a box, given as (start, end) of each dimension."""
         if not bounds:
             yield from self.parts

@@ -30,13 +30,13 @@ from origo.errors import CheckpointError, StorageError
 from origo.state.model import tensor_identity
 from origo.store import remote
 from origo.store.filesystem import NewFile, NewFolder, new_file, new_folder
+from origo.store.hashes import Hasher, TensorHash, hash_of, unknown
 from origo.store.layout import (
     CONFIG,
     HEADER_KEY,
     MANIFEST,
     MODEL,
     MOST_JSON_BYTES,
-    NO_HASH,
     TRAINER,
     FileEntry,
     Header,
@@ -75,15 +75,22 @@ class Stored:
         """What they need in a file."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def entries(self, hashes: Mapping[str, str]) -> dict[str, TensorEntry]:
+    def entries(self, hashes: Mapping[str, TensorHash]) -> dict[str, TensorEntry]:
         """What a manifest or header says of them."""
         aliases: dict[str, list[str]] = {}
         for alias, name in self.aliases.items():
             aliases.setdefault(name, []).append(alias)
-        return {
-            name: TensorEntry(dtype_name(tensor.dtype), list(tensor.shape), hashes[name], aliases.get(name, []))
-            for name, tensor in self.tensors.items()
-        }
+
+        def entry(name: str, tensor: Tensor) -> TensorEntry:
+            found = hashes[name]
+            about = dtype_name(tensor.dtype), list(tensor.shape)
+            return TensorEntry(*about, found.blake3, aliases.get(name, []), found.blocks)
+
+        return {name: entry(name, tensor) for name, tensor in self.tensors.items()}
+
+    def unhashed(self) -> dict[str, TensorHash]:
+        """In the place of their hashes, as long as these, while they are not known."""
+        return {name: unknown(tensor.nbytes) for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -195,9 +202,9 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
-def tensor_hash(tensor: Tensor) -> str:
-    """BLAKE3 of a tensor's bytes, in hexadecimal."""
-    return blake3(as_bytes(in_memory(tensor)).numpy().data).hexdigest()
+def tensor_hash(tensor: Tensor) -> TensorHash:
+    """The hash of a tensor's bytes."""
+    return hash_of(as_bytes(in_memory(tensor)).numpy().data)
 
 
 def write_safetensors(
@@ -212,12 +219,12 @@ def write_safetensors(
     about = provenance()
 
     @many_objects()
-    def header(hashes: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    def header(hashes: Mapping[str, TensorHash]) -> tuple[bytes, list[str]]:
         entries = stored.entries(hashes)
         ours = Header(entries, architecture, config, identity_of(entries), about)
         return header_of(_described(stored), {**stored.aliases, HEADER_KEY: ours.to_json()})
 
-    start, order = header(dict.fromkeys(stored.tensors, NO_HASH))
+    start, order = header(stored.unhashed())
     with new_file(path, len(start) + stored.nbytes + _MARGIN) as file:
         if not file.positioned:  # its beginning has to be right when it is sent
             start, order = header({name: tensor_hash(tensor) for name, tensor in stored.tensors.items()})
@@ -404,14 +411,14 @@ def _write_tensor_files(
     """Write some files whole, to the disk. ``described``: each says the hashes of its tensors itself."""
 
     def job_of(name: str, stored: Stored) -> _Job:
-        def header(hashes: Mapping[str, str]) -> tuple[bytes, list[str]]:
+        def header(hashes: Mapping[str, TensorHash]) -> tuple[bytes, list[str]]:
             if not described:
                 return header_of(_described(stored), stored.aliases)
             entries = stored.entries(hashes)
             ours = Header(entries, identity=identity_of(entries))
             return header_of(_described(stored), {**stored.aliases, HEADER_KEY: ours.to_json()})
 
-        job = _Job(folder.create(name), stored, *header(dict.fromkeys(stored.tensors, NO_HASH)))
+        job = _Job(folder.create(name), stored, *header(stored.unhashed()))
         if described:
             job.final_start = lambda hashes: header(hashes)[0]
         return job
@@ -486,7 +493,7 @@ class _Job:
 
     def __init__(self, file: NewFile, stored: Stored, start: bytes, order: list[str]) -> None:
         self.file, self.stored, self.start = file, stored, start
-        self.hashes: dict[str, str] = {}
+        self.hashes: dict[str, TensorHash] = {}
         self.units: deque[tuple[int, list[str]]] = deque()
         position, small, small_bytes = len(start), list[str](), 0
         for name in order:  # many small ones are one unit
@@ -501,7 +508,7 @@ class _Job:
                 small_bytes += nbytes
             position += nbytes
         self._add(position - small_bytes, small)
-        self.final_start: Callable[[Mapping[str, str]], bytes] | None = None
+        self.final_start: Callable[[Mapping[str, TensorHash]], bytes] | None = None
         """Makes the start as it is to be once all hashes are known; of the same length."""
         self._lock, self._finished = Lock(), False
 
@@ -583,7 +590,7 @@ def _put(job: _Job, names: list[str], position: int | None, told: Progress) -> N
         assert position is not None
         job.file.write_at(data, position)
         # Only now: the thread that finds all hashes there takes the file for complete, and flushes it.
-        job.hashes.update({name: blake3(part).hexdigest() for name, part in parts.items()})
+        job.hashes.update({name: hash_of(part) for name, part in parts.items()})
         told(len(data))
         return
     tensor = job.stored.tensors[names[0]]
@@ -593,7 +600,7 @@ def _put(job: _Job, names: list[str], position: int | None, told: Progress) -> N
 
 def _put_large(job: _Job, name: str, position: int | None, told: Progress) -> None:
     view = as_bytes(in_memory(job.stored.tensors[name])).numpy().data
-    hasher = blake3()
+    hasher = Hasher(len(view))
     sent = 0
     start_write_back = getattr(job.file, "start_write_back", None)
     for begin in range(0, len(view), _CHUNK):
@@ -608,7 +615,7 @@ def _put_large(job: _Job, name: str, position: int | None, told: Progress) -> No
                 start_write_back(position + sent, end - sent)
                 sent = end
         told(len(chunk))
-    job.hashes[name] = hasher.hexdigest()
+    job.hashes[name] = hasher.result()
 
 
 def provenance() -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""The hash of a tensor: BLAKE3 of its bytes; of one that is larger than a block, BLAKE3 of its blocks' hashes.
+
+So a part of a large tensor is checked by the blocks that it lies in, and still each byte is hashed once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+BLOCK = 4 << 20
+"""Bytes. Part of the format: another size gives another hash."""
+NO_HASH = "0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHash:
+    """What a tensor's bytes must hash to."""
+
+    blake3: str
+    """In hexadecimal: of the bytes, or of the blocks' hashes."""
+    blocks: str = ""
+    """In hexadecimal, the hashes of the blocks one after the other; empty for a tensor that is hashed in one piece."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the blocks' hashes have that hash."""
+        return not self.blocks or blake3(bytes.fromhex(self.blocks)).hexdigest() == self.blake3
+
+    def block(self, number: int) -> str:
+        """The hash of a block, counted from 0."""
+        return self.blocks[64 * number : 64 * (number + 1)]
+
+
+def blocks_of(nbytes: int) -> int:
+    """How many blocks so many bytes are hashed in; 0 where in one piece."""
+    return -(-nbytes // BLOCK) if nbytes > BLOCK else 0
+
+
+def unknown(nbytes: int) -> TensorHash:
+    """A hash not known yet, as long as the real one will be."""
+    return TensorHash(NO_HASH, NO_HASH * blocks_of(nbytes))
+
+
+def hash_of(data: Any) -> TensorHash:
+    """The hash of bytes that are all there."""
+    hasher = Hasher(len(data))
+    hasher.update(data)
+    return hasher.result()
+
+
+class Hasher:
+    """The hash of bytes that come one part after the other.
+
+    Args:
+        nbytes: how many will come.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._current, self._filled = blake3(), 0
+        self._done: list[bytes] | None = [] if blocks_of(nbytes) else None
+
+    def update(self, data: Any) -> None:
+        """Take the next bytes."""
+        if self._done is None:
+            self._current.update(data)
+            return
+        view = memoryview(data)
+        while len(view):
+            part = view[: BLOCK - self._filled]
+            self._current.update(part)
+            self._filled += len(part)
+            if self._filled == BLOCK:
+                self._end_block(self._done)
+            view = view[len(part) :]
+
+    def result(self) -> TensorHash:
+        """Of all that came."""
+        if self._done is None:
+            return TensorHash(self._current.hexdigest())
+        if self._filled:
+            self._end_block(self._done)
+        blocks = b"".join(self._done)
+        return TensorHash(blake3(blocks).hexdigest(), blocks.hex())
+
+    def _end_block(self, done: list[bytes]) -> None:
+        done.append(self._current.digest())
+        self._current, self._filled = blake3(), 0
