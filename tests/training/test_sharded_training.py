@@ -17,9 +17,13 @@ import torch
 
 import origo as library
 from origo.data.tokenizer import Tokenizer
+from origo.errors import ConfigError
 from origo.store.reader import read_checkpoint
 from origo.training import ranks
 from origo.training.launch import free_port
+from origo.training.options import RunOptions
+from origo.training.precision import Compute
+from origo.training.sharding import make_sharding
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, WORDS, Run
 from tests.interop import peers
@@ -28,6 +32,7 @@ from tests.training.test_ranks import needs_proc, start, wait_for_step, workers
 RUN = (*EAGER, "--precision", "fp32", "--steps", 20, "--save-every", 10, "--eval-every", 20, "--eval-batches", 3)
 ALL_OF_IT = ("--drop-rate", 0.1, "--micro-batch", 1, "--ema", 0.9, "--gradient-checkpointing", "--tie-embeddings", "True")
 TO_BE_KILLED = (*RUN, "--steps", 25, "--save-every", 5, "--eval-every", 25, *ALL_OF_IT)
+ROUNDED = (*RUN, "--precision", "bf16", "--ema", 0.9, "--gradient-checkpointing")
 FROM_NANOGPT = (
     *("--from", "ckpt.pt", "--tokenizer", "tokenizer.json", "--steps", 8, "--batch-size", 4),
     *("--compile", "off", "--precision", "fp32"),
@@ -141,6 +146,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"LOCAL_WORLD_SIZE": ["1", "1"]},
         ),
         ("nanogpt", (*FROM_NANOGPT, "--parallel", "fsdp", "--name", "nanogpt"), "", {}),
+        ("rounded", (*ROUNDED, "--parallel", "fsdp", "--gather-dtype", "bf16", "--name", "rounded"), "", {}),
         ("plain", (*RUN, "--parallel", "fsdp", "--name", "2"), "", {}),
         ("killed", (*TO_BE_KILLED, "--parallel", "fsdp", "--name", "killed"), "", {}),
         ("uneven", (*RUN, "--parallel", "hybrid", "--name", "uneven"), "", {"LOCAL_WORLD_SIZE": ["1", "2"]}),
@@ -306,9 +312,28 @@ def test_uneven_machines_are_refused_before_any_work(folder: Path, said: Callabl
     assert "Text:" not in said("uneven")[0][1]
 
 
+def test_weights_put_together_in_bf16(folder: Path, said: Callable[[str], list[tuple[int, str, str]]], origo: Run) -> None:
+    """About the same losses; what is proven is the model that computed them, and what is kept is fp32."""
+    assert [code for code, _, _ in said("rounded")] == [0, 0], said("rounded")
+    assert "; 2 processes, weights sharded, put together in bf16\n" in said("rounded")[0][1]
+    assert "the same to the last bit" in said("rounded")[0][1]
+    assert origo("train", "--data", folder / "book.txt", *ROUNDED, "--name", "1", "--runs-dir", folder / "r").returncode == 0
+    assert 0 < losses_apart(folder / "runs/rounded", folder / "r/1") <= 0.03
+    weights = library.load_model(folder / "runs/rounded").trf_blocks[0].norm1.weight
+    assert not torch.equal(weights, weights.bfloat16().float())
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (
+            ("--cpu-offload", "--parallel", "ddp"),
+            "--cpu-offload is about weights that are shared out: add --parallel fsdp, or leave it out.",
+        ),
+        (
+            ("--gather-dtype", "bf16", "--parallel", "ddp"),
+            "--gather-dtype bf16 is about weights that are shared out: add --parallel fsdp, or leave it out.",
+        ),
         (("--optimizer", "muon"), "Muon needs whole matrices, and --parallel fsdp shares them out: take --optimizer adamw"),
         (("--precision", "fp16"), "shares them out: take --precision bf16 or fp32, or --parallel ddp."),
     ],
@@ -323,15 +348,28 @@ def test_what_cannot_be_shared_out_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "count", "says"),
+    [
+        ({"gather_dtype": "bf16"}, 2, "is for --precision bf16, and this run computes in fp32: leave it out"),
+        ({"cpu_offload": True}, 2, "for weights that a GPU computes with; this run's are in main memory: leave it out"),
+    ],
+)
+def test_what_has_no_sense_here_is_refused(options: dict[str, Any], count: int, says: str) -> None:
+    run = RunOptions(parallel="fsdp", **options)
+    with pytest.raises(ConfigError, match=says):
+        make_sharding(run, ranks.Ranks(0, count), Compute(torch.device("cpu"), torch.float32))
+
+
 # Each process looks at what it has itself.
 _SHARES = """
 import torch
 from origo import GPT, GPTConfig
 from origo.training.evaluation import held_out_loss
-from origo.training.options import OptimizationOptions
+from origo.training.options import OptimizationOptions, RunOptions
 from origo.training.precision import Compute
 from origo.training.ranks import join
-from origo.training.sharding import make_sharding
+from origo.training.sharding import Sharding, make_sharding
 from origo.training.step import Stepper
 
 TINY = GPTConfig(vocab_size=101, context_length=32, emb_dim=32, n_heads=4, n_layers=2)
@@ -340,7 +378,8 @@ compute = Compute(torch.device("cpu"), torch.float32)
 torch.manual_seed(0)
 model = GPT(TINY)
 whole = sum(parameter.nbytes for parameter in model.parameters())
-stepper = Stepper(model, OptimizationOptions(ema=0.9), compute, ranks, make_sharding("fsdp", ranks, compute.device))
+sharding = make_sharding(RunOptions(parallel="fsdp"), ranks, compute)
+stepper = Stepper(model, OptimizationOptions(ema=0.9), compute, ranks, sharding)
 tokens = torch.randint(0, TINY.vocab_size, (4, TINY.context_length + 1), generator=torch.Generator().manual_seed(ranks.number))
 batch = tokens[:, :-1], tokens[:, 1:]
 
@@ -380,6 +419,33 @@ class Stream:
 for each in (model, stepper.average.model):  # five batches for two: one of them has nothing to measure in the last pass
     assert held_out_loss(each, Stream(), TINY.context_length, 1, 5, compute, (ranks.number, ranks.count)) > 0
 print(whole, *look(), sum(gradients) / 4)  # of two steps of two parts each
+
+def trained(**how):
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    half = Compute(compute.device, torch.bfloat16)
+    stepper = Stepper(model, OptimizationOptions(ema=0.9), half, ranks, Sharding(sharding.mesh, **how))
+    seen = set()
+    for each in (model.tok_emb, model.trf_blocks[0].norm1, model.trf_blocks[1].ff.layers[2], model.out_head):
+        each.register_forward_pre_hook(lambda m, given: seen.add((type(m).__name__, m.weight.dtype, given[0].dtype)))
+    stepper.micro_batch = 2
+    losses = [stepper(batch, 1e-3, number).loss.item() for number in range(3)]
+    assert stepper.finite
+    mine = [each.to_local() for m in (model, stepper.average.model) for each in m.parameters()]
+    assert {each.dtype for each in mine} == {torch.float32}
+    between = {given for name, _, given in seen if name == "LayerNorm"}
+    return losses, mine, {(name, weight) for name, weight, given in seen}, between
+
+losses, weights, dtypes, between = trained()
+assert {dtype for _, dtype in dtypes} == between == {torch.float32}
+offloaded = trained(offloads=True)
+assert offloaded[0] == losses and all(map(torch.equal, offloaded[1], weights)), "where they are changes nothing"
+rounded = trained(rounds=True)
+assert rounded[0] != losses
+torch.testing.assert_close(rounded[0], losses, rtol=0, atol=1e-3)
+outside = {("Embedding", torch.float32), ("Head", torch.float32)}
+assert rounded[2] == outside | {("LayerNorm", torch.bfloat16), ("Linear", torch.bfloat16)}, rounded[2]
+assert rounded[3] == {torch.float32}, "what goes from block to block"
 ranks.leave()
 """
 

@@ -107,14 +107,22 @@ class FeedForward(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
+class LayerNorm(nn.LayerNorm):
+    """In the dtype of what comes in: shared out weights may be rounded to compute with, and CPUs mix no dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., emb] -> the same
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
 class Block(nn.Module):
     """Attention, then feed-forward, each normalised before and added to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.emb_dim, bias=config.bias)
+        self.norm1 = LayerNorm(config.emb_dim, bias=config.bias)
         self.att = Attention(config, layer)
-        self.norm2 = nn.LayerNorm(config.emb_dim, bias=config.bias)
+        self.norm2 = LayerNorm(config.emb_dim, bias=config.bias)
         self.ff = FeedForward(config)
         self.drop_resid = nn.Dropout(config.drop_rate)
 
@@ -173,7 +181,7 @@ class GPT(nn.Module):
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.emb_dim, bias=config.bias)
+        self.final_norm = LayerNorm(config.emb_dim, bias=config.bias)
         self.out_head = Head(config.emb_dim, config.vocab_size, bias=False)
         self.reset_parameters()
         if config.tie_embeddings:

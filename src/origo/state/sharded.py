@@ -140,6 +140,8 @@ def shared_out_like(value: Tensor, target: Tensor) -> Tensor:
     given: Any = value
     if is_sharded(value) and (given.device_mesh, given.placements) == (pieces.device_mesh, pieces.placements):
         return value
+    if is_cut(target) and tuple(value.shape) == tuple(target.shape):
+        return from_own_piece(whole(value)[own_box(target)].contiguous(), target)  # on the device of the share, not of the mesh
     distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
     device = pieces.device_mesh.device_type
     shared: Tensor = distribute(whole(value).to(device), pieces.device_mesh, pieces.placements, src_data_rank=None)

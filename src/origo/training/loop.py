@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def _train(
         ranks.all_or_none(folder.require_writable)
     compute = choose_compute(device, options.run.precision)
     compute.repeat_exactly(options.run.deterministic)
-    sharding = make_sharding(options.run.parallel, ranks, compute.device)
+    sharding = make_sharding(options.run, ranks, compute)
     start, source = None, found.checkpoint if found else None
     if found is None and options.model.start_from is not None:
         options, start = starting_point(options)
@@ -499,7 +500,9 @@ class Trainer:
         if not self.ranks.first and self.sharding is None:
             return
         try:
-            text = write_sample(self.model, self.tokenizer, self.tokens.held_out)
+            # What is put together in bf16 fits to nothing but bf16.
+            with self.compute.autocast() if self.sharding is not None and self.sharding.rounds else nullcontext():
+                text = write_sample(self.model, self.tokenizer, self.tokens.held_out)
         except CheckpointError:  # of weights that are spoilt, which is told elsewhere
             return
         if not self.ranks.first:
@@ -718,6 +721,7 @@ class Trainer:
                 eval_batches=self._eval_batches(size),
                 device=str(self.compute.device),
                 precision=self.compute.precision,
+                rounded=self.sharding is not None and self.sharding.rounds,
             )
             activity.result = "a fresh process without torch.compile opened the checkpoint"
         if not proof.holds:

@@ -64,4 +64,4 @@ class Average:
         """
         share = torch.where(bad, 0.0, 1 - min(self._decay, (1 + step) / (10 + step)))
         for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-            local(mine).lerp_(local(theirs), share)
+            local(mine).lerp_(local(theirs), share.to(local(mine).device))

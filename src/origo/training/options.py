@@ -218,6 +218,11 @@ class RunOptions:
     parallel: Parallel = "ddp"
     """What they share besides. ddp: nothing, each has the whole model; fsdp: weights, gradients and the optimizer's state;
     hybrid: those too, among the processes of one machine."""
+    gather_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What a block's shared out weights are put together in, to compute with. bf16: half of that is sent and held, and the
+    weights of norms are rounded too."""
+    cpu_offload: bool = False
+    """Keep what is shared out, and the optimizer, in main memory; a GPU has the block that it computes with."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
 
@@ -244,6 +249,9 @@ class TrainOptions:
         # Here rather than in each part: the command line builds the parts, and would put our sentence into its own frame.
         for part in (self.data, self.model, self.optimization, self.run):
             part.check()
+        if self.run.parallel == "ddp" and (self.run.cpu_offload or self.run.gather_dtype != "fp32"):
+            given = "--cpu-offload" if self.run.cpu_offload else f"--gather-dtype {self.run.gather_dtype}"
+            raise ConfigError(f"{given} is about weights that are shared out: add --parallel fsdp, or leave it out.")
         if self.run.parallel != "ddp":
             flags = f"--parallel {self.run.parallel}"
             if self.optimization.optimizer == "muon":

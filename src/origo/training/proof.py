@@ -33,9 +33,24 @@ class Proof:
 
 
 def prove(
-    checkpoint: Path, expected: float, token_cache: Path, *, batch_size: int, eval_batches: int, device: str, precision: str
+    checkpoint: Path,
+    expected: float,
+    token_cache: Path,
+    *,
+    batch_size: int,
+    eval_batches: int,
+    device: str,
+    precision: str,
+    rounded: bool = False,
 ) -> Proof:
     """Run the proof in a fresh process.
+
+    Args:
+        checkpoint: of the run.
+        expected: what the trained model's held-out loss is.
+        token_cache: the folder with the run's tokens.
+        batch_size, eval_batches, device, precision: as the training process measures.
+        rounded: whether it computed with the blocks' weights in bf16, and not with those that it keeps.
 
     Raises:
         CheckpointError: the process failed; its last line says why.
@@ -47,6 +62,7 @@ def prove(
         "eval_batches": eval_batches,
         "device": device,
         "precision": precision,
+        "rounded": rounded,
     }
     command = [sys.executable, "-P", "-m", "origo.training.proof", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
@@ -59,6 +75,8 @@ def prove(
 
 def _open_and_measure(request: dict[str, object]) -> tuple[float, str]:
     """What the fresh process does: the held-out loss and a sample of the model in the checkpoint."""
+    import torch
+
     from origo.data.tokenizer import Tokenizer
     from origo.data.tokens import open_tokens
     from origo.models.gpt import GPT
@@ -73,6 +91,10 @@ def _open_and_measure(request: dict[str, object]) -> tuple[float, str]:
     checkpoint = read_checkpoint(str(request["checkpoint"]))
     model = load_checkpoint(checkpoint, device=compute.device)
     assert isinstance(model, GPT)
+    if request["rounded"]:
+        with torch.no_grad():
+            for parameter in model.trf_blocks.parameters():
+                parameter.copy_(parameter.bfloat16())
     tokens = open_tokens(Path(str(request["token_cache"])))
     assert tokens is not None, "the token cache is gone"
     batch_size, limit = int(str(request["batch_size"])), int(str(request["eval_batches"]))

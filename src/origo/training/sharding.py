@@ -4,9 +4,10 @@ FSDP2 (``fully_shard``) puts a block together when it is its turn, on the way fo
 again behind it; what is outside of the blocks stays together from one to the other. Gradients are averaged while they are
 shared out, in each part of a batch, so that whole ones never add up anywhere.
 
-What is put together is fp32, and autocast computes in ``--precision`` as it does without sharding: a norm's weights rounded to
-bf16 would be another model than the one that is kept, and that a fresh process proves (with FSDP2's mixed precision the loss of
-eight layers was 2e-4 apart, twice of what the proof allows).
+What is put together is fp32, and autocast computes in ``--precision`` as it does without sharding. With ``--gather-dtype bf16``
+a block is put together in bf16. Autocast rounds its matrices anyway; what changes is that norms are rounded too, so the loss is
+that of another model than the one that is kept (2e-4 apart with eight layers), and the proof rounds as the training does. What
+goes from block to block stays fp32, and what is outside of them too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from origo.errors import ConfigError
 from origo.models.gpt import GPT
 from origo.state.processes import gathered
 from origo.state.sharded import whole
-from origo.training.options import Parallel
+from origo.training.options import RunOptions
+from origo.training.precision import Compute
 from origo.training.ranks import Ranks
 
 
@@ -34,17 +36,30 @@ class Sharding:
     """Of processes: all of them, or machines by the processes of each."""
     machines: int = 1
     """How often all of the model is there."""
+    rounds: bool = False
+    """Whether a block's weights are put together in bf16."""
+    offloads: bool = False
+    """Whether the shares are in main memory, and not where they are computed with."""
 
     def __str__(self) -> str:
-        return "weights sharded" + (f" within each of {self.machines} machines" if self.machines > 1 else "")
+        within = f" within each of {self.machines} machines" if self.machines > 1 else ""
+        return f"weights sharded{within}{', put together in bf16' * self.rounds}{', in main memory' * self.offloads}"
 
     def share_out(self, model: GPT) -> None:
         """Leave this process its share, on the device that computes; weights have to be the same in all of them."""
-        from torch.distributed.fsdp import fully_shard  # takes a second
+        from torch.distributed.fsdp import (  # takes a second
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
 
+        where = CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda") if self.offloads else OffloadPolicy()
+        rounded = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.trf_blocks:
-            fully_shard(block, mesh=self.mesh)
-        fully_shard(model, mesh=self.mesh)
+            policy = rounded if self.rounds else MixedPrecisionPolicy()
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, offload_policy=where)
+        fully_shard(model, mesh=self.mesh, offload_policy=where)
 
     def last_of_step(self, model: nn.Module, last: bool) -> None:
         """Say whether the next backward pass is: sums of a machine are exchanged with other machines once a step."""
@@ -61,12 +76,22 @@ class Sharding:
         return True
 
 
-def make_sharding(parallel: Parallel, ranks: Ranks, device: torch.device) -> Sharding | None:
+def make_sharding(run: RunOptions, ranks: Ranks, compute: Compute) -> Sharding | None:
     """What ``--parallel`` asks for; None where each process has the whole model, as a single one has.
 
     Raises:
-        ConfigError: FSDP2 does not run on the device, or the machines have unequal numbers of processes.
+        ConfigError: FSDP2 does not run on the device, the machines have unequal numbers of processes, or something of this kind
+            has no sense here.
     """
+    parallel, device = run.parallel, compute.device
+    if run.cpu_offload and device.type == "cpu":
+        raise ConfigError("--cpu-offload is for weights that a GPU computes with; this run's are in main memory: leave it out.")
+    if run.cpu_offload and ranks.count == 1:
+        raise ConfigError("--cpu-offload needs several processes, one for each GPU (--processes): with one, leave it out.")
+    if run.gather_dtype == "bf16" and compute.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"--gather-dtype bf16 is for --precision bf16, and this run computes in {compute.precision}: leave it out."
+        )
     if parallel == "ddp" or ranks.count == 1:
         return None
     if device.type not in ("cpu", "cuda"):
@@ -88,9 +113,9 @@ def make_sharding(parallel: Parallel, ranks: Ranks, device: torch.device) -> Sha
             "--parallel fsdp."
         )
     machines = ranks.count // each[0]
-    if machines == 1:
-        return Sharding(init_device_mesh(device.type, (ranks.count,), mesh_dim_names=("shard",)))
-    return Sharding(init_device_mesh(device.type, (machines, each[0]), mesh_dim_names=("replicate", "shard")), machines)
+    shape, names = ((ranks.count,), ("shard",)) if machines == 1 else ((machines, each[0]), ("replicate", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return Sharding(mesh, machines, run.gather_dtype == "bf16", run.cpu_offload)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:

@@ -226,11 +226,11 @@ class Stepper:
             for optimizer in self.optimizers:
                 self._scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self._options.grad_clip or torch.inf)
-        bad = self.guard.judge(loss, norm)
+        bad = self.guard.judge(loss, norm.to(loss.device))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        if self.compute.device.type == "cuda":
+        if self.compute.device.type == "cuda" and not (self.sharding and self.sharding.offloads):
             self._step_unless(bad)
         elif not bad:
             for optimizer in self.optimizers:
