@@ -368,6 +368,24 @@ def test_a_file_that_changes_after_it_was_checked_is_checked_again(saved: Path) 
         checkpoint.model.state()
 
 
+def test_what_several_threads_read_is_checked_all_the_same(tmp_path: Path) -> None:
+    """Five tensors of 6 MB, each in blocks: a changed byte of one is an error, and names it."""
+    state = {f"w{number}": torch.rand(1500, 1000) for number in range(5)}
+    dcp.save(state, storage_writer=origo.DCPWriter(tmp_path / "step"), no_dist=True)
+    into = {name: torch.zeros_like(value) for name, value in state.items()}
+    dcp.load(into, storage_reader=origo.DCPReader(tmp_path / "step"), no_dist=True)
+    assert all(torch.equal(into[name], value) for name, value in state.items())
+    (file,) = (tmp_path / "step").glob("model-*.safetensors")
+    content = bytearray(file.read_bytes())
+    at = content.index(state["w3"][800].numpy().tobytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointException, match="the bytes of 'w3' are not those that were written"):
+        dcp.load(into, storage_reader=origo.DCPReader(tmp_path / "step"), no_dist=True)
+    dcp.load(into, storage_reader=origo.DCPReader(tmp_path / "step", verify=False), no_dist=True)
+    assert [name for name, value in state.items() if not torch.equal(into[name], value)] == ["w3"]
+
+
 def test_more_than_can_be_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "MOST_JSON_VALUES", 1000)
     state = {f"weight{number}": torch.zeros(1) for number in range(300)}

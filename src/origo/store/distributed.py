@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
     LoadPlanner,
+    ReadItem,
     SavePlan,
     SavePlanner,
     WriteItem,
@@ -49,11 +50,13 @@ from origo.store.layout import MANIFEST, MODEL
 from origo.store.pieces import Layout, Part, Pieced, Pieces, put_together
 from origo.store.reader import Checkpoint, read_checkpoint
 from origo.store.tensorfile import dtype_called, dtype_name
+from origo.store.threads import WORKERS, share
 from origo.store.writer import Box, Content, Share, complete_folder, require_replaceable, write_share
 
 STATE = "state.safetensors"
 """What is no part of the model: an optimizer's tensors, and those inside of other objects."""
 _MODEL_KEY = "model"
+_FOR_ONE_THREAD = 4 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -152,13 +155,13 @@ class DCPWriter(StorageWriter):
             )
         folder = self._folder or NewFolder(Path(place.folder))
         try:
-            share = write_share(folder, place.number, Content(tensors, boxes))
+            written = write_share(folder, place.number, Content(tensors, boxes))
         except OSError as error:
             raise storage_error("write", self._required_path(), error) from error
         finally:
             if folder is not self._folder:
                 folder.close()
-        told = itertools.chain([_Told(share, objects)], itertools.repeat(None))
+        told = itertools.chain([_Told(written, objects)], itertools.repeat(None))
         future: Future[list[WriteResult]] = Future()
         future.set_result(
             [
@@ -281,6 +284,7 @@ class DCPReader(StorageReader):
             for each in (name, *entry.aliases)
             for part in entry.layout.parts
         }
+        reads: list[tuple[ReadItem, TensorFile, str, torch.Tensor]] = []
         for item in plan.items:
             name = item.storage_index.fqn
             if item.type == LoadItemType.BYTE_IO:
@@ -299,8 +303,16 @@ class DCPReader(StorageReader):
                     f"{name} is {file.dtypes[piece]} in '{self._opened().path}' and {dtype_name(target.dtype)} here: "
                     'DCPReader(path, dtype="cast") converts it.'
                 )
-            box = [(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True)]
-            file.read_into(piece, target, box, verify=self._verify)
+            reads.append((item, file, piece, target))
+
+        def read(number: int) -> None:
+            for item, file, piece, target in reads[number::threads]:
+                box = [(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True)]
+                file.read_into(piece, target, box, verify=self._verify)
+
+        threads = WORKERS if sum(target.nbytes for *_, target in reads) > _FOR_ONE_THREAD else 1
+        share(read, threads)
+        for item, *_, target in reads:
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)

@@ -39,7 +39,7 @@ from origo.store.threads import WORKERS, share
 _CHUNK = 1 << 20
 _UNIT = 16 * BLOCK  # of a large tensor, what a thread checks at a time
 
-Box = Sequence[tuple[int, int]]
+Bounds = Sequence[tuple[int, int]]
 """Of a tensor, in each dimension: where a part of it begins, and where it ends."""
 
 
@@ -109,7 +109,7 @@ class TensorFile(ABC):
         box, dropped = found
         return self._box(stored, box, dtype, verify)[dropped]
 
-    def read_into(self, name: str, target: Tensor, box: Box | None = None, *, verify: bool = True) -> None:
+    def read_into(self, name: str, target: Tensor, box: Bounds | None = None, *, verify: bool = True) -> None:
         """Read a tensor, or a box of one, into a tensor of that shape. Where it is damaged, ``target`` has been changed.
 
         Raises:
@@ -153,7 +153,7 @@ class TensorFile(ABC):
     def _forget_if_changed(self) -> None:  # noqa: B027
         """Where a file can be written over in place, what was checked is checked anew afterwards."""
 
-    def _box(self, name: str, box: Box, dtype: torch.dtype, verify: bool) -> Tensor:
+    def _box(self, name: str, box: Bounds, dtype: torch.dtype, verify: bool) -> Tensor:
         """A part of a tensor, in memory of its own."""
         try:
             values = torch.empty(_size(box), dtype=dtype, device="cpu")
@@ -237,7 +237,7 @@ class SafetensorsFile(TensorFile):
         self.aliases = {alias: name for name, entry in entries.items() for alias in entry.aliases}
         self.hashes = {name: entry.hash for name, entry in entries.items()}
 
-    def read_into(self, name: str, target: Tensor, box: Box | None = None, *, verify: bool = True) -> None:
+    def read_into(self, name: str, target: Tensor, box: Bounds | None = None, *, verify: bool = True) -> None:
         """As of any file; into memory in one piece what is read is hashed while it is in the processor's cache."""
         stored = self._stored_name(name)
         self._forget_if_changed()
@@ -479,7 +479,7 @@ class PiecedFile(TensorFile):
         )
         self._entries, self._open = entries, opened
 
-    def read_into(self, name: str, target: Tensor, box: Box | None = None, *, verify: bool = True) -> None:
+    def read_into(self, name: str, target: Tensor, box: Bounds | None = None, *, verify: bool = True) -> None:
         """As of any file; of a box, the pieces alone that have something of it are read and checked."""
         stored = self._stored_name(name)
         entry = self._entries[stored]
@@ -504,7 +504,7 @@ class PiecedFile(TensorFile):
             raise CheckpointError(f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch does not have.")
         return self._box(name, _whole(entry.shape), dtype, False)
 
-    def _box(self, name: str, box: Box, dtype: torch.dtype, verify: bool) -> Tensor:
+    def _box(self, name: str, box: Bounds, dtype: torch.dtype, verify: bool) -> Tensor:
         for part in self._entries[name].layout.overlapping(box):
             self.piece(name, part)  # what is there has that size: nobody's word is taken for it
         return super()._box(name, box, dtype, verify)
@@ -541,15 +541,15 @@ def _hash_of_block(expected: TensorHash, number: int) -> str:
     return expected.block(number) if expected.blocks else expected.blake3
 
 
-def _whole(shape: tuple[int, ...]) -> Box:
+def _whole(shape: tuple[int, ...]) -> Bounds:
     return [(0, size) for size in shape]
 
 
-def _size(box: Box) -> tuple[int, ...]:
+def _size(box: Bounds) -> tuple[int, ...]:
     return tuple(end - start for start, end in box)
 
 
-def _slices(box: Box) -> tuple[slice, ...]:
+def _slices(box: Bounds) -> tuple[slice, ...]:
     return tuple(slice(start, end) for start, end in box)
 
 
@@ -558,7 +558,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
-def _box_of(index: Any, shape: tuple[int, ...]) -> tuple[Box, tuple[int | slice, ...]] | None:
+def _box_of(index: Any, shape: tuple[int, ...]) -> tuple[Bounds, tuple[int | slice, ...]] | None:
     """The box that an index asks for, and how the dimensions that it gives one number for are dropped from it afterwards.
 
     None for what is no box: masks, steps, new dimensions; and for what the tensor itself has to refuse.
