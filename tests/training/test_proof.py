@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from origo.data.tokens import open_tokens
 from origo.errors import CheckpointError
 from origo.store.layout import CONFIG, MODEL, TOKENIZER
 from origo.store.writer import write_folder
+from origo.training import loop
+from origo.training import proof as proof_module
 from origo.training.proof import Proof, prove
 from origo.training.sample import write_sample
 from origo.training.step import Batch, Result, Stepper
@@ -63,6 +67,38 @@ def test_a_checkpoint_that_does_not_open_is_named_with_the_reason(run: Path) -> 
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"did not open in a fresh process: .*model\.safetensors' is damaged"):
         proof_of(run, checkpoint)
+
+
+_TOO_SMALL = """
+import sys, torch
+from origo.training import proof
+def no_room(request):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+proof._open_and_measure = no_room
+sys.exit(proof.main("{}"))
+"""
+
+
+def test_a_model_that_fits_no_single_process_is_kept_without_a_proof(
+    origo: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was shared out over several GPUs may: what was trained is there, and the end says what was left out."""
+    python = tmp_path / "python"
+    program = tmp_path / "no_room.py"
+    program.write_text(_TOO_SMALL)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(loop, "prove", prove)
+    monkeypatch.setattr(proof_module.sys, "executable", str(python))
+    done = origo("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 10)
+    assert done.returncode == 0, done.stderr
+    assert "Proof: left out: a fresh process has not the memory for all of the model beside the training" in done.stdout
+    assert re.search(r"proof +left out for want of memory; every byte of the file: .+ verify runs/book\n", done.stdout)
+    assert "A sample" not in done.stdout
+    library.open_checkpoint(tmp_path / "runs/book").verify()
+    python.write_text("#!/bin/sh\nkill -9 $$\n")  # so a system ends a process that takes too much
+    with pytest.raises(MemoryError):
+        proof_of(tmp_path / "runs/book", tmp_path / "runs/book/checkpoints/step-000000010")
 
 
 def test_a_sample_continues_a_text_that_was_held_out(run: Path) -> None:

@@ -376,9 +376,9 @@ TINY = GPTConfig(vocab_size=101, context_length=32, emb_dim=32, n_heads=4, n_lay
 ranks, _ = join("cpu", 600)
 compute = Compute(torch.device("cpu"), torch.float32)
 torch.manual_seed(0)
-model = GPT(TINY)
-whole = sum(parameter.nbytes for parameter in model.parameters())
 sharding = make_sharding(RunOptions(parallel="fsdp"), ranks, compute)
+model = sharding.make(TINY)
+whole = sum(parameter.nbytes for parameter in model.parameters())
 stepper = Stepper(model, OptimizationOptions(ema=0.9), compute, ranks, sharding)
 tokens = torch.randint(0, TINY.vocab_size, (4, TINY.context_length + 1), generator=torch.Generator().manual_seed(ranks.number))
 batch = tokens[:, :-1], tokens[:, 1:]
@@ -420,11 +420,13 @@ for each in (model, stepper.average.model):  # five batches for two: one of them
     assert held_out_loss(each, Stream(), TINY.context_length, 1, 5, compute, (ranks.number, ranks.count)) > 0
 print(whole, *look(), sum(gradients) / 4)  # of two steps of two parts each
 
+mesh = sharding.mesh
 def trained(**how):
     torch.manual_seed(0)
-    model = GPT(TINY)
+    sharding = Sharding(mesh, **how)
+    model = sharding.make(TINY)
     half = Compute(compute.device, torch.bfloat16)
-    stepper = Stepper(model, OptimizationOptions(ema=0.9), half, ranks, Sharding(sharding.mesh, **how))
+    stepper = Stepper(model, OptimizationOptions(ema=0.9), half, ranks, sharding)
     seen = set()
     for each in (model.tok_emb, model.trf_blocks[0].norm1, model.trf_blocks[1].ff.layers[2], model.out_head):
         each.register_forward_pre_hook(lambda m, given: seen.add((type(m).__name__, m.weight.dtype, given[0].dtype)))
@@ -435,6 +437,26 @@ def trained(**how):
     assert {each.dtype for each in mine} == {torch.float32}
     between = {given for name, _, given in seen if name == "LayerNorm"}
     return losses, mine, {(name, weight) for name, weight, given in seen}, between
+
+# The weights to begin with, and how much memory it takes to make them: less than those of a whole model.
+from pathlib import Path
+def memory(kind):
+    return int(Path("/proc/self/status").read_text().split(kind + ":")[1].split()[0]) * 1024
+large = GPTConfig(vocab_size=101, context_length=32, emb_dim=256, n_heads=4, n_layers=50)
+torch.manual_seed(3)
+if measurable := Path("/proc/self/clear_refs").exists():
+    Path("/proc/self/clear_refs").write_text("5")  # the most is counted from now on
+    before = memory("VmRSS")
+shared = sharding.make(large)
+average = sharding.copy(shared)
+took = (memory("VmHWM") - before) / sum(parameter.nbytes for parameter in shared.parameters()) if measurable else 1.1
+drawn = torch.rand(1)
+torch.manual_seed(3)
+for (name, theirs), mine, again in zip(GPT(large).named_parameters(), shared.parameters(), average.parameters(), strict=True):
+    assert torch.equal(mine.full_tensor(), theirs) and torch.equal(again.full_tensor(), theirs), name
+assert torch.equal(torch.rand(1), drawn), "the generator goes on as it would"
+assert 0.8 < took < 1.4, took  # two halves, and a block; of whole models it would be two
+del shared, average
 
 losses, weights, dtypes, between = trained()
 assert {dtype for _, dtype in dtypes} == between == {torch.float32}
@@ -483,7 +505,7 @@ torch.compile = functools.partial(torch.compile, backend="aot_eager")
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 model = GPT(GPTConfig.preset("nano", vocab_size=100, n_layers=12, context_length=32))
 names = list(model.state_dict())
-Sharding(init_device_mesh("cpu", (1,))).share_out(model)
+model = Sharding(init_device_mesh("cpu", (1,))).copy(model)
 tokens = torch.randint(0, 100, (2, 32))
 eager = model(tokens, tokens)
 assert compile_in_place(model, "blocks", lambda: model(tokens, tokens).backward()).how == "blocks"

@@ -130,6 +130,8 @@ def _summarise(outcome: Outcome, display: Display) -> None:
                 f"{'the same to the last bit' if difference == 0 else f'{difference:.1e} apart'}",
             )
         )
+    elif outcome.compilation is not None:
+        rows.append(("proof", f"left out for want of memory; every byte of the file: {command} verify {quote(str(run))}"))
     rows.append(("look at", f"{outcome.folder.loss_plot}  {run / 'samples'}  {outcome.folder.metrics}"))
     display.table(rows)
     display.note("Next:", style="bold")

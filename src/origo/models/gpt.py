@@ -194,11 +194,37 @@ class GPT(nn.Module):
         with torch.device("meta"), _NothingDrawn():
             return cls(config)
 
-    def reset_parameters(self) -> None:
+    def materialise(self, after_block: Callable[[Block], object], *, draw: bool = True) -> None:
+        """Give one without values the memory for them, block after block.
+
+        Args:
+            after_block: is given each block before the next one takes memory; to share it out, say.
+            draw: fill it with what ``GPT(config)`` would have begun with, in the same order from the same generator; else it
+                is to be written over.
+        """
+        for layer in self.modules() if draw else ():
+            if isinstance(layer, nn.Linear | nn.Embedding):  # draws values of its own when it is made, which are drawn over
+                layer.to_empty(device="cpu").reset_parameters()
+                layer.to_empty(device="meta")
+        for child in self.children():
+            for part in child if isinstance(child, nn.ModuleList) else (child,):
+                part.to_empty(device="cpu")
+                if draw:
+                    self.reset_parameters(part)
+                if isinstance(part, Block):
+                    after_block(part)
+        if self.config.tie_embeddings:
+            self.out_head.weight = self.tok_emb.weight
+
+    def reset_parameters(self, part: nn.Module | None = None) -> None:
         """GPT-2's initialisation: N(0, 0.02), biases 0, and the layers that write to the residual stream scaled down by
-        the square root of their number, so that its variance does not grow with depth."""
+        the square root of their number, so that its variance does not grow with depth.
+
+        Args:
+            part: one of the modules alone, by default all.
+        """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
-        for name, module in self.named_modules():
+        for name, module in (part or self).named_modules():
             if isinstance(module, nn.Linear):
                 writes_to_residual = name.endswith(("att.proj", "ff.layers.2"))
                 nn.init.normal_(module.weight, std=residual_std if writes_to_residual else 0.02)

@@ -236,8 +236,7 @@ class Trainer:
         )
         self.prefetcher = Prefetcher(self.batches.__getitem__, compute.device)
         seed_all(seed)
-        model = GPT(self.config)
-        self.model = model if sharding else model.to(compute.device)  # of a large one, the device has room for this share
+        self.model = sharding.make(self.config) if sharding else GPT(self.config).to(compute.device)
         self.stepper = Stepper(self.model, options.optimization, compute, ranks, sharding)
         self.keeper = Keeper(checkpointer, folder.checkpoints, display, together=sharding is not None)
         self.step = 0  # steps done
@@ -701,7 +700,8 @@ class Trainer:
         measured = self.measured_step == self.step and math.isfinite(self.held_out)
         return {"val_loss": self.held_out} if measured else {}
 
-    def _prove(self) -> Proof:
+    def _prove(self) -> Proof | None:
+        """None where there is not the memory for it: a model that is shared out need not fit where one process is."""
         checkpoint = self.keeper.checkpoint
         assert checkpoint is not None
         if not math.isfinite(self.held_out):
@@ -713,16 +713,20 @@ class Trainer:
         put_back(self.tokens)  # somebody may have deleted the cache, which is mapped into this process alone
         size = self.stepper.micro_batch or self.micro_batches[0]
         with self.display.activity("Proof") as activity:
-            proof = prove(
-                checkpoint,
-                self.held_out,
-                self.tokens.path,
-                batch_size=size,
-                eval_batches=self._eval_batches(size),
-                device=str(self.compute.device),
-                precision=self.compute.precision,
-                rounded=self.sharding is not None and self.sharding.rounds,
-            )
+            try:
+                proof = prove(
+                    checkpoint,
+                    self.held_out,
+                    self.tokens.path,
+                    batch_size=size,
+                    eval_batches=self._eval_batches(size),
+                    device=str(self.compute.device),
+                    precision=self.compute.precision,
+                    rounded=self.sharding is not None and self.sharding.rounds,
+                )
+            except MemoryError:
+                activity.result = "left out: a fresh process has not the memory for all of the model beside the training"
+                return None
             activity.result = "a fresh process without torch.compile opened the checkpoint"
         if not proof.holds:
             raise CheckpointError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -46,13 +44,13 @@ class Average:
     """An exponential moving average of a model's weights, as a model of its own.
 
     Args:
-        model: a copy of it is filled, on the same device.
+        model: a copy of the one whose weights are averaged, on the same device.
         decay: the share that stays at each step; less in the first ones (``(1 + n) / (10 + n)``), or the average would remember
             the random weights of the beginning for ``1 / (1 - decay)`` steps.
     """
 
     def __init__(self, model: GPT, decay: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model = model.requires_grad_(False)
         self._decay = decay
 
     @torch.no_grad()

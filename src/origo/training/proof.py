@@ -6,13 +6,15 @@ The process that trained is the worst witness for what it kept: its memory holds
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from origo.errors import CheckpointError
+from origo.errors import CheckpointError, is_out_of_memory
 
+_NO_MEMORY = 3  # exit code
 _TOLERANCE = 1e-4  # nats; the same machine gives the same bits, another thread count rounds otherwise
 
 
@@ -54,6 +56,7 @@ def prove(
 
     Raises:
         CheckpointError: the process failed; its last line says why.
+        MemoryError: it has not the memory for all of the model.
     """
     request = {
         "checkpoint": str(checkpoint),
@@ -66,6 +69,8 @@ def prove(
     }
     command = [sys.executable, "-P", "-m", "origo.training.proof", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode in (_NO_MEMORY, -signal.SIGKILL):  # the second is what a system does that has no more
+        raise MemoryError
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise CheckpointError(f"The checkpoint '{checkpoint}' did not open in a fresh process: {last}")
@@ -105,5 +110,16 @@ def _open_and_measure(request: dict[str, object]) -> tuple[float, str]:
     return loss, write_sample(model, tokenizer, tokens.held_out)
 
 
+def main(request: str) -> int:
+    """What the fresh process is started as; what it found is printed as JSON."""
+    try:
+        print(json.dumps(_open_and_measure(json.loads(request))))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _NO_MEMORY
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(_open_and_measure(json.loads(sys.argv[1]))))
+    sys.exit(main(sys.argv[1]))

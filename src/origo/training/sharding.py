@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from origo.errors import ConfigError
-from origo.models.gpt import GPT
+from origo.models.config import GPTConfig
+from origo.models.gpt import GPT, Block
 from origo.state.processes import gathered
-from origo.state.sharded import whole
+from origo.state.sharded import local, whole
 from origo.training.options import RunOptions
 from origo.training.precision import Compute
 from origo.training.ranks import Ranks
@@ -45,8 +46,28 @@ class Sharding:
         within = f" within each of {self.machines} machines" if self.machines > 1 else ""
         return f"weights sharded{within}{', put together in bf16' * self.rounds}{', in main memory' * self.offloads}"
 
-    def share_out(self, model: GPT) -> None:
-        """Leave this process its share, on the device that computes; weights have to be the same in all of them."""
+    def make(self, config: GPTConfig) -> GPT:
+        """A new model of which each process has its share; a whole block, and what is outside of them, only on the way there.
+
+        With the same random numbers in all processes its weights are those of ``GPT(config)``.
+        """
+        model = GPT.without_values(config)
+        model.materialise(self._share_out)
+        self._share_out(model)
+        return model
+
+    def copy(self, model: GPT) -> GPT:
+        """Another one with the same weights."""
+        made = GPT.without_values(model.config)
+        made.materialise(self._share_out, draw=False)
+        self._share_out(made)
+        with torch.no_grad():
+            for mine, theirs in zip(made.parameters(), model.parameters(), strict=True):
+                local(mine).copy_(local(theirs))
+        return made
+
+    def _share_out(self, part: nn.Module) -> None:
+        """Leave this process its share of a block, or of what is outside of the blocks, where shares are."""
         from torch.distributed.fsdp import (  # takes a second
             CPUOffloadPolicy,
             MixedPrecisionPolicy,
@@ -56,10 +77,8 @@ class Sharding:
 
         where = CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda") if self.offloads else OffloadPolicy()
         rounded = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in model.trf_blocks:
-            policy = rounded if self.rounds else MixedPrecisionPolicy()
-            fully_shard(block, mesh=self.mesh, mp_policy=policy, offload_policy=where)
-        fully_shard(model, mesh=self.mesh, offload_policy=where)
+        policy = rounded if self.rounds and isinstance(part, Block) else MixedPrecisionPolicy()
+        fully_shard(part, mesh=self.mesh, mp_policy=policy, offload_policy=where)
 
     def last_of_step(self, model: nn.Module, last: bool) -> None:
         """Say whether the next backward pass is: sums of a machine are exchanged with other machines once a step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -64,11 +65,8 @@ class Stepper:
         self.model, self.compute, self.ranks, self.sharding = model, compute, ranks, sharding
         self._options = options
         self._gradients = GradientMean(model, ranks if sharding is None else Ranks())
-        self.average = Average(model, options.ema) if options.ema else None
-        if sharding is not None:
-            sharding.share_out(model)
-            if self.average is not None:
-                sharding.share_out(self.average.model)
+        copied = sharding.copy if sharding is not None else copy.deepcopy
+        self.average = Average(copied(model), options.ema) if options.ema else None
         self.optimizers = build_optimizers(model, options)
         fp16 = compute.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(compute.device.type, enabled=fp16)
