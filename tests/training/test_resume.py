@@ -15,6 +15,7 @@ from tests.conftest import TINY_RUN, Run
 
 IN_FULL = bool(os.environ.get("ORIGO_PROVE"))
 LENGTH = ("--steps", 150, "--save-every", 15, "--eval-every", 50, "--eval-batches", 2, "--log-every", 7)
+PARTS = ("--drop-rate", 0.1, "--micro-batch", 1, "--ema", 0.99)
 
 RUNS = {
     "AdamW, compiled, dropout": (*TINY_RUN, *LENGTH, "--compile", "whole", "--drop-rate", 0.1),
@@ -39,11 +40,13 @@ RUNS = {
         *(*EAGER, *LENGTH, "--optimizer", "muon", "--ema", 0.99, "--gradient-checkpointing", "--drop-rate", 0.2),
     ),
     "fp16 with its scaler": (*EAGER, *LENGTH, "--precision", "fp16"),
+    "two processes, EMA, dropout, accumulation": (*EAGER, *LENGTH, *PARTS, "--processes", 2),
+    "two processes with shares of all of it": (*EAGER, *LENGTH, *PARTS, "--processes", 2, "--parallel", "fsdp"),
 }
 
 
 # Eager and compiled, dropout, accumulation, an average, Muon and AdamW are in the first three.
-CHOSEN = RUNS if IN_FULL else dict(list(RUNS.items())[:3])
+CHOSEN = RUNS if IN_FULL else dict([*list(RUNS.items())[:3], *list(RUNS.items())[-1:]])
 
 
 @pytest.mark.parametrize("options", CHOSEN.values(), ids=CHOSEN)
@@ -76,7 +79,6 @@ def test_what_differs_is_found(origo: Run, book: Path, tmp_path: Path) -> None:
         (("--kills", 0), "--kills must be at least 1"),
         (("--name", "x"), "--name is not for check-resume"),
         (("--steps", 0), "--steps must be more than 0"),
-        (("--processes", 2), "kills a run of one process: leave --processes out"),
         (("--folder", "."), "is not empty: name a new --folder"),
         (("--n-heads", 5), "cannot be split over n_heads=5"),
     ],

@@ -14,7 +14,7 @@ import tyro
 from origo.cli.train import parse_options
 from origo.errors import ConfigError
 from origo.training.display import Display
-from origo.training.exactness import compare_killed
+from origo.training.exactness import can_find_workers, compare_killed
 
 _SHOWN = 12
 
@@ -22,6 +22,7 @@ _SHOWN = 12
 @dataclass(frozen=True)
 class _Arguments:
     """Train straight, and again with SIGKILLs at random moments, and compare every tensor and every row of metrics bit by bit.
+    Of several processes (--processes) one of them is killed each time.
 
     All options of origo train but --name and --runs-dir go after these (origo train --help). Choose few --steps, and
     --save-every such that there are several checkpoints. Exit code 0: the same bits; 1: not the same.
@@ -43,15 +44,16 @@ def run(arguments: list[str]) -> int:
     for argument in options:
         if argument.split("=")[0] in ("--name", "--runs-dir", "--time-limit"):
             raise ConfigError(f"{argument.split('=')[0]} is not for check-resume, which has two runs of its own: leave it out.")
-        if argument.split("=")[0] == "--processes":
-            raise ConfigError("check-resume kills a run of one process: leave --processes out.")
     if ours.folder is not None and ours.folder.exists() and any(ours.folder.iterdir()):
         raise ConfigError(f"'{ours.folder}' is not empty: name a new --folder.")
     seed = random.randrange(10**6) if ours.kill_seed is None else ours.kill_seed
     folder = ours.folder or Path(tempfile.mkdtemp(prefix="origo-check-resume-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        parse_options([*options, "--name", "straight", "--runs-dir", str(folder)])  # what is wrong with them is said now
+        # What is wrong with them is said now.
+        parsed = parse_options([*options, "--name", "straight", "--runs-dir", str(folder)])
+        if parsed.run.processes > 1 and not can_find_workers():
+            raise ConfigError("check-resume finds the processes to kill in /proc, which is not there: take --processes 1.")
     except BaseException:
         _remove_if_empty(folder)
         raise

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
             _require_success(process)
             break
         result.kills.append(_last_step(killed))
-        process.send_signal(signal.SIGKILL)
+        os.kill(moments.choice(_workers(process.pid) or [process.pid]), signal.SIGKILL)
         process.communicate()
     told("to the end", kills, kills)
     process = _start(arguments, killed)
@@ -101,6 +102,24 @@ def _start(arguments: Sequence[str], run: RunFolder) -> subprocess.Popen[bytes]:
     output = (run.path.parent / f"{run.path.name}.log").open("wb")
     with output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, env=os.environ)
+
+
+def can_find_workers() -> bool:
+    """Whether this system tells which processes one has started."""
+    return Path("/proc/self/stat").exists()
+
+
+def _workers(launcher: int) -> list[int]:
+    """The processes that share a run's batches, where the one that was started only watches over them."""
+    if not can_find_workers():
+        return []
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # one that ends meanwhile
+            parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
+            if int(parent) == launcher and b"\0RANK=" in (stat.parent / "environ").read_bytes():
+                found.append(int(stat.parent.name))
+    return sorted(found)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
