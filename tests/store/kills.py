@@ -17,7 +17,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +32,7 @@ CALLS = (
     *("openat", "write", "pwrite64", "fsync", "close", "rename", "renameat2", "mkdir", "unlink", "rmdir", "flock", "ftruncate"),
     *("chmod", "fchmod", "fchmodat", "sync_file_range"),
 )
+T = TypeVar("T")
 TASKS = 5  # two steps, three files
 
 
@@ -75,6 +78,29 @@ def work(folder: Path, told: int) -> None:
         os.write(told, b".")
 
 
+def attach(child: int, options: list[str]) -> subprocess.Popen[str]:
+    """strace on a child that waits for a word; where it cannot be, the child is ended, and a sentence raised as SystemExit."""
+    strace = subprocess.Popen(["strace", "-f", "-qq", "-p", str(child), *options], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while "TracerPid:\t0" in Path(f"/proc/{child}/status").read_text():
+        if strace.poll() is not None or time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            sys.exit(f"strace cannot attach: {strace.stderr.read() if strace.stderr else ''}")
+        time.sleep(0.001)
+    return strace
+
+
+def calls_in(log: Path) -> Counter[str]:
+    """How often each call is in what strace wrote."""
+    return Counter(line.split(None, 1)[1].partition("(")[0] for line in log.read_text().splitlines() if "(" in line)
+
+
+def sample(points: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, spread over all."""
+    return list(points) if len(points) <= most else [points[index * len(points) // most] for index in range(most)]
+
+
 def attempt(folder: Path, options: list[str]) -> int:
     """Run the child under strace; how many tasks it said were done."""
     reading, told = os.pipe()
@@ -89,14 +115,7 @@ def attempt(folder: Path, options: list[str]) -> int:
             os._exit(0)
     os.close(told)
     os.close(waiting)
-    strace = subprocess.Popen(["strace", "-f", "-qq", "-p", str(child), *options], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
-    while "TracerPid:\t0" in Path(f"/proc/{child}/status").read_text():
-        if strace.poll() is not None or time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            sys.exit(f"strace cannot attach: {strace.stderr.read() if strace.stderr else ''}")
-        time.sleep(0.001)
+    strace = attach(child, options)
     os.write(go, b".")
     os.close(go)
     os.waitpid(child, 0)
@@ -147,9 +166,9 @@ def main(folder: Path, most: int) -> None:
 
     log = folder / "log"
     assert attempt(fresh(), ["-e", "trace=" + ",".join("?" + call for call in CALLS), "-o", str(log)]) == TASKS
-    counted = Counter(line.split(None, 1)[1].partition("(")[0] for line in log.read_text().splitlines() if "(" in line)
+    counted = calls_in(log)
     points = [(call, number) for call in CALLS for number in range(1, counted[call] + 1)]
-    chosen = points if len(points) <= most else [points[index * len(points) // most] for index in range(most)]
+    chosen = sample(points, most)
     outcomes: Counter[int] = Counter()
     for call, number in chosen:
         place = fresh()

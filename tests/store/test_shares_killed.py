@@ -7,9 +7,12 @@ crash point takes half a second.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from origo.store.reader import read_checkpoint
 from origo.store.run import Retention, step_folder, steps, write_step
 from origo.store.shares import SharedFolder
 from origo.store.writer import Box, Content, write_folder
+from tests.store.kills import CALLS, attach, calls_in, sample
 
 IN_FULL = bool(os.environ.get("ORIGO_PROVE"))
 OPERATIONS = [name for name, value in vars(Disk).items() if callable(value) and not name.startswith("_")]
@@ -45,6 +49,11 @@ def fill(run: Path, number: int, store: Any, place: Path, kill_at: int) -> None:
         shared = SharedFolder.made(path, 100, 2, store)
         store.set("place", f"{shared.place}\n{shared.token}")
     else:
+        try:
+            store.wait(["place"], timedelta(seconds=3))
+        except dist.DistStoreError:  # killed before there was a folder: collectives tell that
+            (place / "said-1").write_text("nothing was begun")
+            return
         folder, token = store.get("place").decode().split("\n")
         shared = SharedFolder(path, folder, token, 1, 2, store)
     count, lock = 0, threading.Lock()
@@ -80,24 +89,43 @@ def fill(run: Path, number: int, store: Any, place: Path, kill_at: int) -> None:
     (place / f"count-{number}").write_text(str(count))
 
 
-def attempt(folder: Path, victim: int, kill_at: int) -> list[str]:
-    """What the two processes said; of one that was killed, nothing. What is there has been looked at."""
+def attempt(folder: Path, victim: int, kill_at: int = -1, traced: list[str] | None = None) -> list[str]:
+    """What the two processes said; of one that was killed, nothing. What is there has been looked at.
+
+    Args:
+        victim: the number of the one that is killed.
+        kill_at: the number of its operation.
+        traced: options of strace, which watches it, and may kill it.
+    """
     folder.mkdir()
     run = folder / "run"
     write_folder(step_folder(run, 1), {MODEL: {name: torch.ones(40, 50) for name in NAMES}}, {}, step=1)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
+    waiting, go = os.pipe()
     for number in (0, 1):
         child = os.fork()
         if child == 0:
             try:
+                os.read(waiting, 1)
                 mine = dist.TCPStore("127.0.0.1", store.port, is_master=False)
                 fill(run, number, mine, folder, kill_at if number == victim else -1)
             finally:
                 os._exit(0)
         children.append(child)
+    try:
+        strace = attach(children[victim], traced) if traced is not None else None
+    except SystemExit as reason:
+        os.kill(children[1 - victim], signal.SIGKILL)
+        os.waitpid(children[1 - victim], 0)
+        pytest.skip(str(reason))
+    os.write(go, b"..")
     for child in children:
         os.waitpid(child, 0)
+    if strace is not None:
+        strace.communicate()
+    os.close(waiting)
+    os.close(go)
     said = [(folder / f"said-{n}").read_text() if (folder / f"said-{n}").exists() else "" for n in (0, 1)]
     for step in steps(run):
         checkpoint = read_checkpoint(step_folder(run, step))
@@ -131,3 +159,26 @@ def test_killed_at_any_operation(tmp_path: Path, victim: int, monkeypatch: pytes
     assert any("no sign of life" in said for said in outcomes), outcomes
     if IN_FULL:
         print(f"killed at each of {operations} operations of process {victim}")
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_at_any_system_call(tmp_path: Path, victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That writes, or tells the other one: what our own operations do not show."""
+    monkeypatch.setattr(agreement, "PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(agreement, "_TICK_SECONDS", 0.05)
+    log, calls = tmp_path / "log", (*CALLS, "sendto", "sendmsg")
+    watched = ["-e", "trace=" + ",".join("?" + call for call in calls), "-o", str(log)]
+    assert attempt(tmp_path / "alive", victim, traced=watched) == ["kept", "kept"]
+    counted = calls_in(log)
+    points = [(call, number) for call in calls for number in range(1, counted[call] + 1)]
+    outcomes = Counter[tuple[bool, bool]]()
+    for call, number in sample(points, 100_000 if IN_FULL else 8):
+        options = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}", "-o", os.devnull]
+        try:
+            said = attempt(tmp_path / f"{call}-{number}", victim, traced=options)
+        except AssertionError as error:
+            raise AssertionError(f"killed at {call} number {number}: {error}") from error
+        outcomes[call in CALLS, not said[victim]] += 1
+    assert outcomes[True, True] > outcomes[True, False], "how often it sends depends on the clock; what it writes does not"
+    print(f"process {victim}, of {len(points)} calls: {outcomes}, {dict(counted)}")
