@@ -131,6 +131,38 @@ if what == "hybrid":
     same(values(again), expected)
     leave()
 
+if what == "tensor":   # parallelism of two, and that shared out in two; what is in no plan has copies
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    def parallel(seed):
+        torch.manual_seed(seed)
+        model = Net()
+        parallelize_module(model, mesh["tensor"], {"odd": ColwiseParallel(), "few": RowwiseParallel()})
+        fully_shard(model.odd, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+        # One at a time: the tensors are of two meshes.
+        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)}
+    def stepped(state):
+        for number, parameter in enumerate(state["model"].parameters()):
+            parameter.grad = parameter.detach() * (number + 1)
+        state["optimizer"].step()
+        return state
+    def everything(state):
+        tensors, _ = origo.optimizer_state(state["model"], state["optimizer"])
+        return {name: whole(value).clone() for name, value in {**origo.state_dict(state["model"]), **tensors}.items()}
+    state = stepped(parallel(1))
+    strided = [name for name, value in state["model"].named_parameters() if "_StridedShard" in str(value.placements)]
+    assert strided == ["odd.weight", "odd.bias"], strided
+    with origo.Checkpointer(folder) as checkpointer:
+        checkpointer.save(1, state)
+        expected = everything(state)
+    plain = training(2)
+    for again in (stepped(parallel(2)), {key: plain[key] for key in state}):
+        assert origo.Checkpointer(folder).restore(again).step == 1
+        found = everything(again)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    leave()
+
 if what == "full":   # the disk, for one of them; then the next save works
     state = training(1)
     step(state)
@@ -385,6 +417,22 @@ def test_of_copies_one_process_each_writes_some(launch: Launch, tmp_path: Path) 
     for entries in checkpoint.pieces.tensors.values():
         for entry in entries.values():
             assert len(entry.layout.parts) <= 2
+
+
+def test_tensor_parallelism_that_is_shared_out_is_written_in_shares(launch: Launch, tmp_path: Path) -> None:
+    """And read in others: what FSDP2 has cut again is one box of each process too."""
+    launch(4, "tensor", tmp_path / "run")
+    checkpoint = read_checkpoint(tmp_path / "run/step-000000001")
+    checkpoint.verify()
+    assert checkpoint.pieces is not None
+    tensors = checkpoint.pieces.tensors
+    parts = {name: len(entry.layout.parts) for entries in tensors.values() for name, entry in entries.items()}
+    assert {name: parts[name] for name in ("odd.weight", "few.weight", "state.exp_avg.odd.weight", "token.weight")} == {
+        "odd.weight": 4,
+        "few.weight": 4,
+        "state.exp_avg.odd.weight": 4,
+        "token.weight": 2,
+    }
 
 
 def test_a_disk_that_is_full_for_one_is_told_to_all_once_and_nothing_is_lost(launch: Launch, tmp_path: Path) -> None:

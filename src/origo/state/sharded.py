@@ -5,6 +5,7 @@ Nothing of torch.distributed is imported here: where there is a piece, the progr
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,7 +62,21 @@ def is_cut(tensor: Any) -> TypeGuard[Tensor]:
         return False
     pieces: Any = tensor
     kinds = sys.modules["torch.distributed.tensor"]
-    return all(type(placement) in (kinds.Shard, kinds.Replicate) for placement in pieces.placements)
+    placed = list(zip(pieces.placements, pieces.device_mesh.shape, strict=True))
+    return all(
+        type(placement) in (kinds.Shard, kinds.Replicate)
+        or _is_cut_later(placement, [(each, size) for each, size in placed[number + 1 :] if type(each) is kinds.Shard])
+        for number, (placement, _) in enumerate(placed)
+    )
+
+
+def _is_cut_later(placement: Any, inner: list[tuple[Any, int]]) -> bool:
+    """Whether it cuts boxes that ``inner`` (with the number of processes of each) has cut before, as FSDP2 does those of tensor
+    parallelism; what is left is one box still."""
+    if type(placement).__name__ != "_StridedShard":
+        return False
+    factor: int = math.prod(size for each, size in inner if each.dim == placement.dim)
+    return bool(factor == placement.split_factor)
 
 
 def own_box(tensor: Tensor) -> tuple[slice, ...]:
