@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from origo import GPT, GPTConfig
-from origo.models.gpt import HEAD_MULTIPLE
+from origo.models.gpt import HEAD_MULTIPLE, LayerNorm
 from tests.conftest import TINY
 
 
@@ -132,3 +132,15 @@ def test_made_block_after_block_it_begins_the_same(changes: dict[str, bool]) -> 
     assert (model.out_head.weight is model.tok_emb.weight) == config.tie_embeddings
     layers = len(model.trf_blocks)
     assert others == [[other > number for other in range(layers)] for number in range(layers)]
+
+
+def test_a_norm_rounds_nothing_that_is_wider() -> None:
+    """Its weights may be narrower than what comes in, or wider, as in a model in bf16 whose norms are fp32."""
+    norm = LayerNorm(64)
+    torch.nn.init.normal_(norm.weight, 1)
+    x = torch.randn(3, 64)
+    expected = F.layer_norm(x, (64,), norm.weight, norm.bias)
+    assert torch.equal(norm(x), expected)
+    assert torch.equal(norm(x.bfloat16()), F.layer_norm(x.bfloat16(), (64,), norm.weight, norm.bias))
+    rounded = norm.weight.bfloat16().float()
+    assert torch.equal(norm.bfloat16()(x), F.layer_norm(x, (64,), rounded, norm.bias.float()))

@@ -180,6 +180,21 @@ def test_a_file_that_ends_early_in_a_block(saved: tuple[Path, Tensor], tmp_path:
         checkpoint.part("large", 1)
 
 
+@pytest.mark.parametrize("box", [[(0, 8), (0, 5)], [(-1, 6), (0, 5)], [(3, 2), (0, 5)], [(0, 7)], [(0, 7), (0, 5), (0, 1)]])
+def test_a_box_that_is_not_in_it(saved: tuple[Path, Tensor], box: list[tuple[int, int]]) -> None:
+    target = torch.zeros([max(end - start, 0) for start, end in box])
+    with pytest.raises(CheckpointError, match="has the shape"):
+        read_checkpoint(saved[0]).model.read_into("small", target, box, verify=False)
+
+
+def test_a_part_of_what_is_sparse_in_a_pth(tmp_path: Path) -> None:
+    sparse = torch.eye(4).to_sparse()
+    torch.save({"sparse": sparse, "weight": torch.arange(12.0).view(3, 4)}, tmp_path / "m.pth")
+    checkpoint = read_checkpoint(tmp_path / "m.pth")
+    assert torch.equal(checkpoint.part("sparse", 1).to_dense(), torch.eye(4)[1])
+    assert checkpoint.part("weight", (slice(1, 3), 2)).tolist() == [6, 10]
+
+
 def resealed(path: Path, change: dict[str, Any]) -> None:
     """A folder whose manifest says something else of the large tensor, and is itself right."""
     manifest = json.loads((path / MANIFEST).read_text())

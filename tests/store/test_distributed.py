@@ -18,6 +18,8 @@ import torch.distributed.checkpoint as dcp
 from blake3 import blake3
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 
 import origo
 from origo.cli.main import main
@@ -384,6 +386,58 @@ def test_what_several_threads_read_is_checked_all_the_same(tmp_path: Path) -> No
         dcp.load(into, storage_reader=origo.DCPReader(tmp_path / "step"), no_dist=True)
     dcp.load(into, storage_reader=origo.DCPReader(tmp_path / "step", verify=False), no_dist=True)
     assert [name for name, value in state.items() if not torch.equal(into[name], value)] == ["w3"]
+
+
+class Staged(DefaultLoadPlanner):
+    """One that takes what was read out of a buffer, which is the same for all."""
+
+    buffer = torch.zeros(600, 1000)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        self.place = super().resolve_tensor(read_item)
+        return self.buffer
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self.place.copy_(tensor)
+
+
+def filled(**values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.full((600, 1000), float(value)) for name, value in values.items()}
+
+
+def test_where_it_is_read_to_is_the_planners_word(tmp_path: Path) -> None:
+    """Threads that read do not change whose memory has what at the end."""
+    dcp.save(filled(a=1, b=2, c=3), storage_writer=origo.DCPWriter(tmp_path / "step"), no_dist=True)
+    reader = origo.DCPReader(tmp_path / "step")
+    into = filled(a=0, b=0, c=0)
+    dcp.load(into, storage_reader=reader, planner=Staged(), no_dist=True)
+    assert [value.unique().tolist() for value in into.values()] == [[1], [2], [3]], "one at a time"
+
+    for _ in range(10):
+        one = torch.zeros(600, 1000)
+        dcp.load({"a": one, "b": one, "c": torch.zeros(600, 1000)}, storage_reader=reader, no_dist=True)
+        assert one.unique().tolist() == [2], "what shares memory has the last of them, and no mixture"
+
+    with torch.inference_mode():
+        for dtype, how in ((torch.float32, "exact"), (torch.float64, "cast")):
+            wanted = {name: value.to(dtype).t().contiguous().t() for name, value in filled(a=0, b=0, c=0).items()}
+            dcp.load(wanted, storage_reader=origo.DCPReader(tmp_path / "step", dtype=how), no_dist=True)
+            assert [value.unique().tolist() for value in wanted.values()] == [[1], [2], [3]]
+
+
+def test_memory_that_is_not_its_values(tmp_path: Path) -> None:
+    """Conjugated, negated, or of one number that calls itself contiguous with a stride."""
+    values = torch.arange(1.0, 65).view(8, 8) + 1j
+    stored = {"z": values, "n": values.imag * 2, "one": torch.tensor([3.0])}
+    dcp.save(stored, storage_writer=origo.DCPWriter(tmp_path / "step"), no_dist=True)
+    into = {
+        "z": torch.zeros(8, 8, dtype=torch.complex64).conj(),
+        "n": torch._neg_view(torch.zeros(8, 8)),
+        "one": torch.zeros(5)[::5],
+    }
+    assert into["one"].is_contiguous()
+    dcp.load(into, storage_reader=origo.DCPReader(tmp_path / "step"), no_dist=True)
+    assert all(torch.equal(into[name], value) for name, value in stored.items())
 
 
 def test_more_than_can_be_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -458,6 +458,14 @@ assert torch.equal(torch.rand(1), drawn), "the generator goes on as it would"
 assert 0.8 < took < 1.4, took  # two halves, and a block; of whole models it would be two
 del shared, average
 
+from origo.state.sharded import computes_on, shared_out_like
+given = torch.rand(101, 32)
+like = model.tok_emb.weight
+mine = shared_out_like(given, like)
+assert torch.equal(mine.full_tensor(), given)
+assert mine.to_local().untyped_storage().nbytes() == like.to_local().nbytes, "the rest of it can go"
+assert computes_on(like) == compute.device
+
 losses, weights, dtypes, between = trained()
 assert {dtype for _, dtype in dtypes} == between == {torch.float32}
 offloaded = trained(offloads=True)

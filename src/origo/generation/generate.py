@@ -18,7 +18,7 @@ from origo.generation.sampling import Sampling, choose
 from origo.models.eager import without_compilation
 from origo.models.gpt import GPT
 from origo.state.processes import agreed
-from origo.state.sharded import any_sharded, put_away, without_gradients
+from origo.state.sharded import any_sharded, computes_on, put_away, without_gradients
 
 
 def generate(
@@ -71,10 +71,10 @@ def _generate(
     model: GPT, tokens: list[int], max_new_tokens: int, sampling: Sampling, seed: int | None, end: int | None, slide: int
 ) -> Iterator[int]:
     context = model.config.context_length
-    device, sharded = model.tok_emb.weight.device, any_sharded([model])
+    device, sharded = computes_on(model.tok_emb.weight), any_sharded([model])
     generator = torch.Generator(device=device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    cache = model.new_cache()
+    cache = model.new_cache(device=device)
     unread = tokens[-context:]
     try:
         for _ in range(max_new_tokens):

@@ -108,9 +108,11 @@ class FeedForward(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In the dtype of what comes in: shared out weights may be rounded to compute with, and CPUs mix no dtypes."""
+    """One whose weights may be narrower than what comes in: those that are shared out may be rounded to compute with."""
 
     def forward(self, x: Tensor) -> Tensor:  # [..., emb] -> the same
+        if self.weight.dtype.itemsize >= x.dtype.itemsize:
+            return super().forward(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
@@ -276,10 +278,10 @@ class GPT(nn.Module):
             return head_loss(x, head.weight, targets, head.padded_to)
         return F.cross_entropy(head(x).float(), targets, ignore_index=IGNORED_TARGET)
 
-    def new_cache(self, batch_size: int = 1) -> KVCache:
-        """An empty cache for ``batch_size`` sequences, on the device and in the dtype of the parameters."""
+    def new_cache(self, batch_size: int = 1, device: torch.device | None = None) -> KVCache:
+        """An empty cache for ``batch_size`` sequences, in the dtype of the parameters, and where they are by default."""
         weight = self.tok_emb.weight
-        return KVCache(self.config, batch_size, weight.device, weight.dtype)
+        return KVCache(self.config, batch_size, device or weight.device, weight.dtype)
 
 
 def _complete_tie(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

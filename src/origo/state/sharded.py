@@ -56,6 +56,12 @@ def local(tensor: Tensor) -> Tensor:
     return piece._local_tensor if is_sharded(tensor) else tensor
 
 
+def computes_on(tensor: Tensor) -> torch.device:
+    """Where a model with this parameter computes: a share may be kept in main memory, and be put together elsewhere."""
+    pieces: Any = tensor
+    return torch.device(pieces.device_mesh.device_type) if is_sharded(tensor) else tensor.device
+
+
 def is_cut(tensor: Any) -> TypeGuard[Tensor]:
     """Whether each process has one box of it, or a copy of one: not so where parts are still to be added up, say."""
     if not isinstance(tensor, Tensor) or not is_sharded(tensor):
@@ -156,7 +162,8 @@ def shared_out_like(value: Tensor, target: Tensor) -> Tensor:
     if is_sharded(value) and (given.device_mesh, given.placements) == (pieces.device_mesh, pieces.placements):
         return value
     if is_cut(target) and tuple(value.shape) == tuple(target.shape):
-        return from_own_piece(whole(value)[own_box(target)].contiguous(), target)  # on the device of the share, not of the mesh
+        mine = whole(value)[own_box(target)].clone(memory_format=torch.contiguous_format)  # without the memory of the rest
+        return from_own_piece(mine, target)  # on the device of the share, not of the mesh
     distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
     device = pieces.device_mesh.device_type
     shared: Tensor = distribute(whole(value).to(device), pieces.device_mesh, pieces.placements, src_data_rank=None)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -46,7 +47,7 @@ from origo.state.tree import flatten, unflatten
 from origo.store import remote
 from origo.store.files import PiecedFile, TensorFile
 from origo.store.filesystem import NewFolder, new_folder
-from origo.store.layout import MANIFEST, MODEL
+from origo.store.layout import MANIFEST, MODEL, many_objects
 from origo.store.pieces import Layout, Part, Pieced, Pieces, put_together
 from origo.store.reader import Checkpoint, read_checkpoint
 from origo.store.tensorfile import dtype_called, dtype_name
@@ -56,7 +57,8 @@ from origo.store.writer import Box, Content, Share, complete_folder, require_rep
 STATE = "state.safetensors"
 """What is no part of the model: an optimizer's tensors, and those inside of other objects."""
 _MODEL_KEY = "model"
-_FOR_ONE_THREAD = 4 << 20  # bytes
+_FOR_ONE_THREAD = 64 << 10  # bytes a tensor: of smaller ones Python itself is most of the work
+_OF_A_PLANNER = ("resolve_tensor", "commit_tensor")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,21 @@ class _Told:
     share: Share
     objects: Mapping[str, Any]
     """What is no tensor, as plain structures."""
+
+
+@dataclass(slots=True)
+class _Read:
+    """A piece, or a part of one, and where it goes."""
+
+    file: TensorFile
+    piece: str
+    target: torch.Tensor
+    item: ReadItem
+
+    def run(self, verify: bool) -> None:
+        starts, sizes = self.item.storage_offsets, self.item.lengths
+        box = [(at, at + size) for at, size in zip(starts, sizes, strict=True)]
+        self.file.read_into(self.piece, self.target, box, verify=verify)
 
 
 class DCPWriter(StorageWriter):
@@ -274,6 +291,7 @@ class DCPReader(StorageReader):
         """Nothing to add."""
         return plans
 
+    @many_objects()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what this process needs, from the pieces that have it."""
         pieces = self._pieces()
@@ -284,7 +302,8 @@ class DCPReader(StorageReader):
             for each in (name, *entry.aliases)
             for part in entry.layout.parts
         }
-        reads: list[tuple[ReadItem, TensorFile, str, torch.Tensor]] = []
+        reads: dict[int, list[_Read]] = {}
+        plain = not any(getattr(type(planner), each) is not getattr(DefaultLoadPlanner, each) for each in _OF_A_PLANNER)
         for item in plan.items:
             name = item.storage_index.fqn
             if item.type == LoadItemType.BYTE_IO:
@@ -303,20 +322,31 @@ class DCPReader(StorageReader):
                     f"{name} is {file.dtypes[piece]} in '{self._opened().path}' and {dtype_name(target.dtype)} here: "
                     'DCPReader(path, dtype="cast") converts it.'
                 )
-            reads.append((item, file, piece, target))
-
-        def read(number: int) -> None:
-            for item, file, piece, target in reads[number::threads]:
-                box = [(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True)]
-                file.read_into(piece, target, box, verify=self._verify)
-
-        threads = WORKERS if sum(target.nbytes for *_, target in reads) > _FOR_ONE_THREAD else 1
-        share(read, threads)
-        for item, *_, target in reads:
-            planner.commit_tensor(item, target)
+            read = _Read(file, piece, target, item)
+            if plain:
+                # What shares memory is read in its order.
+                reads.setdefault(target.untyped_storage().data_ptr(), []).append(read)
+            else:  # it may give the same memory for each, and take what was read out of it
+                read.run(self._verify)
+                planner.commit_tensor(item, target)
+        self._read_together(list(reads.values()))
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _read_together(self, groups: list[list[_Read]]) -> None:
+        """By several threads, each a group at a time, where there is enough to read."""
+        inference = torch.is_inference_mode_enabled()
+        mean = sum(read.target.nbytes for group in groups for read in group) // max(len(groups), 1)
+        threads = min(WORKERS, len(groups)) if mean > _FOR_ONE_THREAD else 1
+
+        def work(number: int) -> None:
+            with torch.inference_mode(inference):  # each thread has its own
+                for group in groups[number::threads]:
+                    for read in group:
+                        read.run(self._verify)
+
+        share(work, threads)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -22,7 +22,7 @@ from origo.errors import CheckpointError
 from origo.state.model import describe
 from origo.store import remote
 from origo.store.hashes import BLOCK, TensorHash, blocks_of
-from origo.store.layout import TensorEntry
+from origo.store.layout import TensorEntry, many_objects
 from origo.store.pieces import PIECES, Part, Pieced, piece_file
 from origo.store.tensorfile import (
     as_bytes,
@@ -242,20 +242,22 @@ class SafetensorsFile(TensorFile):
         stored = self._stored_name(name)
         self._forget_if_changed()
         shape, dtype = self.shapes[stored], self._dtype(stored)
-        box = _whole(shape) if box is None else box
-        if tuple(target.shape) != _size(box) or len(box) != len(shape):
-            raise CheckpointError(f"{name} in '{self.path}' has the shape {shape}, of which not {tuple(target.shape)} is read.")
-        if not target.numel():
+        wanted = tuple(target.shape)
+        if wanted == shape and (box is None or not any(start for start, _ in box)):
+            first, end = 0, self._nbytes(stored)
+        else:
+            box = _whole(shape) if box is None else box
+            inside = len(box) == len(shape) and all(0 <= at <= stop <= n for (at, stop), n in zip(box, shape, strict=True))
+            if wanted != _size(box) or not inside:
+                raise CheckpointError(f"{name} in '{self.path}' has the shape {shape}, of which not {wanted} is read.")
+            first, end = (at * dtype.itemsize for at in _span(box, shape))
+        if first == end:
             return
-        strides = _strides(shape)
-        first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True)) * dtype.itemsize
-        last = sum((end - 1) * stride for (_, end), stride in zip(box, strides, strict=True)) * dtype.itemsize
-        end = last + dtype.itemsize
         verify = verify and stored in self.hashes and stored not in self._right
         try:
             if self._remote:
                 data = self._fetch_part(stored, first, end, verify)
-            elif end - first == target.nbytes and target.is_cpu and target.is_contiguous() and target.dtype == dtype:
+            elif end - first == target.nbytes and target.dtype == dtype and _is_plain(target):
                 self._require_pass(stored, first, end, as_bytes(target).numpy().data, verify)
                 return
             else:
@@ -265,7 +267,7 @@ class SafetensorsFile(TensorFile):
                 data = self._map()[start + first : start + end]
         except OSError as error:
             raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from error
-        target.copy_(from_bytes(data, dtype, ((end - first) // dtype.itemsize,)).as_strided(_size(box), strides))
+        target.copy_(from_bytes(data, dtype, ((end - first) // dtype.itemsize,)).as_strided(wanted, _strides(shape)))
 
     def _require_pass(self, name: str, start: int, end: int, target: memoryview | None = None, verify: bool = True) -> None:
         if not self._pass(name, start, end, target, verify):
@@ -346,25 +348,31 @@ class SafetensorsFile(TensorFile):
 
     def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
         checkable = [name for name in names if name in self.hashes]
-        units = sorted((unit for name in checkable for unit in self._units(name)), key=lambda unit: unit[1] - unit[2])
-        threads = WORKERS if sum(end - start for _, start, end in units) > 4 * _CHUNK else 1
-        wrong: set[str] = set()
+        units, total = self._units(checkable)
+        threads = WORKERS if total > 4 * _CHUNK else 1
+        wrong, stamp = set[str](), self._stamp
         try:
             share(lambda number: wrong.update(self._wrong(units[number::threads], keep)), threads)
         except OSError as error:
             raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from error
-        if not self._remote:
+        if not self._remote and self._stamp == stamp:  # else another thread has seen that the file is another one now
             self._right |= set(checkable) - wrong
         for name in self.shapes:
             if name in wrong:
                 yield self._damage(name)
 
-    def _units(self, name: str) -> Iterator[tuple[str, int, int]]:
-        """What of a tensor a thread checks at a time: a name, and where in its bytes that begins and ends."""
-        nbytes = self._nbytes(name)
-        size = _UNIT if self.hashes[name].blocks and not self._remote else max(nbytes, 1)
-        for start in range(0, max(nbytes, 1), size):
-            yield name, start, min(start + size, nbytes)
+    @many_objects()
+    def _units(self, names: list[str]) -> tuple[list[tuple[str, int, int]], int]:
+        """What a thread checks at a time (name, and where in its bytes it begins and ends), largest first; and how much."""
+        units, total = list[tuple[str, int, int]](), 0
+        for name in names:
+            nbytes = self._nbytes(name)
+            total += nbytes
+            if nbytes <= _UNIT or self._remote or not self.hashes[name].blocks:
+                units.append((name, 0, nbytes))
+            else:
+                units += [(name, start, min(start + _UNIT, nbytes)) for start in range(0, nbytes, _UNIT)]
+        return sorted(units, key=lambda unit: unit[1] - unit[2]), total
 
     def _damage(self, name: str) -> Damage:
         return Damage(
@@ -442,6 +450,11 @@ class PickledFile(TensorFile):
         versions = getattr(state, "_metadata", None)
         self.versions = versions if isinstance(versions, Mapping) else None
         self._state, self.is_mapped = state, is_zip
+
+    def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
+        """As of any file; the tensor itself is asked: it may be sparse."""
+        part: Tensor = self.tensor(name, verify=verify)[index].clone()
+        return part
 
     def _read(self, name: str) -> Any:
         value = self._state[name]
@@ -541,6 +554,11 @@ def _hash_of_block(expected: TensorHash, number: int) -> str:
     return expected.block(number) if expected.blocks else expected.blake3
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its memory, in one piece, is its values."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def _whole(shape: tuple[int, ...]) -> Bounds:
     return [(0, size) for size in shape]
 
@@ -556,6 +574,15 @@ def _slices(box: Bounds) -> tuple[slice, ...]:
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of a tensor in one piece, in numbers."""
     return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
+
+
+def _span(box: Bounds, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Which of a tensor's numbers, one after the other, are those from the first to the last of a box."""
+    if any(start == end for start, end in box):
+        return 0, 0
+    strides = _strides(shape)
+    first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+    return first, first + sum((end - start - 1) * stride for (start, end), stride in zip(box, strides, strict=True)) + 1
 
 
 def _box_of(index: Any, shape: tuple[int, ...]) -> tuple[Bounds, tuple[int | slice, ...]] | None:

@@ -95,6 +95,8 @@ def torch_dtype(format_name: str) -> torch.dtype | None:
 def as_bytes(tensor: Tensor) -> Tensor:
     """The memory of a contiguous CPU tensor, in its own byte order: uint8, 1-D."""
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    if flat.numel() == 1:  # contiguous whatever its stride
+        flat = flat.as_strided((1,), (1,))
     return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 

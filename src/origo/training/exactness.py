@@ -86,8 +86,10 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
         if process.poll() is not None:
             _require_success(process)
             break
-        result.kills.append(_last_step(killed))
-        os.kill(moments.choice(_workers(process.pid) or [process.pid]), signal.SIGKILL)
+        step = _last_step(killed)
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.kill(moments.choice(_workers(process.pid) or [process.pid]), signal.SIGKILL)
+            result.kills.append(step)
         process.communicate()
     told("to the end", kills, kills)
     process = _start(arguments, killed)

@@ -223,8 +223,8 @@ class Stepper:
         if self._scaler.is_enabled():
             for optimizer in self.optimizers:
                 self._scaler.unscale_(optimizer)
-        norm = clip_gradients(self.model, self._options.grad_clip or torch.inf)
-        bad = self.guard.judge(loss, norm.to(loss.device))
+        norm = clip_gradients(self.model, self._options.grad_clip or torch.inf).to(loss.device)
+        bad = self.guard.judge(loss, norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
