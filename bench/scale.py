@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from origo.snapshot import _Shares
 from origo.store.agreement import Agreement
+from origo.store.hashes import unknown
 from origo.store.layout import MODEL, OPTIMIZER, TRAINER_TENSORS, FileEntry, Header, Manifest, TensorEntry, identity_of
 from origo.store.pieces import PIECES, Part, Pieces, Written, piece_file, put_together, tabled
 from origo.store.writer import Share
@@ -98,7 +99,10 @@ def simulate(size: str, count: int) -> dict[str, Any]:
     numbers = {number: shape for rows in shares.table.tensors.values() for _, shape, number in rows.values()}
     header = {}
     for file, tensors in kept.items():
-        entries = {name: TensorEntry("float32", list(value.shape), HASH) for name, value in tensors.items()}
+        entries = {
+            name: TensorEntry("float32", list(value.shape), HASH, blocks=unknown(value.nbytes).blocks)
+            for name, value in tensors.items()
+        }
         header[file] = len(Header(entries, identity=identity_of(entries)).to_json())
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told = []

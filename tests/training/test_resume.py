@@ -45,8 +45,9 @@ RUNS = {
 }
 
 
-# Eager and compiled, dropout, accumulation, an average, Muon and AdamW are in the first three.
-CHOSEN = RUNS if IN_FULL else dict([*list(RUNS.items())[:3], *list(RUNS.items())[-1:]])
+# Eager and compiled, dropout, accumulation, an average, Muon and AdamW, one process and two are in these.
+SAMPLE = ("AdamW, compiled, dropout", "Muon, EMA, compiled, accumulation", "two processes with shares of all of it")
+CHOSEN = RUNS if IN_FULL else {name: RUNS[name] for name in SAMPLE}
 
 
 @pytest.mark.parametrize("options", CHOSEN.values(), ids=CHOSEN)

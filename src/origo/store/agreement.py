@@ -24,6 +24,7 @@ PATIENCE_SECONDS = 60.0
 _TICK_SECONDS = 0.5
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.001, 0.02
 _LINGERING_SECONDS = 5.0
+_AT_ONCE = 256  # reports that are asked for together
 _SILENT = "no sign of life for {:.0f} seconds"
 
 T = TypeVar("T")
@@ -103,11 +104,16 @@ class Agreement:
             reported = self._store.add(self._key(stage, "reports"), 0)
             unread.update(range(known + 1, reported + 1))
             known = reported
-            said = []
-            for arrived in [each for each in sorted(unread) if self._store.check([self._key(stage, each)])]:
-                said.append(pickle.loads(self._store.get(self._key(stage, arrived))))
-                self._store.delete_key(self._key(stage, arrived))
-                unread.remove(arrived)
+            said, waiting = [], sorted(unread)
+            for begin in range(0, len(waiting), _AT_ONCE):
+                keys = {each: self._key(stage, each) for each in waiting[begin : begin + _AT_ONCE]}
+                if not self._store.check(list(keys.values())):  # one is counted before it is there
+                    keys = {each: key for each, key in keys.items() if self._store.check([key])}
+                for text in self._values(list(keys.values())):
+                    said.append(pickle.loads(text))
+                for each, key in keys.items():
+                    self._store.delete_key(key)
+                    unread.remove(each)
             return said
 
         while missing:
@@ -183,6 +189,12 @@ class Agreement:
                 time.sleep(_SHORTEST_WAIT)
             alive = [f"alive/{number}" for number in range(self._count)]
             self._asked(lambda: [self._store.delete_key(self._key(each)) for each in (*self._keys, "heard", *alive)])
+
+    def _values(self, keys: list[str]) -> list[bytes]:
+        if len(keys) > 1 and self._store.has_extended_api():
+            values: list[bytes] = self._store.multi_get(keys)
+            return values
+        return [self._store.get(key) for key in keys]
 
     def _signs_of(self, numbers: list[int]) -> list[int]:
         return [self._store.add(self._key("alive", number), 0) for number in numbers]
