@@ -357,7 +357,7 @@ class SafetensorsFile(TensorFile):
             raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from error
         if not self._remote and self._stamp == stamp:  # else another thread has seen that the file is another one now
             self._right |= set(checkable) - wrong
-        for name in self.shapes:
+        for name in self.shapes if wrong else ():
             if name in wrong:
                 yield self._damage(name)
 
