@@ -31,6 +31,7 @@ from origo.store.tensorfile import (
     format_dtype,
     from_bytes,
     header_length,
+    is_plain,
     parse_header,
     torch_dtype,
 )
@@ -257,7 +258,7 @@ class SafetensorsFile(TensorFile):
         try:
             if self._remote:
                 data = self._fetch_part(stored, first, end, verify)
-            elif end - first == target.nbytes and target.dtype == dtype and _is_plain(target):
+            elif end - first == target.nbytes and target.dtype == dtype and is_plain(target):
                 self._require_pass(stored, first, end, as_bytes(target).numpy().data, verify)
                 return
             else:
@@ -308,7 +309,7 @@ class SafetensorsFile(TensorFile):
                 position += done
             if to_check:
                 assert expected is not None
-                if hasher.hexdigest() != _hash_of_block(expected, number):
+                if hasher.hexdigest() != expected.block(number):
                     return False
                 right.add(number)
         return True
@@ -403,7 +404,7 @@ class SafetensorsFile(TensorFile):
         expected = self.hashes[name]
         block = _block(expected, len(data))
         return all(
-            blake3(data[number * block : (number + 1) * block]).hexdigest() == _hash_of_block(expected, first + number)
+            blake3(data[number * block : (number + 1) * block]).hexdigest() == expected.block(first + number)
             for number in range(max(-(-len(data) // block), 1))
         )
 
@@ -548,15 +549,6 @@ class PiecedFile(TensorFile):
 def _block(expected: TensorHash | None, nbytes: int) -> int:
     """How many bytes of a tensor are checked together."""
     return BLOCK if expected is not None and expected.blocks else max(nbytes, 1)
-
-
-def _hash_of_block(expected: TensorHash, number: int) -> str:
-    return expected.block(number) if expected.blocks else expected.blake3
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory, in one piece, is its values."""
-    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _whole(shape: tuple[int, ...]) -> Bounds:

@@ -92,6 +92,11 @@ def torch_dtype(format_name: str) -> torch.dtype | None:
     return _DTYPES.get(format_name)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory, in this machine's and in one piece, is its values."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The memory of a contiguous CPU tensor, in its own byte order: uint8, 1-D."""
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)

@@ -49,7 +49,7 @@ from origo.store.layout import (
     require_bounded_json,
 )
 from origo.store.pieces import PIECES, Part, Pieces, Table, Written, piece_file
-from origo.store.tensorfile import as_bytes, dtype_name, header_of
+from origo.store.tensorfile import as_bytes, dtype_name, header_of, is_plain
 from origo.store.threads import WORKERS, share
 
 Progress = Callable[[int], None]
@@ -197,7 +197,7 @@ def in_memory(tensor: Tensor) -> Tensor:
         return in_memory(made)
     if tensor.layout != torch.strided:
         raise CheckpointError("One of the tensors is sparse, which is not written here: take its to_dense() first.")
-    if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+    if is_plain(tensor):
         return tensor
     return tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
 

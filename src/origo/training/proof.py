@@ -69,7 +69,7 @@ def prove(
     }
     command = [sys.executable, "-P", "-m", "origo.training.proof", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    if done.returncode in (_NO_MEMORY, -signal.SIGKILL):  # the second is what a system does that has no more
+    if done.returncode in (_NO_MEMORY, -getattr(signal, "SIGKILL", 9)):  # the second is what a system does that has no more
         raise MemoryError
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]

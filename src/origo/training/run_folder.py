@@ -30,16 +30,8 @@ CHANGEABLE = {
     *("log_every", "compile", "precision", "deterministic", "device", "processes", "time_limit", "data_changed", "track"),
     "peer_timeout",
     *("steps", "epochs", "tokens", "learning_rate", "schedule", "min_learning_rate", "warmup_steps", "decay_share"),
-    *(
-        "micro_batch",
-        "grad_clip",
-        "spike_sigma",
-        "patience",
-        "gradient_checkpointing",
-        "parallel",
-        "gather_dtype",
-        "cpu_offload",
-    ),
+    *("micro_batch", "grad_clip", "spike_sigma", "patience", "gradient_checkpointing"),
+    *("parallel", "gather_dtype", "cpu_offload"),
 }
 """What may differ when a run is continued: how it goes on, and not what has been trained so far."""
 
