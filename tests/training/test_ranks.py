@@ -16,7 +16,7 @@ import torch
 
 import origo as library
 from origo.training import ranks
-from origo.training.launch import free_port
+from origo.training.launch import free_port, workers
 from origo.training.ranks import Ranks, _name_of_meeting, join
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, Run
@@ -27,22 +27,6 @@ IN_FULL = bool(os.environ.get("ORIGO_PROVE"))
 OPTIONS = [("--drop-rate", 0.1, "--micro-batch", 1), ("--optimizer", "muon", "--ema", 0.9)][: None if IN_FULL else 1]
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)][: None if IN_FULL else 1]
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-
-
-def workers(parent: int) -> list[int]:
-    """The processes that a launcher has started, in the order of their numbers."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            rank = next((int(each[5:]) for each in environment if each.startswith(b"RANK=")), None)
-            if int(fields[1]) == parent and rank is not None:
-                found.append((rank, int(entry.name)))
-    return [pid for _, pid in sorted(found)]
 
 
 def start(folder: Path, environment: dict[str, str], *arguments: object) -> subprocess.Popen[str]:

@@ -20,14 +20,14 @@ from origo.data.tokenizer import Tokenizer
 from origo.errors import ConfigError
 from origo.store.reader import read_checkpoint
 from origo.training import ranks
-from origo.training.launch import free_port
+from origo.training.launch import free_port, workers
 from origo.training.options import RunOptions
 from origo.training.precision import Compute
 from origo.training.sharding import make_sharding
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, WORDS, Run
 from tests.interop import peers
-from tests.training.test_ranks import needs_proc, start, wait_for_step, workers
+from tests.training.test_ranks import needs_proc, start, wait_for_step
 
 RUN = (*EAGER, "--precision", "fp32", "--steps", 20, "--save-every", 10, "--eval-every", 20, "--eval-batches", 3)
 ALL_OF_IT = ("--drop-rate", 0.1, "--micro-batch", 1, "--ema", 0.9, "--gradient-checkpointing", "--tie-embeddings", "True")

@@ -14,7 +14,8 @@ import tyro
 from origo.cli.train import parse_options
 from origo.errors import ConfigError
 from origo.training.display import Display
-from origo.training.exactness import can_find_workers, compare_killed
+from origo.training.exactness import compare_killed
+from origo.training.launch import can_find_workers
 
 _SHOWN = 12
 

@@ -23,6 +23,7 @@ import torch
 from origo.errors import RunError
 from origo.persist import open_checkpoint
 from origo.snapshot import stored_generators, stored_values
+from origo.training.launch import workers
 from origo.training.run_folder import RunFolder
 
 Told = Callable[[str, int, int], None]
@@ -88,7 +89,7 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
             break
         step = _last_step(killed)
         with suppress(ProcessLookupError):  # it ended meanwhile
-            os.kill(moments.choice(_workers(process.pid) or [process.pid]), signal.SIGKILL)
+            os.kill(moments.choice(workers(process.pid) or [process.pid]), signal.SIGKILL)
             result.kills.append(step)
         process.communicate()
     told("to the end", kills, kills)
@@ -104,24 +105,6 @@ def _start(arguments: Sequence[str], run: RunFolder) -> subprocess.Popen[bytes]:
     output = (run.path.parent / f"{run.path.name}.log").open("wb")
     with output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, env=os.environ)
-
-
-def can_find_workers() -> bool:
-    """Whether this system tells which processes one has started."""
-    return Path("/proc/self/stat").exists()
-
-
-def _workers(launcher: int) -> list[int]:
-    """The processes that share a run's batches, where the one that was started only watches over them."""
-    if not can_find_workers():
-        return []
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # one that ends meanwhile
-            parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
-            if int(parent) == launcher and b"\0RANK=" in (stat.parent / "environ").read_bytes():
-                found.append(int(stat.parent.name))
-    return sorted(found)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
