@@ -9,7 +9,7 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from origo.errors import CheckpointError
 from origo.state.model import describe
 from origo.store import remote
+from origo.store.boxes import Bounds, all_of, box_of, size_of, slices, span, strides_of
 from origo.store.hashes import BLOCK, TensorHash, blocks_of
 from origo.store.layout import TensorEntry, many_objects
 from origo.store.pieces import PIECES, Part, Pieced, piece_file
@@ -39,9 +40,6 @@ from origo.store.threads import WORKERS, share
 
 _CHUNK = 1 << 20
 _UNIT = 16 * BLOCK  # of a large tensor, what a thread checks at a time
-
-Bounds = Sequence[tuple[int, int]]
-"""Of a tensor, in each dimension: where a part of it begins, and where it ends."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class TensorFile(ABC):
             verify: check the blocks of the tensor that have something of it, the first time.
         """
         stored = self._stored_name(name)
-        found, dtype = _box_of(index, self.shapes[stored]), dtype_called(self.dtypes[stored])
+        found, dtype = box_of(index, self.shapes[stored]), dtype_called(self.dtypes[stored])
         if found is None or dtype is None:
             part: Tensor = self.tensor(name, verify=verify)[index].clone()
             return part
@@ -117,7 +115,7 @@ class TensorFile(ABC):
             CheckpointError: as :meth:`tensor`.
         """
         value = self.tensor(name, verify=verify)
-        target.copy_(value if box is None else value[_slices(box)])
+        target.copy_(value if box is None else value[slices(box)])
 
     def state(self, *, verify: bool = True) -> dict[str, Any]:
         """All tensors by name; tied ones are one object."""
@@ -157,7 +155,7 @@ class TensorFile(ABC):
     def _box(self, name: str, box: Bounds, dtype: torch.dtype, verify: bool) -> Tensor:
         """A part of a tensor, in memory of its own."""
         try:
-            values = torch.empty(_size(box), dtype=dtype, device="cpu")
+            values = torch.empty(size_of(box), dtype=dtype, device="cpu")
         except RuntimeError as error:  # a shape whose strides no machine can count
             raise CheckpointError(f"{name} in '{self.path}' cannot be a tensor: {error}.") from error
         self.read_into(name, values, box, verify=verify)
@@ -247,11 +245,11 @@ class SafetensorsFile(TensorFile):
         if wanted == shape and (box is None or not any(start for start, _ in box)):
             first, end = 0, self._nbytes(stored)
         else:
-            box = _whole(shape) if box is None else box
+            box = all_of(shape) if box is None else box
             inside = len(box) == len(shape) and all(0 <= at <= stop <= n for (at, stop), n in zip(box, shape, strict=True))
-            if wanted != _size(box) or not inside:
+            if wanted != size_of(box) or not inside:
                 raise CheckpointError(f"{name} in '{self.path}' has the shape {shape}, of which not {wanted} is read.")
-            first, end = (at * dtype.itemsize for at in _span(box, shape))
+            first, end = (at * dtype.itemsize for at in span(box, shape))
         if first == end:
             return
         verify = verify and stored in self.hashes and stored not in self._right
@@ -268,7 +266,7 @@ class SafetensorsFile(TensorFile):
                 data = self._map()[start + first : start + end]
         except OSError as error:
             raise CheckpointError(f"'{self.path}' cannot be read: {error.strerror or error}.") from error
-        target.copy_(from_bytes(data, dtype, ((end - first) // dtype.itemsize,)).as_strided(wanted, _strides(shape)))
+        target.copy_(from_bytes(data, dtype, ((end - first) // dtype.itemsize,)).as_strided(wanted, strides_of(shape)))
 
     def _require_pass(self, name: str, start: int, end: int, target: memoryview | None = None, verify: bool = True) -> None:
         if not self._pass(name, start, end, target, verify):
@@ -497,7 +495,7 @@ class PiecedFile(TensorFile):
         """As of any file; of a box, the pieces alone that have something of it are read and checked."""
         stored = self._stored_name(name)
         entry = self._entries[stored]
-        box = _whole(entry.shape) if box is None else box
+        box = all_of(entry.shape) if box is None else box
         for part in entry.layout.overlapping(box):
             file, piece = self.piece(stored, part)
             source, place = [], []
@@ -505,7 +503,7 @@ class PiecedFile(TensorFile):
                 first, last = max(start, at), min(end, at + size)
                 source.append((first - at, last - at))
                 place.append((first - start, last - start))
-            file.read_into(piece, target[_slices(place)], source, verify=verify)
+            file.read_into(piece, target[slices(place)], source, verify=verify)
 
     def _read(self, name: str) -> Tensor:
         entry = self._entries[name]
@@ -516,7 +514,7 @@ class PiecedFile(TensorFile):
         dtype = dtype_called(entry.dtype)
         if dtype is None:
             raise CheckpointError(f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch does not have.")
-        return self._box(name, _whole(entry.shape), dtype, False)
+        return self._box(name, all_of(entry.shape), dtype, False)
 
     def _box(self, name: str, box: Bounds, dtype: torch.dtype, verify: bool) -> Tensor:
         for part in self._entries[name].layout.overlapping(box):
@@ -549,52 +547,3 @@ class PiecedFile(TensorFile):
 def _block(expected: TensorHash | None, nbytes: int) -> int:
     """How many bytes of a tensor are checked together."""
     return BLOCK if expected is not None and expected.blocks else max(nbytes, 1)
-
-
-def _whole(shape: tuple[int, ...]) -> Bounds:
-    return [(0, size) for size in shape]
-
-
-def _size(box: Bounds) -> tuple[int, ...]:
-    return tuple(end - start for start, end in box)
-
-
-def _slices(box: Bounds) -> tuple[slice, ...]:
-    return tuple(slice(start, end) for start, end in box)
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a tensor in one piece, in numbers."""
-    return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
-
-
-def _span(box: Bounds, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Which of a tensor's numbers, one after the other, are those from the first to the last of a box."""
-    if any(start == end for start, end in box):
-        return 0, 0
-    strides = _strides(shape)
-    first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
-    return first, first + sum((end - start - 1) * stride for (start, end), stride in zip(box, strides, strict=True)) + 1
-
-
-def _box_of(index: Any, shape: tuple[int, ...]) -> tuple[Bounds, tuple[int | slice, ...]] | None:
-    """The box that an index asks for, and how the dimensions that it gives one number for are dropped from it afterwards.
-
-    None for what is no box: masks, steps, new dimensions; and for what the tensor itself has to refuse.
-    """
-    given = index if isinstance(index, tuple) else (index,)
-    if len(given) > len(shape):
-        return None
-    box: list[tuple[int, int]] = []
-    dropped: list[int | slice] = []
-    for each, size in zip([*given, *[slice(None)] * (len(shape) - len(given))], shape, strict=True):
-        if type(each) is int and -size <= each < size:
-            box.append((each % size, each % size + 1))
-            dropped.append(0)
-        elif isinstance(each, slice) and each.step in (None, 1):
-            start, end, _ = each.indices(size)
-            box.append((start, max(start, end)))
-            dropped.append(slice(None))
-        else:
-            return None
-    return box, tuple(dropped)
