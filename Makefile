@@ -5,7 +5,7 @@
 #   make prove   the proofs in full: thousands of random models, a kill at every system call, every flipped bit, runs killed 50 times (an hour)
 #   make bench   every benchmark, against the real peers in the same run
 #   make reference  docs/options.md, from the options in the code
-#   make venv    the set-up alone: .venv/bin/origo and .venv/bin/python
+#   make venv    the set-up alone: .venv/bin/onym and .venv/bin/python
 
 PYTHON ?= python3
 VENV   := .venv
@@ -15,7 +15,7 @@ READY  := $(VENV)/.ready
 .DELETE_ON_ERROR:
 
 train: venv
-	$(VENV)/bin/origo train $(ARGS)
+	$(VENV)/bin/onym train $(ARGS)
 
 # A file's tests stay together: some share what took long to make.
 test: venv
@@ -28,14 +28,14 @@ check: venv
 	$(VENV)/bin/lint-imports
 
 prove: venv
-	$(VENV)/bin/python -m pytest tests/naming/test_any_nesting.py tests/state/test_tree.py --hypothesis-profile=prove --durations=0 $(ARGS)
-	ORIGO_PROVE=1 $(VENV)/bin/python -m pytest tests/test_main_job.py tests/test_shares.py tests/store tests/training/test_resume.py tests/training/test_ranks.py tests/training/test_network.py tests/training/test_sharded_training.py --hypothesis-profile=prove --durations=0 -s $(ARGS)
+	$(VENV)/bin/python -m pytest tests/names/test_any_nesting.py tests/state/test_tree.py --hypothesis-profile=prove --durations=0 $(ARGS)
+	ONYM_PROVE=1 $(VENV)/bin/python -m pytest tests/test_main_job.py tests/test_shares.py tests/store tests/train/test_resume.py tests/train/test_ranks.py tests/train/test_network.py tests/train/test_sharded_training.py --hypothesis-profile=prove --durations=0 -s $(ARGS)
 
 bench: venv
 	for claim in bench/[a-z]*.py; do $(VENV)/bin/python $$claim $(ARGS) || exit 1; done
 
 reference: venv
-	$(VENV)/bin/python -m origo.cli.reference > docs/options.md
+	$(VENV)/bin/python -m onym.cli.reference > docs/options.md
 
 format: venv
 	$(VENV)/bin/ruff check --fix
@@ -47,7 +47,7 @@ venv: $(READY)
 # notebooks, and LitGPT asks for an older huggingface_hub than transformers does.
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Origo needs Python 3.11 or later; $(PYTHON) is older. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+		{ echo "Onym needs Python 3.11 or later; $(PYTHON) is older. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llms-from-scratch litgpt

@@ -2,7 +2,7 @@
 
     python bench/background.py [--rounds 3] [--preset mini] [--steps 100]
 
-Each is `origo train` in a process of its own on the text that Python carries, in turn, from the same warm caches. The time is
+Each is `onym train` in a process of its own on the text that Python carries, in turn, from the same warm caches. The time is
 that of the whole loop between step 10 and the last, by the clock of metrics.jsonl, with the copy, the writing thread and its
 flushes.
 """
@@ -32,7 +32,7 @@ def main() -> None:
         for number in range(-1, given.rounds):  # the first one fills the caches
             for variant in list(VARIANTS) if number % 2 == 0 else list(reversed(VARIANTS)):
                 run = Path(name, f"{number}-{VARIANTS[variant]}")
-                command = [sys.executable, "-m", "origo", "train", "--preset", given.preset, "--compile", "whole"]
+                command = [sys.executable, "-m", "onym", "train", "--preset", given.preset, "--compile", "whole"]
                 command += ["--steps", str(given.steps + 10), "--save-every", str(VARIANTS[variant]), "--log-every", "10"]
                 command += ["--eval-every", "100000", "--eval-batches", "1", "--runs-dir", str(run.parent), "--name", run.name]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

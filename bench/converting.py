@@ -4,7 +4,7 @@
 
 The book's model.pth (1.7 GB with its masks) into a folder of transformers, and into clean names. The script loads everything,
 changes the dict, and saves it with the safetensors library or torch.save: no check of what it reads, no flush, nothing read
-back. Origo's conversion is whole: source checked, written durably, read back, every tensor and the logits compared. Each is a
+back. Onym's conversion is whole: source checked, written durably, read back, every tensor and the logits compared. Each is a
 process of its own; the files are in the page cache. Memory is what is not backed by a file (RssAnon), sampled every 2 ms.
 """
 
@@ -16,13 +16,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import origo
+import onym
 from _measure import keep, table
-from origo.interop.convert import convert
+from onym.convert.write import convert
 
 CHILD = """
 import re, pathlib, sys, threading, time, torch
-import origo.interop.convert, safetensors.torch
+import onym.convert.write, safetensors.torch
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
 before, most, done = anonymous(), 0.0, False
@@ -46,7 +46,7 @@ state = {name.removeprefix("_orig_mod."): value for name, value in state.items()
 """
 VARIANTS = {
     "a script: torch.load, rename, torch.save": SCRIPT + 'torch.save(state, "out.pth")',
-    "origo convert book.pth out.pth": 'origo.interop.convert.convert("book.pth", "out.pth")',
+    "onym convert book.pth out.pth": 'onym.convert.write.convert("book.pth", "out.pth")',
     "a script: torch.load, transpose, save_file": SCRIPT
     + """
 out = {}
@@ -58,7 +58,7 @@ for name, value in state.items():
     out[name] = value.t().contiguous() if value.dim() == 2 and "trf_blocks" in name else value
 safetensors.torch.save_file(out, "out.safetensors")
 """,
-    "origo convert book.pth out --to huggingface": 'origo.interop.convert.convert("book.pth", "out", to="huggingface")',
+    "onym convert book.pth out --to huggingface": 'onym.convert.write.convert("book.pth", "out", to="huggingface")',
 }
 
 
@@ -70,9 +70,9 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         place = Path(folder)
-        model = origo.GPT(origo.GPTConfig.preset(given.preset, tie_embeddings=False))
+        model = onym.GPT(onym.GPTConfig.preset(given.preset, tie_embeddings=False))
         largest = max(value.nbytes for value in model.state_dict().values()) / 2**20
-        origo.save(model, place / "ours.safetensors")
+        onym.save(model, place / "ours.safetensors")
         del model
         convert(place / "ours.safetensors", place / "book.pth", to="book")
         (place / "ours.safetensors").unlink()

@@ -1,5 +1,5 @@
-"""Sharded checkpoints: ``dcp.save`` and ``dcp.load`` with ``origo.DCPWriter`` and ``DCPReader``, against torch's own, in turns;
-and ``origo.Checkpointer`` behind the loop's back against ``dcp.async_save``.
+"""Sharded checkpoints: ``dcp.save`` and ``dcp.load`` with ``onym.DCPWriter`` and ``DCPReader``, against torch's own, in turns;
+and ``onym.Checkpointer`` behind the loop's back against ``dcp.async_save``.
 
     python bench/distributed.py --processes 2 --megabytes 400 --rounds 5
 
@@ -30,7 +30,7 @@ def measure(folder: Path, megabytes: int, rounds: int, verify: bool) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
     from torch.distributed.fsdp import fully_shard
 
-    import origo
+    import onym
 
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
@@ -39,7 +39,7 @@ def measure(folder: Path, megabytes: int, rounds: int, verify: bool) -> None:
     fully_shard(model)
     state = model.state_dict()
     ways: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
-        "origo": (origo.DCPWriter, lambda path: origo.DCPReader(path, verify=verify)),
+        "onym": (onym.DCPWriter, lambda path: onym.DCPReader(path, verify=verify)),
         "dcp": (dcp.FileSystemWriter, dcp.FileSystemReader),
         "dcp-hf": (
             lambda path: HuggingFaceStorageWriter(str(path), save_distributed=True),
@@ -66,11 +66,11 @@ def measure(folder: Path, megabytes: int, rounds: int, verify: bool) -> None:
         nbytes = layers * 4 * 1024 * 1024
         print(f"{dist.get_world_size()} processes, {nbytes / 1e6:.0f} MB, {rounds} rounds, medians")
         for what in ("save", "load"):
-            ours = statistics.median(times["origo", what])
+            ours = statistics.median(times["onym", what])
             for way in ways:
                 median = statistics.median(times[way, what])
                 speed = f"{nbytes / median / 1e9:5.2f} GB/s"
-                print(f"{what}  {way:<7} {median:6.3f} s  {speed}  origo is {median / ours:.2f} times as fast")
+                print(f"{what}  {way:<7} {median:6.3f} s  {speed}  onym is {median / ours:.2f} times as fast")
     stalls(folder, model, rounds)
     dist.barrier()
     sys.stdout.flush()
@@ -83,18 +83,18 @@ def stalls(folder: Path, model: Any, rounds: int) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-    import origo
+    import onym
 
     group = dist.new_group(backend="gloo")  # async_save's thread uses collectives, so it needs a group of its own
-    checkpointer = origo.Checkpointer(folder / "run", keep_last=1000)
+    checkpointer = onym.Checkpointer(folder / "run", keep_last=1000)
     # Its best: into memory that stays, as ours.
     stager = DefaultStager(StagingOptions(False, True, False, False))  # what needs no GPU of it
     times: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds + 2):
-        for way in ("origo", "dcp"):
+        for way in ("onym", "dcp"):
             dist.barrier()
             start = time.perf_counter()
-            if way == "origo":
+            if way == "onym":
                 checkpointer.save(number + 1, {"model": model})
                 stalled = time.perf_counter() - start
                 checkpointer.wait()
@@ -112,9 +112,9 @@ def stalls(folder: Path, model: Any, rounds: int) -> None:
     checkpointer.close()
     if dist.get_rank() == 0:
         for what in ("stall", "until done"):
-            ours, theirs = (statistics.median(times[way, what]) for way in ("origo", "dcp"))
+            ours, theirs = (statistics.median(times[way, what]) for way in ("onym", "dcp"))
             print(
-                f"behind the loop's back, {what}: origo {ours:.3f} s, dcp.async_save {theirs:.3f} s, {theirs / ours:.2f} times"
+                f"behind the loop's back, {what}: onym {ours:.3f} s, dcp.async_save {theirs:.3f} s, {theirs / ours:.2f} times"
             )
 
 

@@ -19,17 +19,17 @@ from pathlib import Path
 
 import torch
 
-import origo
+import onym
 from _measure import keep, table
-from origo.store.layout import MODEL
-from origo.store.reader import read_checkpoint
-from origo.store.writer import write_folder
+from onym.format.manifest import MODEL
+from onym.format.reader import read_checkpoint
+from onym.format.writer import write_folder
 
 CHILD = """
-import sys, time, torch, origo
+import sys, time, torch, onym
 sys.path.insert(0, {bench!r})
 from _measure import added_peak
-model = origo.GPT(origo.GPTConfig.preset("gpt2-small", tie_embeddings=True))
+model = onym.GPT(onym.GPTConfig.preset("gpt2-small", tie_embeddings=True))
 def run():
     {statement}
 start = time.perf_counter()
@@ -44,8 +44,8 @@ VARIANTS = {
     "safetensors load_file + load_state_dict, unchecked": (
         'from safetensors.torch import load_file; model.load_state_dict(load_file("model.safetensors"), strict=False)'
     ),
-    "origo.load, every byte checked": 'origo.load("model.safetensors", into=model)',
-    "origo.load(verify=False)": 'origo.load("model.safetensors", into=model, verify=False)',
+    "onym.load, every byte checked": 'onym.load("model.safetensors", into=model)',
+    "onym.load(verify=False)": 'onym.load("model.safetensors", into=model, verify=False)',
 }
 
 
@@ -58,9 +58,9 @@ def main() -> None:
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory(dir=given.folder or Path.cwd(), prefix=".bench-") as name:
         folder = Path(name)
-        model = origo.GPT(origo.GPTConfig.preset("gpt2-small", tie_embeddings=True))
-        origo.save(model, folder / "model.safetensors")
-        origo.save(model, folder / "model.pth")
+        model = onym.GPT(onym.GPTConfig.preset("gpt2-small", tie_embeddings=True))
+        onym.save(model, folder / "model.safetensors")
+        onym.save(model, folder / "model.pth")
         largest = max(parameter.nbytes for parameter in model.parameters()) / 2**20
         del model
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}

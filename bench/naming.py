@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-import origo
+import onym
 
 warnings.filterwarnings("ignore")
 
@@ -61,23 +61,23 @@ def main() -> None:
     medians = alternate(
         {
             raw: large.state_dict,
-            "origo.state_dict": lambda: origo.state_dict(large),
+            "onym.state_dict": lambda: onym.state_dict(large),
             "torch get_model_state_dict": lambda: get_model_state_dict(large),
         },
         rounds,
     )
-    assert len(origo.state_dict(large)) == 100_000
+    assert len(onym.state_dict(large)) == 100_000
     table("100,000 tensors, each block compiled (target: under 1 s)", medians, raw)
 
     with torch.device("meta"):
-        gpt = origo.GPT(origo.GPTConfig.preset("gpt2-small", vocab_size=50257))
+        gpt = onym.GPT(onym.GPTConfig.preset("gpt2-small", vocab_size=50257))
     whole = torch.compile(gpt)
     plain = "model.state_dict(), plain"
     medians = alternate(
         {
             plain: gpt.state_dict,
-            "origo.state_dict, plain": lambda: origo.state_dict(gpt),
-            "origo.state_dict, torch.compile(model)": lambda: origo.state_dict(whole),  # type: ignore[arg-type]
+            "onym.state_dict, plain": lambda: onym.state_dict(gpt),
+            "onym.state_dict, torch.compile(model)": lambda: onym.state_dict(whole),  # type: ignore[arg-type]
             "torch get_model_state_dict, torch.compile(model)": lambda: get_model_state_dict(whole),  # type: ignore[arg-type]
         },
         rounds * 10,
@@ -85,14 +85,14 @@ def main() -> None:
     table("GPT-2 124M (target: under twice the plain one)", medians, plain)
 
     with torch.device("meta"):
-        gpt = origo.GPT(origo.GPTConfig.preset("gpt2-small", vocab_size=50257))
+        gpt = onym.GPT(onym.GPTConfig.preset("gpt2-small", vocab_size=50257))
     for index, block in enumerate(gpt.trf_blocks):
         gpt.trf_blocks[index] = torch.compile(block)  # type: ignore[assignment]
     wrapped = "model.state_dict(), names as wrapped"
     medians = alternate(
         {
             wrapped: gpt.state_dict,
-            "origo.state_dict": lambda: origo.state_dict(gpt),
+            "onym.state_dict": lambda: onym.state_dict(gpt),
             "torch get_model_state_dict": lambda: get_model_state_dict(gpt),
         },
         rounds * 10,

@@ -23,11 +23,11 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import origo
+import onym
 from _measure import added_peak, alternate, keep, table
-from origo.store.layout import MODEL
-from origo.store.run import Retention, write_step
-from origo.store.writer import as_bytes, write_folder
+from onym.checkpoint.retention import Retention, write_step
+from onym.format.manifest import MODEL
+from onym.format.writer import as_bytes, write_folder
 
 warnings.filterwarnings("ignore")
 
@@ -62,14 +62,14 @@ def main() -> None:
     given = parser.parse_args()
     results: dict[str, object] = {}
 
-    config = origo.GPTConfig.preset("gpt2-small", tie_embeddings=True)
-    model = origo.GPT(config)
+    config = onym.GPTConfig.preset("gpt2-small", tie_embeddings=True)
+    model = onym.GPT(config)
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    model_state = origo.state_dict(model)
-    optimizer_tensors, _ = origo.optimizer_state(model, optimizer)
+    model_state = onym.state_dict(model)
+    optimizer_tensors, _ = onym.optimizer_state(model, optimizer)
     unique = {name: tensor for name, tensor in model_state.items() if name != "out_head.weight"}
     first = {name: tensor for name, tensor in optimizer_tensors.items() if "exp_avg." in name}
     second = {name: tensor for name, tensor in optimizer_tensors.items() if "exp_avg_sq." in name}
@@ -85,7 +85,7 @@ def main() -> None:
         accelerator._models, accelerator._optimizers = [model], [prepared]
 
         def ours() -> None:
-            with origo.Checkpointer(target, background=False) as checkpointer:
+            with onym.Checkpointer(target, background=False) as checkpointer:
                 checkpointer.save(1, everything)
 
         def torch_save() -> None:
@@ -110,7 +110,7 @@ def main() -> None:
         variants: dict[str, Callable[[], object]] = {
             "raw write, a tensor at a time": lambda: raw(target, files, 0, durable=durable),
             "raw write, 1 MiB at a time": lambda: raw(target, files, 1 << 20, durable=durable),
-            "origo, hashed": ours,
+            "onym, hashed": ours,
             "torch.save": torch_save,
             "safetensors": safetensors,
             "torch.distributed.checkpoint": distributed,
@@ -131,7 +131,7 @@ def main() -> None:
         target = Path(name) / "peak"
 
         def save() -> None:
-            with origo.Checkpointer(target, background=False) as checkpointer:
+            with onym.Checkpointer(target, background=False) as checkpointer:
                 checkpointer.save(1, everything)
 
         results["peak of a foreground save, MiB"] = peak = added_peak(save)
@@ -145,7 +145,7 @@ def main() -> None:
             results["tmpfs, against torch.save"] = table(title, seconds, "torch.save")
 
     with tempfile.TemporaryDirectory(dir=given.folder or Path.cwd(), prefix=".bench-") as name:
-        checkpointer = origo.Checkpointer(Path(name), keep_last=100)
+        checkpointer = onym.Checkpointer(Path(name), keep_last=100)
         source, target = torch.ones(total, dtype=torch.uint8), torch.zeros(total, dtype=torch.uint8)
         number = 0
 

@@ -3,7 +3,7 @@
     python bench/scale.py [--most 16384]
 
 Nothing is written: tensors have no memory (the meta device), and the process group is torch's fake one. What is measured is
-Origo's own code for the first process, which has the most to do: its plan, the reports of all (through a real TCPStore), the
+Onym's own code for the first process, which has the most to do: its plan, the reports of all (through a real TCPStore), the
 texts that it writes, and what each process reads when it restores.
 """
 
@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from origo.snapshot import _Shares
-from origo.store.agreement import Agreement
-from origo.store.hashes import unknown
-from origo.store.layout import MODEL, OPTIMIZER, TRAINER_TENSORS, FileEntry, Header, Manifest, TensorEntry, identity_of
-from origo.store.pieces import PIECES, Part, Pieces, Written, piece_file, put_together, tabled
-from origo.store.writer import Share
+from onym.checkpoint.coordinator import StoreCoordinator
+from onym.checkpoint.snapshot import _Shares
+from onym.format.hashing import unknown
+from onym.format.manifest import MODEL, OPTIMIZER, TRAINER_TENSORS, FileEntry, Header, Manifest, TensorEntry, identity_of
+from onym.format.sharded_tensor import PIECES, Part, Pieces, Written, assemble, piece_file, tabled
+from onym.format.writer import Share
 
 # layers, width, hidden width, heads for keys and values (of width 128), vocabulary
 SIZES = {"1B": (16, 2048, 8192, 8, 128_256), "70B": (80, 8192, 28_672, 8, 128_256), "405B": (126, 16_384, 53_248, 8, 128_256)}
@@ -120,13 +120,13 @@ def simulate(size: str, count: int) -> dict[str, Any]:
         told.append(share)
     result["report"] = max(len(pickle.dumps(share)) for share in told)
     for process, share in enumerate(told):
-        Agreement(store, "x", process, count, "it").report("written", share)
+        StoreCoordinator(store, "x", process, count, "it").report("written", share)
     clock.lap()
-    heard: list[Share] = Agreement(store, "x", 0, count, "it").reports("written")
+    heard: list[Share] = StoreCoordinator(store, "x", 0, count, "it").reports("written")
     result["hear"] = clock.lap()
 
     tensors = tabled(shares.table, [share.parts for share in heard])
-    tensors |= put_together(written for share in heard for written in share.written)
+    tensors |= assemble(written for share in heard for written in share.written)
     files = {name: entry for share in heard for name, entry in share.files.items()}
     pieces = Pieces(tensors)
     text = pieces.to_json()

@@ -2,7 +2,7 @@
 
     python bench/sizes.py [--rounds 3]
 
-The step of `origo train`, compiled, each size in a process of its own, taking turns; context 256, 2 to 8 sequences a step. The
+The step of `onym train`, compiled, each size in a process of its own, taking turns; context 256, 2 to 8 sequences a step. The
 rate is in operations of matrix products, by metering.training_flops_per_token.
 """
 
@@ -30,16 +30,16 @@ VOCABULARY, CONTEXT = 8192, 256
 
 
 def child(name: str) -> None:
-    from origo import GPT, GPTConfig
-    from origo.training.metering import training_flops_per_token
-    from origo.training.options import OptimizationOptions
-    from origo.training.precision import choose_compute
-    from origo.training.step import Stepper
+    from onym import GPT, GPTConfig
+    from onym.train.metering import training_flops_per_token
+    from onym.train.options import OptimizationOptions
+    from onym.train.precision import choose_compute
+    from onym.train.step import Stepper
 
     width, layers, heads, sequences = SHAPES[name]
     config = GPTConfig(VOCABULARY, CONTEXT, width, heads, layers, drop_rate=0.0)
     compute = choose_compute("cpu", "auto")
-    compute.repeat_exactly(False)
+    compute.set_deterministic(False)
     model = GPT(config)
     stepper = Stepper(model, OptimizationOptions(), compute)
     ids = torch.randint(VOCABULARY, (sequences, CONTEXT + 1))

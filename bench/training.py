@@ -1,6 +1,6 @@
 """A training step against the peers': speed, the share of what the products alone would take, and memory at the peak.
 
-    python bench/training.py [--rounds 7] [--steps 4] [--only origo transformers]
+    python bench/training.py [--rounds 7] [--steps 4] [--only onym transformers]
 
 GPT-2's shape, 6 layers of 384, 6 heads, vocabulary 50304, context 256, 8 sequences a step, no dropout. Each trains in a process
 of its own, which computes only while it is asked to: the peers take turns, a few steps each, in an order that turns. A step is
@@ -12,7 +12,7 @@ project does it:
     litgpt              its GPT with a GPT-2's sizes (rotary positions, untied), torch.compile, autocast, fused AdamW
     the book, optimised GPTModelFast, weights and AdamW's state in bf16, torch.compile, fused AdamW; untied
     the book, baseline  GPTModel, fp32, eager, AdamW; untied
-    origo               what origo train does, with the guard on loss and gradient; tied and untied
+    onym               what onym train does, with the guard on loss and gradient; tied and untied
 
 The products alone: each shape of a step, forward and backward, multiplied in bf16 into memory that is there already, in this
 process, in the same rounds.
@@ -70,7 +70,7 @@ def transformers() -> Step:
 
 def nanogpt() -> Step:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.interop.peers import NanoGPT
+    from tests.convert.peers import NanoGPT
 
     model = NanoGPT(
         SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["emb_dim"], SHAPE["context_length"], False, SHAPE["vocab_size"], 0.0
@@ -115,15 +115,15 @@ def book_baseline() -> Step:
     return _torch_step(model, model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), autocast=False)
 
 
-def origo(tied: bool) -> Step:
-    from origo.models.config import GPTConfig
-    from origo.models.gpt import GPT
-    from origo.training.options import OptimizationOptions
-    from origo.training.precision import choose_compute
-    from origo.training.step import Stepper
+def onym(tied: bool) -> Step:
+    from onym.gpt.config import GPTConfig
+    from onym.gpt.gpt2 import GPT
+    from onym.train.options import OptimizationOptions
+    from onym.train.precision import choose_compute
+    from onym.train.step import Stepper
 
     compute = choose_compute("cpu", "bf16")
-    compute.repeat_exactly(False)
+    compute.set_deterministic(False)
     model = GPT(GPTConfig(**SHAPE, tie_embeddings=tied))
     stepper = Stepper(model, OptimizationOptions(learning_rate=LEARNING_RATE), compute)
     batch = (torch.zeros(BATCH, SHAPE["context_length"], dtype=torch.long),) * 2
@@ -133,8 +133,8 @@ def origo(tied: bool) -> Step:
 
 
 PEERS: dict[str, Callable[[], Step]] = {
-    "origo": lambda: origo(True),
-    "origo, untied": lambda: origo(False),
+    "onym": lambda: onym(True),
+    "onym, untied": lambda: onym(False),
     "transformers": transformers,
     "nanoGPT's recipe": nanogpt,
     "litgpt": litgpt,

@@ -23,11 +23,11 @@ from _measure import keep, table
 TARGET = 1 / 5
 CHILD = """
 import json, sys, torch
-from origo import GPT, GPTConfig
-from origo.compiling.cache import warm_start
-from origo.training.options import OptimizationOptions
-from origo.training.precision import choose_compute
-from origo.training.step import Stepper
+from onym import GPT, GPTConfig
+from onym.compile.cache import warm_start
+from onym.train.options import OptimizationOptions
+from onym.train.precision import choose_compute
+from onym.train.step import Stepper
 preset, vocab_size, batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 compute = choose_compute("auto", "auto")
 compute.repeat_exactly(False)
@@ -47,7 +47,7 @@ def start(place: Path, arguments: list[str]) -> tuple[float, float, int, int, fl
     """Seconds to the first step, seconds of it that compiling took, graphs found, graphs made, loss."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHINDUCTOR", "TRITON"))}
     with tempfile.TemporaryDirectory() as temporary:
-        environment = {**inherited, "ORIGO_CACHE_DIR": str(place), "TMPDIR": temporary}
+        environment = {**inherited, "ONYM_CACHE_DIR": str(place), "TMPDIR": temporary}
         began = time.perf_counter()
         command = [sys.executable, "-c", CHILD, *arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

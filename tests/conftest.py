@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from origo import GPT, GPTConfig
-from origo.cli.main import main
-from origo.training import loop, proof
+from onym import GPT, GPTConfig
+from onym.cli.main import main
+from onym.train import loop, proof
 
 settings.register_profile("bounded", max_examples=150)
 settings.register_profile("prove", max_examples=3000, print_blob=True)
@@ -24,7 +24,7 @@ settings.load_profile("bounded")
 # Each test has a cache of its own for tokens; compiled code is shared between them, outside the user's cache. It is what spares
 # them some ten seconds of g++ each.
 _user = getattr(os, "getuid", int)()
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"origo-tests-compiled-{_user}")))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"onym-tests-compiled-{_user}")))
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -73,14 +73,14 @@ WORDS = ["lamp", "river", "stone", "engine", "garden", "letter", "shadow", "teac
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """This process's, with a token cache of the test's own."""
-    return {**os.environ, "ORIGO_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "ONYM_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: item.get_closest_marker("slow") is None
     )  # a whole training first: nothing is to wait for it alone
-    if not os.environ.get("ORIGO_PROVE"):
+    if not os.environ.get("ONYM_PROVE"):
         left = [item for item in items if item.get_closest_marker("prove")]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
@@ -94,18 +94,18 @@ def _proof_in_this_process(checkpoint: Path, expected: float, token_cache: Path,
 
 
 @pytest.fixture
-def origo(
+def onym(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
     """The command, called in this process and in the test's folder: a process of its own costs seconds to start.
 
-    So does the proof at a run's end, which is made here too; of ``origo_process`` all is as for a user.
+    So does the proof at a run's end, which is made here too; of ``onym_process`` all is as for a user.
     """
     monkeypatch.setattr(loop, "prove", _proof_in_this_process)
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("ORIGO_CACHE_DIR", environment["ORIGO_CACHE_DIR"])
+        monkeypatch.setenv("ONYM_CACHE_DIR", environment["ONYM_CACHE_DIR"])
         capsys.readouterr()
         given = [str(argument) for argument in arguments]
         try:
@@ -119,11 +119,11 @@ def origo(
 
 
 @pytest.fixture
-def origo_process(tmp_path: Path, environment: dict[str, str]) -> Run:
+def onym_process(tmp_path: Path, environment: dict[str, str]) -> Run:
     """The command, in a process of its own, in the test's folder."""
 
     def run(*arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "origo", *map(str, arguments)]
+        command = [sys.executable, "-m", "onym", *map(str, arguments)]
         return subprocess.run(
             command, cwd=tmp_path, env={**environment, **changes}, capture_output=True, text=True, encoding="utf-8", check=False
         )

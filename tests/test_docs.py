@@ -46,5 +46,5 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_the_architecture_names_every_module() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for folder in ("naming", "state", "store", "interop", "models", "data", "generation"):
-        for module in (ROOT / "src" / "origo" / folder).glob("*.py"):
+        for module in (ROOT / "src" / "onym" / folder).glob("*.py"):
             assert module.name in text or module.name == "__init__.py", f"{folder}/{module.name}"

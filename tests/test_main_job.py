@@ -1,4 +1,4 @@
-"""`origo train`, as it is: real text, the default options, a few minutes. Everything else here is smaller than life.
+"""`onym train`, as it is: real text, the default options, a few minutes. Everything else here is smaller than life.
 
 `make prove` trains as long as the default is; otherwise it is a quarter of that.
 """
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from origo.data.corpus import Corpus
+from onym.data.corpus import Corpus
 from tests.conftest import Run
 
-LENGTH, LEARNED = ((), 0.55) if os.environ.get("ORIGO_PROVE") else (("--steps", 300), 0.7)
+LENGTH, LEARNED = ((), 0.55) if os.environ.get("ONYM_PROVE") else (("--steps", 300), 0.7)
 
 
 @pytest.mark.slow
-def test_the_default_run_learns_the_language_of_the_corpus(origo_process: Run, origo: Run, tmp_path: Path) -> None:
-    done = origo_process("train", *LENGTH)
+def test_the_default_run_learns_the_language_of_the_corpus(onym_process: Run, onym: Run, tmp_path: Path) -> None:
+    done = onym_process("train", *LENGTH)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "python-docs"
     measured = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "val_loss" in row]
@@ -30,6 +30,6 @@ def test_the_default_run_learns_the_language_of_the_corpus(origo_process: Run, o
     words: list[str] = []
     for seed in range(8):  # a document may be over after five words
         asked = ("--prompt", "Return ", "--max-new-tokens", 300, "--seed", seed, "--temperature", 0.5)
-        words += origo("generate", run, *asked).stdout.split()
+        words += onym("generate", run, *asked).stdout.split()
     known = sum(word in corpus for word in words) / len(words)
     assert known > 0.5, f"{known:.0%} of the words are words of the corpus:\n{' '.join(words)}"

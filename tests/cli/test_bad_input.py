@@ -44,23 +44,23 @@ TABLE: dict[str, tuple[Prepare, str, str]] = {
 
 @pytest.mark.parametrize(("prepare", "arguments", "says"), TABLE.values(), ids=TABLE)
 def test_it_says_what_is_wrong_and_leaves_nothing(
-    origo: Run, book: Path, tmp_path: Path, prepare: Prepare, arguments: str, says: str
+    onym: Run, book: Path, tmp_path: Path, prepare: Prepare, arguments: str, says: str
 ) -> None:
     prepare(tmp_path)
     given = arguments.split()
     before = listing(tmp_path)
     data = () if "--data" in given else ("--data", str(book))
-    done = origo("train", *data, *TINY_RUN, "--compile", "off", "--steps", 3, *given)
+    done = onym("train", *data, *TINY_RUN, "--compile", "off", "--steps", 3, *given)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("origo: ")
+    assert done.stderr.startswith("onym: ")
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert listing(tmp_path) == before
 
 
-def test_a_hub_name_without_network(origo_process: Run, book: Path, tmp_path: Path) -> None:
-    done = origo_process("train", "--data", book, *TINY_RUN, "--tokenizer", "gpt2", HF_HOME=str(tmp_path / "hub"))
+def test_a_hub_name_without_network(onym_process: Run, book: Path, tmp_path: Path) -> None:
+    done = onym_process("train", "--data", book, *TINY_RUN, "--tokenizer", "gpt2", HF_HOME=str(tmp_path / "hub"))
     assert done.returncode == 2
     assert "as a name on the Hugging Face hub it cannot be fetched" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -83,8 +83,8 @@ def listing(folder: Path) -> list[str]:
         (("trian",), "no command 'trian' (did you mean 'train'?)"),
     ],
 )
-def test_other_commands_say_it_too(origo: Run, book: Path, arguments: tuple[str, ...], says: str) -> None:
-    done = origo(*arguments)
+def test_other_commands_say_it_too(onym: Run, book: Path, arguments: tuple[str, ...], says: str) -> None:
+    done = onym(*arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -92,13 +92,13 @@ def test_other_commands_say_it_too(origo: Run, book: Path, arguments: tuple[str,
 
 def test_a_full_disk_while_saving_a_pth(book: Path, tmp_path: Path) -> None:
     program = """
-import resource, signal, torch, origo
+import resource, signal, torch, onym
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 for ending in (".pth", ".safetensors", ""):
     try:
-        origo.save(torch.nn.Linear(200, 200), f"model{ending}")
-    except origo.OrigoError as error:
+        onym.save(torch.nn.Linear(200, 200), f"model{ending}")
+    except onym.OnymError as error:
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -107,15 +107,15 @@ for ending in (".pth", ".safetensors", ""):
     assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
 
 
-def test_an_unknown_option_is_refused_with_the_nearest(origo: Run) -> None:
-    done = origo("train", "--stepps", 3)
+def test_an_unknown_option_is_refused_with_the_nearest(onym: Run) -> None:
+    done = onym("train", "--stepps", 3)
     assert done.returncode == 2
     assert "--steps" in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
 @pytest.mark.parametrize("what", ["token cache", "run"])
-def test_a_full_disk(origo: Run, book: Path, tmp_path: Path, what: str) -> None:
+def test_a_full_disk(onym: Run, book: Path, tmp_path: Path, what: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if (
@@ -129,7 +129,7 @@ def test_a_full_disk(origo: Run, book: Path, tmp_path: Path, what: str) -> None:
             arguments = ("--cache-dir", disk)
         else:
             arguments = ("--runs-dir", disk / "runs", "--n-layers", 4)
-        done = origo("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 3, *arguments)
+        done = onym("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 3, *arguments)
         assert done.returncode == 2, done.stdout
         assert "the disk is full: free some space" in done.stderr
         assert "Traceback" not in done.stderr
@@ -144,8 +144,8 @@ def test_a_full_disk(origo: Run, book: Path, tmp_path: Path, what: str) -> None:
 def test_a_folder_without_permission(book: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o755)
-    program = "import os, sys; os.setuid(65534); sys.argv[0] = 'origo'; from origo.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", f"import origo.training.loop, origo.cli.train, pydoc_data.topics; {program}"]
+    program = "import os, sys; os.setuid(65534); sys.argv[0] = 'onym'; from onym.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", f"import onym.train.loop, onym.cli.train, pydoc_data.topics; {program}"]
     command += ["train", "--data", str(book), *TINY_RUN, "--runs-dir", str(locked), "--cache-dir", str(tmp_path / "cache")]
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_mode & 0o001 == 0:

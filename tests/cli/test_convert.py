@@ -1,4 +1,4 @@
-"""``origo convert`` and ``origo repair``, as they are typed, and the stories that they are there for."""
+"""``onym convert`` and ``onym repair``, as they are typed, and the stories that they are there for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import origo as library
-from origo.data.tokenizer import Tokenizer
+import onym as library
+from onym.data.tokenizer import Tokenizer
 from tests.conftest import TINY_RUN, Run
-from tests.interop import peers
-from tests.interop.peers import logits, tokens
+from tests.convert import peers
+from tests.convert.peers import logits, tokens
 
 TEXT = "some words and some more words, all of them short, and some of them longer than others; " * 40
 
@@ -24,23 +24,23 @@ def tokenizer(tmp_path: Path) -> Path:
     return path
 
 
-def told(origo: Run, *arguments: object) -> dict[str, object]:
-    done = origo(*arguments, "--json")
+def told(onym: Run, *arguments: object) -> dict[str, object]:
+    done = onym(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_i_trained_with_torch_compile_and_model_pth_wont_load(origo_process: Run, tmp_path: Path, tokenizer: Path) -> None:
-    """The story that Origo began with: two commands from the broken file to text."""
+def test_i_trained_with_torch_compile_and_model_pth_wont_load(onym_process: Run, tmp_path: Path, tokenizer: Path) -> None:
+    """The story that Onym began with: two commands from the broken file to text."""
     model = peers.book(vocab_size=280)
     compiled = torch.compile(model)
     torch.save(compiled.state_dict(), tmp_path / "model.pth")
     with pytest.raises(RuntimeError, match="Missing key"):
         peers.book(vocab_size=280).load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
-    done = origo_process("repair", tmp_path / "model.pth")
+    done = onym_process("repair", tmp_path / "model.pth")
     assert done.returncode == 0, done.stderr
     assert "_orig_mod. in 47 names" in done.stdout
-    done = origo_process("generate", tmp_path / "model.pth", "--prompt", "some words", "--max-new-tokens", "5", "--seed", "1")
+    done = onym_process("generate", tmp_path / "model.pth", "--prompt", "some words", "--max-new-tokens", "5", "--seed", "1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("some words")
     assert len(done.stdout) > len("some words\n")
@@ -48,9 +48,9 @@ def test_i_trained_with_torch_compile_and_model_pth_wont_load(origo_process: Run
     peers.book(vocab_size=280).load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
 
 
-def test_the_report_says_what_was_found_and_done(origo: Run, tmp_path: Path) -> None:
+def test_the_report_says_what_was_found_and_done(onym: Run, tmp_path: Path) -> None:
     torch.save(torch.compile(peers.book()).state_dict(), tmp_path / "model.pth")
-    done = origo("convert", "model.pth", "hf", "--to", "huggingface")
+    done = onym("convert", "model.pth", "hf", "--to", "huggingface")
     assert done.returncode == 0, done.stderr
     for said in (
         "the book's GPTModel, a file of torch.save",
@@ -62,49 +62,49 @@ def test_the_report_says_what_was_found_and_done(origo: Run, tmp_path: Path) -> 
         'AutoModelForCausalLM.from_pretrained("hf")',
     ):
         assert said in done.stdout, said
-    assert told(origo, "convert", "model.pth", "again.pth")["rules"] == {"renamed": 47}
-    done = origo("convert", "model.pth", "x", "--to", "huggingface", "--dry-run")
+    assert told(onym, "convert", "model.pth", "again.pth")["rules"] == {"renamed": 47}
+    done = onym("convert", "model.pth", "x", "--to", "huggingface", "--dry-run")
     assert "nothing was written" in done.stdout
     assert not (tmp_path / "x").exists()
 
 
-def test_a_file_of_nanogpt_and_a_folder_of_transformers_are_compared(origo: Run, tmp_path: Path) -> None:
+def test_a_file_of_nanogpt_and_a_folder_of_transformers_are_compared(onym: Run, tmp_path: Path) -> None:
     peers.nanogpt(tmp_path / "ckpt.pt", bias=True)
-    assert origo("convert", "ckpt.pt", "hf", "--to", "huggingface").returncode == 0
-    done = origo("diff", "ckpt.pt", "hf")
+    assert onym("convert", "ckpt.pt", "hf", "--to", "huggingface").returncode == 0
+    done = onym("diff", "ckpt.pt", "hf")
     assert done.returncode == 0, done.stdout
     assert "The same weights" in done.stdout
     assert "A is nanoGPT's GPT" in done.stdout
     assert "B is transformers' GPT-2" in done.stdout
     path = tmp_path / "hf" / "config.json"
     path.write_text(path.read_text().replace('"activation_function": "gelu"', '"activation_function": "gelu_new"'))
-    assert "config: gelu is erf in A, tanh in B" in origo("diff", "ckpt.pt", "hf").stdout
+    assert "config: gelu is erf in A, tanh in B" in onym("diff", "ckpt.pt", "hf").stdout
     one = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     one["model"]["transformer.h.1.mlp.c_fc.weight"] += 1
     torch.save(one, tmp_path / "other.pt")
-    done = origo("diff", "other.pt", "hf")
+    done = onym("diff", "other.pt", "hf")
     assert done.returncode == 1
     assert "trf_blocks.1.ff.layers.0.weight" in done.stdout
 
 
-def test_inspect_and_verify_know_them(origo: Run, tmp_path: Path) -> None:
+def test_inspect_and_verify_know_them(onym: Run, tmp_path: Path) -> None:
     torch.save({"model_state_dict": torch.compile(peers.book()).state_dict(), "epoch": 3}, tmp_path / "model.pth")
-    text = origo("inspect", "model.pth").stdout
-    for said in ("the book's GPTModel", "_orig_mod. in 47 names", "\n  _orig_mod\n", "as ours", "origo repair"):
+    text = onym("inspect", "model.pth").stdout
+    for said in ("the book's GPTModel", "_orig_mod. in 47 names", "\n  _orig_mod\n", "as ours", "onym repair"):
         assert said in text, said
-    everything = told(origo, "inspect", "model.pth")
+    everything = told(onym, "inspect", "model.pth")
     assert everything["found"]["rules"] == {"renamed": 23, "joined": 3}  # type: ignore[index]
     assert everything["config"]["n_layers"] == 3  # type: ignore[index]
-    done = origo("verify", "model.pth")
+    done = onym("verify", "model.pth")
     assert done.returncode == 0
     assert "checksums of its zip" in done.stdout
     content = bytearray((tmp_path / "model.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "model.pth").write_bytes(content)
-    assert origo("verify", "model.pth").returncode == 1
+    assert onym("verify", "model.pth").returncode == 1
     peers.huggingface().save_pretrained(tmp_path / "hf", max_shard_size="100KB")
-    assert origo("verify", "hf").returncode == 0
-    assert "transformers' GPT-2" in origo("inspect", "hf").stdout
+    assert onym("verify", "hf").returncode == 0
+    assert "transformers' GPT-2" in onym("inspect", "hf").stdout
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def test_inspect_and_verify_know_them(origo: Run, tmp_path: Path) -> None:
         (("model.pth", "s3://bucket/x"), "is remote: convert to this machine"),
     ],
 )
-def test_bad_input_is_a_sentence(origo: Run, tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+def test_bad_input_is_a_sentence(onym: Run, tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
     torch.save(peers.book().state_dict(), tmp_path / "model.pth")
     before = (tmp_path / "model.pth").read_bytes()
-    done = origo("convert", *arguments)
+    done = onym("convert", *arguments)
     assert done.returncode == 2
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
@@ -139,7 +139,7 @@ def start(text: Path, *more: str) -> list[str]:
     return ["--data", str(text), *kept, "--compile", "off", *more]
 
 
-def test_training_goes_on_from_nanogpts_file(origo: Run, tmp_path: Path, book: Path) -> None:
+def test_training_goes_on_from_nanogpts_file(onym: Run, tmp_path: Path, book: Path) -> None:
     """Its weights, its optimizer's moments, its count of steps, and a vocabulary without its padding."""
     tokenizer = Tokenizer.train([book.read_text()], 300)
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
@@ -147,10 +147,10 @@ def test_training_goes_on_from_nanogpts_file(origo: Run, tmp_path: Path, book: P
     assert padded > tokenizer.vocab_size
     peers.nanogpt(tmp_path / "ckpt.pt", vocab_size=padded, steps=6, compiled=True)
     options = start(book, "--from", "ckpt.pt", "--tokenizer", "tokenizer.json", "--name", "on")
-    done = origo("train", *options, "--steps", "6")
+    done = onym("train", *options, "--steps", "6")
     assert done.returncode == 2
     assert "has 6 steps behind it" in done.stderr
-    done = origo("train", *options, "--steps", "7", "--learning-rate", "1e-30", "--weight-decay", "0")
+    done = onym("train", *options, "--steps", "7", "--learning-rate", "1e-30", "--weight-decay", "0")
     assert done.returncode == 0, done.stderr
     assert "Continuing after step 6 of 7." in done.stdout
     kept = library.open_checkpoint(tmp_path / "runs" / "on")
@@ -163,25 +163,25 @@ def test_training_goes_on_from_nanogpts_file(origo: Run, tmp_path: Path, book: P
     moments = kept.tensors("optimizer.safetensors")
     step = next(name for name in moments.names if name.startswith("state.step"))
     assert moments.tensor(step) == 7
-    assert origo("generate", "runs/on", "--prompt", "the lamp", "--max-new-tokens", "2").returncode == 0
+    assert onym("generate", "runs/on", "--prompt", "the lamp", "--max-new-tokens", "2").returncode == 0
 
 
-def test_training_starts_from_the_books_file(origo: Run, tmp_path: Path, book: Path) -> None:
+def test_training_starts_from_the_books_file(onym: Run, tmp_path: Path, book: Path) -> None:
     tokenizer = Tokenizer.train([book.read_text()], 300)
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
     torch.save(torch.compile(peers.book(vocab_size=tokenizer.vocab_size)).state_dict(), tmp_path / "model.pth")
-    done = origo("train", *start(book, "--from", "model.pth", "--name", "on", "--steps", "2"))
+    done = onym("train", *start(book, "--from", "model.pth", "--name", "on", "--steps", "2"))
     assert done.returncode == 0, done.stderr
     assert library.open_checkpoint(tmp_path / "runs" / "on").manifest.step == 2
 
 
-def test_an_origo_run_becomes_everybodys(origo: Run, tmp_path: Path, book: Path) -> None:
-    done = origo("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", "2", "--name", "mine")
+def test_an_onym_run_becomes_everybodys(onym: Run, tmp_path: Path, book: Path) -> None:
+    done = onym("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", "2", "--name", "mine")
     assert done.returncode == 0, done.stderr
     model = library.load_model(tmp_path / "runs" / "mine")
     ids = tokens(200)
     for to, end in (("huggingface", "hf"), ("book", "a.pth"), ("book-fast", "b.pth"), ("safetensors", "c.safetensors")):
-        done = origo("convert", "runs/mine", end, "--to", to)
+        done = onym("convert", "runs/mine", end, "--to", to)
         assert done.returncode == 0, done.stderr
         heads = 2 if end.endswith("pth") else None
         assert torch.allclose(logits(library.load_model(tmp_path / end, n_heads=heads), ids), logits(model, ids), atol=1e-5)

@@ -1,4 +1,4 @@
-"""``origo doctor``, as it is run: on this machine, and on this machine with something missing."""
+"""``onym doctor``, as it is run: on this machine, and on this machine with something missing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 from tests.conftest import Run
 
 
-def test_a_glance_is_told_in_80_columns_and_ends_with_the_command(origo: Run, tmp_path: Path) -> None:
-    done = origo("doctor", "--quick", "--runs-dir", "runs")
+def test_a_glance_is_told_in_80_columns_and_ends_with_the_command(onym: Run, tmp_path: Path) -> None:
+    done = onym("doctor", "--quick", "--runs-dir", "runs")
     assert done.returncode in (0, 1), done.stderr
     lines = done.stdout.splitlines()
-    assert "origo train" in lines[-1]
+    assert "onym train" in lines[-1]
     assert f"--cache-dir {tmp_path / 'cache'}" not in lines[-1], "the environment says it already"
     table = lines[lines.index("This machine") : -1]
     # A line is longer only for one word, as the name of a folder that pytest has made.
@@ -29,8 +29,8 @@ def test_a_glance_is_told_in_80_columns_and_ends_with_the_command(origo: Run, tm
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
-def test_json_is_one_complete_object(origo: Run) -> None:
-    done = origo("doctor", "--quick", "--json", "--device", "cpu")
+def test_json_is_one_complete_object(onym: Run) -> None:
+    done = onym("doctor", "--quick", "--json", "--device", "cpu")
     told = json.loads(done.stdout)
     assert set(told) == {"machine", "quick", "healthy", "advice", "problems", "command"}
     assert told["healthy"] is (done.returncode == 0)
@@ -41,9 +41,9 @@ def test_json_is_one_complete_object(origo: Run) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_examination(origo_process: Run, tmp_path: Path) -> None:
+def test_the_whole_examination(onym_process: Run, tmp_path: Path) -> None:
     begins = time.monotonic()
-    done = origo_process("doctor", "--json")
+    done = onym_process("doctor", "--json")
     told = json.loads(done.stdout)
     assert told["machine"]["trial"]["works"] is True, told["machine"]["trial"]
     assert told["machine"]["trial"]["eager_seconds"] > 0
@@ -52,8 +52,8 @@ def test_the_whole_examination(origo_process: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hidden_compiler_is_missed(origo_process: Run, tmp_path: Path) -> None:
-    done = origo_process("doctor", CXX="/nonexistent", PATH=str(tmp_path))
+def test_a_hidden_compiler_is_missed(onym_process: Run, tmp_path: Path) -> None:
+    done = onym_process("doctor", CXX="/nonexistent", PATH=str(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "There is no C++ compiler" in done.stdout
     assert "CXX is set to '/nonexistent'" in done.stdout
@@ -62,8 +62,8 @@ def test_a_hidden_compiler_is_missed(origo_process: Run, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_a_single_thread_is_noticed_and_its_price_measured(origo_process: Run) -> None:
-    done = origo_process("doctor", "--quick", "--device", "cpu", OMP_NUM_THREADS="1")
+def test_a_single_thread_is_noticed_and_its_price_measured(onym_process: Run) -> None:
+    done = onym_process("doctor", "--quick", "--device", "cpu", OMP_NUM_THREADS="1")
     assert done.returncode == 1, done.stderr
     assert "torch computes with 1 thread, and there are" in done.stdout
     assert "export OMP_NUM_THREADS=" in done.stdout
@@ -75,7 +75,7 @@ def test_a_single_thread_is_noticed_and_its_price_measured(origo_process: Run) -
 def test_ctrl_c_leaves_no_file_and_no_process(tmp_path: Path, environment: dict[str, str]) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    command = [sys.executable, "-m", "origo", "doctor"]
+    command = [sys.executable, "-m", "onym", "doctor"]
     listens = f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", listens],  # what a shell runs in its background ignores Ctrl-C
@@ -85,14 +85,14 @@ def test_ctrl_c_leaves_no_file_and_no_process(tmp_path: Path, environment: dict[
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not list(temporary.glob("origo-doctor-*/cache/*")):  # until the compiler has begun
+    while not list(temporary.glob("onym-doctor-*/cache/*")):  # until the compiler has begun
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert error == "origo: stopped.\n"
-    assert list(temporary.glob("origo-doctor-*")) == []
+    assert error == "onym: stopped.\n"
+    assert list(temporary.glob("onym-doctor-*")) == []
     until = time.monotonic() + 20
     while left := living(f"TMPDIR={temporary}".encode()):  # a process that was killed takes a moment to end
         assert time.monotonic() < until, left
@@ -107,7 +107,7 @@ def living(mark: bytes) -> list[str]:
             environment = path.read_bytes()
         except OSError:  # it has ended, or is somebody else's
             continue
-        if mark in environment and b"origo" in environment:
+        if mark in environment and b"onym" in environment:
             found.append(path.parent.name)
     return found
 
@@ -120,9 +120,9 @@ def living(mark: bytes) -> list[str]:
         (("--cache-dir", "f/cache"), "is a file, not a folder"),
     ],
 )
-def test_bad_input_is_one_sentence(origo: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_bad_input_is_one_sentence(onym: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
     (tmp_path / "f").touch()
-    done = origo("doctor", "--quick", *arguments)
+    done = onym("doctor", "--quick", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from origo.cli.reference import reference
+from onym.cli.reference import reference
 from tests.conftest import Run
 
 
-def test_the_overview_names_every_command(origo: Run) -> None:
+def test_the_overview_names_every_command(onym: Run) -> None:
     for arguments in ((), ("--help",), ("-h",)):
-        done = origo(*arguments)
+        done = onym(*arguments)
         assert done.returncode == 0
-        assert "origo train" in done.stdout
+        assert "onym train" in done.stdout
         assert "generate" in done.stdout
-    assert origo("--version").stdout.startswith("origo 0.")
+    assert onym("--version").stdout.startswith("onym 0.")
 
 
 @pytest.mark.parametrize("command", ["doctor", "train", "generate", "ladder", "inspect", "verify", "diff", "prune", "cache"])
-def test_every_option_is_explained(origo_process: Run, command: str) -> None:
-    done = origo_process(command, "--help", COLUMNS="100")
+def test_every_option_is_explained(onym_process: Run, command: str) -> None:
+    done = onym_process(command, "--help", COLUMNS="100")
     assert done.returncode == 0
     assert "{None}" not in done.stdout
     assert "(default: None)" not in done.stdout

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-import origo as library
-from origo.cli.tree import tree
-from origo.store.files import TensorFile
-from origo.store.layout import MANIFEST
-from origo.store.lease import LEASE
+import onym as library
+from onym.cli.tree import tree
+from onym.format.manifest import MANIFEST
+from onym.format.tensors import TensorFile
+from onym.storage.lock import LEASE
 from tests.conftest import Run
 
 CONFIG = library.GPTConfig(vocab_size=50, context_length=8, emb_dim=8, n_heads=2, n_layers=3, tie_embeddings=True)
@@ -43,9 +43,9 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-def told(origo: Run, *arguments: object, code: int = 0) -> Any:
+def told(onym: Run, *arguments: object, code: int = 0) -> Any:
     """What a command says as JSON: one object, without NaN and infinity, and nothing else."""
-    done = origo(*arguments, "--json")
+    done = onym(*arguments, "--json")
     assert done.returncode == code, done.stdout + done.stderr
 
     def refuse(constant: str) -> None:
@@ -60,14 +60,14 @@ def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_is_listed(origo: Run, run_folder: Path) -> None:
+def test_a_run_is_listed(onym: Run, run_folder: Path) -> None:
     (step_of(run_folder, 10) / MANIFEST).write_text("{}")
-    text = origo("inspect", run_folder).stdout
+    text = onym("inspect", run_folder).stdout
     assert "a run with 3 checkpoints" in text
     assert "val_loss 3, pinned as keep-me" in text
     assert "10    ?" in text
     assert "writ" not in text.replace("written", "", 1), "nobody writes"
-    everything = told(origo, "inspect", run_folder)
+    everything = told(onym, "inspect", run_folder)
     steps = everything["steps"]
     assert everything["writer"] is None
     assert [step["step"] for step in steps] == [10, 20, 30]
@@ -79,25 +79,25 @@ def test_a_run_is_listed(origo: Run, run_folder: Path) -> None:
     assert steps[2]["bytes"] == sum(file.stat().st_size for file in step_of(run_folder, 30).iterdir())
 
 
-def test_its_writer_is_named_and_whether_it_lives(origo: Run, run_folder: Path) -> None:
+def test_its_writer_is_named_and_whether_it_lives(onym: Run, run_folder: Path) -> None:
     lease = run_folder / "checkpoints" / LEASE
     with library.Checkpointer(run_folder / "checkpoints") as checkpointer:
         checkpointer.acquire()
         left = lease.read_text()
-        assert "Being written by process" in origo("inspect", run_folder).stdout
-        assert told(origo, "inspect", run_folder)["writer"]["lives"] is True
+        assert "Being written by process" in onym("inspect", run_folder).stdout
+        assert told(onym, "inspect", run_folder)["writer"]["lives"] is True
     lease.write_text(left)
-    assert "which is gone" in origo("inspect", run_folder).stdout
-    assert told(origo, "inspect", run_folder)["writer"]["lives"] is False
+    assert "which is gone" in onym("inspect", run_folder).stdout
+    assert told(onym, "inspect", run_folder)["writer"]["lives"] is False
     lease.write_text(left.replace(platform.node(), "elsewhere"))
-    assert "or left by it" in origo("inspect", run_folder).stdout
-    assert told(origo, "inspect", run_folder)["writer"]["lives"] is None
+    assert "or left by it" in onym("inspect", run_folder).stdout
+    assert told(onym, "inspect", run_folder)["writer"]["lives"] is None
     assert lease.exists(), "looking changes nothing"
 
 
-def test_a_checkpoint_is_described_with_its_layers_folded(origo: Run, run_folder: Path) -> None:
+def test_a_checkpoint_is_described_with_its_layers_folded(onym: Run, run_folder: Path) -> None:
     for step in ("keep-me", "20"):
-        text = origo("inspect", run_folder, "--step", step).stdout
+        text = onym("inspect", run_folder, "--step", step).stdout
         assert "a checkpoint" in text
         assert "tie_embeddings=True" in text
         assert "goes on from  step 10" in text
@@ -105,7 +105,7 @@ def test_a_checkpoint_is_described_with_its_layers_folded(origo: Run, run_folder
         assert text.count("qkv.weight") == 1
         assert "= tok_emb.weight" in next(line for line in text.splitlines() if "out_head.weight" in line)
     assert all(len(line) <= 80 for line in text.splitlines()[1:]), text
-    everything = told(origo, "inspect", run_folder, "--step", "latest")
+    everything = told(onym, "inspect", run_folder, "--step", "latest")
     parameters = sum(parameter.numel() for parameter in library.GPT(CONFIG).parameters())
     assert everything["step"] == 30
     assert everything["config"] == CONFIG.to_dict()
@@ -121,22 +121,20 @@ def test_a_checkpoint_is_described_with_its_layers_folded(origo: Run, run_folder
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", ""])
-def test_single_models_are_told_apart(origo: Run, tmp_path: Path, ending: str) -> None:
+def test_single_models_are_told_apart(onym: Run, tmp_path: Path, ending: str) -> None:
     library.save(nn.Linear(2, 1), tmp_path / f"x{ending}")
-    text = origo("inspect", tmp_path / f"x{ending}").stdout
-    says = {".safetensors": "a .safetensors file written by Origo", ".pth": "a file of torch.save", "": "a model folder"}[
-        ending
-    ]
+    text = onym("inspect", tmp_path / f"x{ending}").stdout
+    says = {".safetensors": "a .safetensors file written by Onym", ".pth": "a file of torch.save", "": "a model folder"}[ending]
     assert says in text
     assert "float32 [1, 2]" in text
     assert ("none: it holds no hashes" in text) == (ending == ".pth")
 
 
-def test_files_of_other_programs(origo: Run, tmp_path: Path) -> None:
+def test_files_of_other_programs(onym: Run, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"w": torch.ones(3), "h": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "stock.safetensors")
-    everything = told(origo, "inspect", "stock.safetensors")
+    everything = told(onym, "inspect", "stock.safetensors")
     assert everything["kind"] == "a .safetensors file"
     assert everything["identity"] is None
     assert everything["totals"]["stock.safetensors"] == {
@@ -144,22 +142,22 @@ def test_files_of_other_programs(origo: Run, tmp_path: Path) -> None:
     }  # fmt: skip
     shared = torch.ones(4)
     torch.save({"a": shared, "b": shared, "c": torch.ones(4), "d._extra_state": {"n": 1}}, tmp_path / "x.pth")
-    everything = told(origo, "inspect", "x.pth")
+    everything = told(onym, "inspect", "x.pth")
     assert everything["tensors"]["x.pth"]["a"]["aliases"] == ["b"]
     assert everything["parameters"] == 8
-    text = origo("inspect", "x.pth").stdout
+    text = onym("inspect", "x.pth").stdout
     assert "b               = a" in text
     assert "a value, no tensor" in text
 
 
-def test_names_cannot_play_tricks_on_a_terminal(origo: Run, tmp_path: Path) -> None:
+def test_names_cannot_play_tricks_on_a_terminal(onym: Run, tmp_path: Path) -> None:
     torch.save({"\x1b[31mred\r\n": torch.ones(1), ".".join("a" * 3000): torch.ones(1)}, tmp_path / "x.pth")
-    text = origo("inspect", "x.pth").stdout
+    text = onym("inspect", "x.pth").stdout
     assert "\x1b" not in text
     assert "\\x1b[31mred\\r\\n" in text
 
 
-def test_no_tensor_is_read(origo: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_read(onym: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.save(nn.Linear(2, 1), run_folder / "x.safetensors")
 
     def refuse(*_: object, **__: object) -> None:
@@ -168,10 +166,10 @@ def test_no_tensor_is_read(origo: Run, run_folder: Path, monkeypatch: pytest.Mon
     for method in ("tensor", "part", "state", "damages", "_require_right"):
         monkeypatch.setattr(TensorFile, method, refuse)
     for arguments in ((run_folder,), (run_folder, "--step", "latest"), (run_folder / "x.safetensors",)):
-        assert origo("inspect", *arguments).returncode == 0
+        assert onym("inspect", *arguments).returncode == 0
 
 
-def test_ten_gigabytes_are_inspected_by_their_header(origo: Run, tmp_path: Path) -> None:
+def test_ten_gigabytes_are_inspected_by_their_header(onym: Run, tmp_path: Path) -> None:
     """A sparse file: reading it would take ten seconds and more memory than allowed."""
     header = json.dumps({"w": {"dtype": "F32", "shape": [2_500_000_000], "data_offsets": [0, 10_000_000_000]}}).encode()
     with (tmp_path / "big.safetensors").open("wb") as file:
@@ -179,24 +177,24 @@ def test_ten_gigabytes_are_inspected_by_their_header(origo: Run, tmp_path: Path)
         file.truncate(8 + len(header) + 10_000_000_000)
     counters = Path("/proc/self/io")
     before = counters.read_text() if counters.exists() else ""
-    assert told(origo, "inspect", tmp_path / "big.safetensors")["parameters"] == 2_500_000_000
+    assert told(onym, "inspect", tmp_path / "big.safetensors")["parameters"] == 2_500_000_000
     if before:
         read = [int(text.split("rchar: ")[1].split()[0]) for text in (before, counters.read_text())]
         assert read[1] - read[0] < 50_000_000
 
 
-def test_remote_runs_are_told_of_too(origo: Run) -> None:
+def test_remote_runs_are_told_of_too(onym: Run) -> None:
     pytest.importorskip("upath")
     make_run("memory://inspected")
-    assert "a run with 3 checkpoints" in origo("inspect", "memory://inspected").stdout
-    assert told(origo, "inspect", "memory://inspected", "--step", "keep-me")["step"] == 20
-    assert origo("verify", "memory://inspected").stdout.count("good  ") == 3
-    assert told(origo, "prune", "memory://inspected", "--keep-last", 1)["deleted"] == [10]
+    assert "a run with 3 checkpoints" in onym("inspect", "memory://inspected").stdout
+    assert told(onym, "inspect", "memory://inspected", "--step", "keep-me")["step"] == 20
+    assert onym("verify", "memory://inspected").stdout.count("good  ") == 3
+    assert told(onym, "prune", "memory://inspected", "--keep-last", 1)["deleted"] == [10]
 
 
 @pytest.mark.parametrize("command", [("inspect",), ("verify",), ("prune", "--dry-run"), ("diff", "book.txt")])
 def test_a_storage_that_fails_is_a_sentence(
-    origo: Run, book: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+    onym: Run, book: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
     memory = pytest.importorskip("fsspec.implementations.memory")
     pytest.importorskip("upath")
@@ -209,7 +207,7 @@ def test_a_storage_that_fails_is_a_sentence(
 
     for method in ("info", "ls", "exists", "isdir"):
         monkeypatch.setattr(memory.MemoryFileSystem, method, fail)
-    done = origo(command[0], "memory://down/run", *command[1:])
+    done = onym(command[0], "memory://down/run", *command[1:])
     assert done.returncode == 2
     assert "the storage says 'no route to host'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -242,8 +240,8 @@ def test_ties_are_shown_and_layers_with_the_same_ties_folded() -> None:
         (("x" * 300,), "cannot be read"),
     ],
 )
-def test_bad_input_is_a_sentence(origo: Run, run_folder: Path, book: Path, arguments: tuple[str, ...], says: str) -> None:
-    done = origo("inspect", *arguments)
+def test_bad_input_is_a_sentence(onym: Run, run_folder: Path, book: Path, arguments: tuple[str, ...], says: str) -> None:
+    done = onym("inspect", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""``origo ladder``, run as a user runs it."""
+"""``onym ladder``, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from origo.ladder import ladder
+from onym.tools.ladder import ladder
 from tests.conftest import Run
 
 TINY = ("--preset", "nano", "--vocab-size", 300, "--context-length", 32, "--batch-size", 2)
 
 
 @pytest.mark.slow
-def test_every_rung_has_a_figure_or_a_reason(origo: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rung_has_a_figure_or_a_reason(onym: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "_TURN", 0.01)  # turns shorter and fewer than good figures need
     monkeypatch.setattr(ladder, "_MOST_PAIRS", 3)
-    done = origo("ladder", *TINY, "--device", "cpu", "--minutes", 6, "--out", "here")
+    done = onym("ladder", *TINY, "--device", "cpu", "--minutes", 6, "--out", "here")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     head = next(number for number, line in enumerate(lines) if line.startswith("rung "))
     assert lines[head].split() == ["rung", "tokens/s", "×", "total", "memory", "util", "A100", "×"]
     assert all(len(line) <= 80 for line in lines[head : head + 13])
-    assert lines[-1].startswith("Next: origo train --preset nano --context-length 32 ")
+    assert lines[-1].startswith("Next: onym train --preset nano --context-length 32 ")
     assert " 3 left out: TF32" in done.stdout
 
     values = json.loads((tmp_path / "here/ladder.json").read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def test_every_rung_has_a_figure_or_a_reason(origo: Run, tmp_path: Path, monkeyp
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-u", "-m", "origo", "ladder", *map(str, TINY), "--device", "cpu", "--minutes", "1"]
+    command = [sys.executable, "-u", "-m", "onym", "ladder", *map(str, TINY), "--device", "cpu", "--minutes", "1"]
     # A shell's background ignores Ctrl-C, and so would the command where the tests run there.
     listens = f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
     process = subprocess.Popen(
@@ -69,7 +69,7 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert error.strip() == "origo: stopped."
+    assert error.strip() == "onym: stopped."
     ends = time.monotonic() + 10
     while (left := [pid for pid in below if Path(f"/proc/{pid}").exists()]) and time.monotonic() < ends:
         os.sched_yield()
@@ -104,9 +104,9 @@ def children(parent: int) -> list[int]:
         (("--out", "file"), "Could not write the ladder at 'file'"),
     ],
 )
-def test_a_wrong_option_is_one_sentence(origo: Run, tmp_path: Path, arguments: tuple[object, ...], says: str) -> None:
+def test_a_wrong_option_is_one_sentence(onym: Run, tmp_path: Path, arguments: tuple[object, ...], says: str) -> None:
     (tmp_path / "file").touch()
-    done = origo("ladder", *arguments)
+    done = onym("ladder", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import origo as library
-from origo.cli import prune
-from origo.store.lease import LEASE
+import onym as library
+from onym.cli import prune
+from onym.storage.lock import LEASE
 from tests.cli.test_inspect import damage, make_run, step_of, told
 from tests.conftest import Run
 
@@ -23,8 +23,8 @@ def there(run: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
 
 
-def test_a_dry_run_says_it_and_deletes_nothing(origo: Run, run_folder: Path) -> None:
-    done = origo("prune", run_folder, "--keep-last", 1, "--dry-run")
+def test_a_dry_run_says_it_and_deletes_nothing(onym: Run, run_folder: Path) -> None:
+    done = onym("prune", run_folder, "--keep-last", 1, "--dry-run")
     fate = {line.split()[0]: line for line in done.stdout.splitlines()[1:]}
     assert "would go" in fate["10"]
     assert "stays     pinned as 'keep-me'" in fate["20"]
@@ -34,12 +34,12 @@ def test_a_dry_run_says_it_and_deletes_nothing(origo: Run, run_folder: Path) -> 
     assert not (run_folder / "checkpoints" / LEASE).exists()
 
 
-def test_it_deletes_what_need_not_stay(origo: Run, run_folder: Path) -> None:
+def test_it_deletes_what_need_not_stay(onym: Run, run_folder: Path) -> None:
     size = sum(file.stat().st_size for file in step_of(run_folder, 20).iterdir())
-    assert origo("prune", run_folder, "--pin", 10, "--as", "first").returncode == 0
-    assert origo("prune", run_folder, "--unpin", "keep-me").returncode == 0
+    assert onym("prune", run_folder, "--pin", 10, "--as", "first").returncode == 0
+    assert onym("prune", run_folder, "--unpin", "keep-me").returncode == 0
     assert there(run_folder) == [10, 20, 30]
-    result = told(origo, "prune", run_folder, "--keep-last", 1)
+    result = told(onym, "prune", run_folder, "--keep-last", 1)
     assert result["deleted"] == result["doomed"] == [20]
     assert result["kept"] == {"10": "pinned as 'first'", "30": "one of the newest"}
     assert result["bytes"] == size
@@ -56,33 +56,33 @@ def test_it_deletes_what_need_not_stay(origo: Run, run_folder: Path) -> None:
         (("--keep-best", "val_loss"), [20, 30]),
     ],
 )
-def test_each_reason_to_stay(origo: Run, run_folder: Path, arguments: tuple[str, ...], left: list[int]) -> None:
-    assert origo("prune", run_folder, "--keep-last", 1, *arguments).returncode == 0
+def test_each_reason_to_stay(onym: Run, run_folder: Path, arguments: tuple[str, ...], left: list[int]) -> None:
+    assert onym("prune", run_folder, "--keep-last", 1, *arguments).returncode == 0
     assert there(run_folder) == left
 
 
-def test_not_against_a_writer_that_lives(origo: Run, run_folder: Path) -> None:
+def test_not_against_a_writer_that_lives(onym: Run, run_folder: Path) -> None:
     with library.Checkpointer(run_folder / "checkpoints") as checkpointer:
         checkpointer.acquire()
-        done = origo("prune", run_folder, "--keep-last", 1)
+        done = onym("prune", run_folder, "--keep-last", 1)
         assert done.returncode == 2
         assert "is being written by another Checkpointer of this program" in done.stderr
-        assert origo("prune", run_folder, "--keep-last", 1, "--dry-run").returncode == 0
+        assert onym("prune", run_folder, "--keep-last", 1, "--dry-run").returncode == 0
     assert there(run_folder) == [10, 20, 30]
 
 
-def test_not_before_a_successor_that_is_damaged(origo: Run, run_folder: Path) -> None:
+def test_not_before_a_successor_that_is_damaged(onym: Run, run_folder: Path) -> None:
     damage(step_of(run_folder, 30) / "model.safetensors")
-    done = origo("prune", run_folder, "--keep-last", 1)
+    done = onym("prune", run_folder, "--keep-last", 1)
     assert done.returncode == 2
     assert "does not read back" in done.stderr
     assert there(run_folder) == [10, 20, 30]
     assert not (run_folder / "checkpoints" / LEASE).exists(), "the lease is given back after an error too"
 
 
-def test_what_could_not_be_deleted_is_said(origo: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("origo.store.run.remove_folder", lambda path: False)
-    done = origo("prune", run_folder, "--keep-last", 1)
+def test_what_could_not_be_deleted_is_said(onym: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onym.checkpoint.retention.remove_folder", lambda path: False)
+    done = onym("prune", run_folder, "--keep-last", 1)
     assert done.returncode == prune.INCOMPLETE
     assert "is still there" in done.stdout
     assert "0 bytes freed" in done.stdout
@@ -104,9 +104,9 @@ def test_what_could_not_be_deleted_is_said(origo: Run, run_folder: Path, monkeyp
         (("run", "--unpin", "x"), "Nothing is pinned as 'x'"),
     ],
 )
-def test_bad_input_is_a_sentence(origo: Run, run_folder: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_bad_input_is_a_sentence(onym: Run, run_folder: Path, arguments: tuple[str, ...], says: str) -> None:
     (run_folder.parent / "young" / "checkpoints").mkdir(parents=True)
-    done = origo("prune", *arguments)
+    done = onym("prune", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""``origo runs`` and ``origo plot``: what there is, and how it compares."""
+"""``onym runs`` and ``onym plot``: what there is, and how it compares."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tests.conftest import Run
 
 
 @pytest.fixture
-def two(origo: Run, book: Path, tmp_path: Path) -> Path:
+def two(onym: Run, book: Path, tmp_path: Path) -> Path:
     for name, seed in (("first", 0), ("second", 1)):
-        assert origo("train", "--data", book, *EAGER, "--steps", 20, "--seed", seed, "--name", name).returncode == 0
+        assert onym("train", "--data", book, *EAGER, "--steps", 20, "--seed", seed, "--name", name).returncode == 0
     return tmp_path / "runs"
 
 
-def test_runs_are_listed_with_what_became_of_them(origo: Run, book: Path, two: Path) -> None:
+def test_runs_are_listed_with_what_became_of_them(onym: Run, book: Path, two: Path) -> None:
     killed = start(*("train", "--data", book, *EAGER, "--steps", 10**6, "--save-every", 50, "--name", "night"),
                    cwd=book.parent, kill_at=two / "night/checkpoints/step-000000050")  # fmt: skip
-    listed = origo("runs").stdout.splitlines()
+    listed = onym("runs").stdout.splitlines()
     assert listed[1].split()[:2] == ["night", "running"]
     killed.kill()
     killed.wait()
     (two / "broken").mkdir()
     (two / "broken/run.json").write_text("{")
-    done = origo("runs")
+    done = onym("runs")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["run", "status", "step", "held-out", "best", "tokens/s", "kept"]
@@ -37,14 +37,14 @@ def test_runs_are_listed_with_what_became_of_them(origo: Run, book: Path, two: P
     assert lines[4].split()[1:3] == ["finished", "20/20"]
     assert "@20" in lines[4]
     assert all(len(line) <= 80 for line in lines)
-    rows = json.loads(origo("runs", "--json").stdout)["runs"]
+    rows = json.loads(onym("runs", "--json").stdout)["runs"]
     assert rows[3]["parameters"] > 0
     assert rows[3]["best"] == rows[3]["held_out"]
 
 
-def test_runs_are_compared_in_one_picture(origo: Run, two: Path, tmp_path: Path) -> None:
+def test_runs_are_compared_in_one_picture(onym: Run, two: Path, tmp_path: Path) -> None:
     for output, begins in (("losses.png", b"\x89PNG"), ("x.svg", b"<?xml"), ("x.pdf", b"%PDF")):
-        done = origo("plot", "first", two / "second", "--output", output, "--x", "steps")
+        done = onym("plot", "first", two / "second", "--output", output, "--x", "steps")
         assert done.returncode == 0, done.stderr
         assert (tmp_path / output).read_bytes().startswith(begins)
     assert [line.split()[:2] for line in done.stdout.splitlines()[1:3]] == [["first", "20"], [str(two / "second"), "20"]]
@@ -60,11 +60,11 @@ def test_runs_are_compared_in_one_picture(origo: Run, two: Path, tmp_path: Path)
         (("plot", "empty"), "has measured nothing yet"),
     ],
 )
-def test_what_is_not_there_is_said(origo: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_what_is_not_there_is_said(onym: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
     for name in ("first", "empty"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "metrics.jsonl").write_text('{"step": 0}\n' if name == "first" else "")
-    done = origo(*arguments)
+    done = onym(*arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from origo.data.batches import IGNORED_TARGET, TrainingBatches, evaluation_batches
-from origo.data.tokens import TokenStream
-from origo.errors import DataError
+from onym.data.batches import IGNORED_TARGET, TrainingBatches, evaluation_batches
+from onym.data.tokens import TokenStream
+from onym.errors import DataError
 
 
 def stream(length: int) -> TokenStream:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from origo.data.corpus import Corpus, python_documentation
-from origo.errors import DataError
+from onym.data.corpus import Corpus, python_documentation
+from onym.errors import DataError
 
 
 def texts(*data: object, field: str = "text") -> list[str]:

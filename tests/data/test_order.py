@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from origo.data.order import epoch_key, permute, window_numbers
+from onym.data.order import epoch_key, permute, window_numbers
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from origo.data.prefetch import Batch, Prefetcher
+from onym.data.prefetch import Batch, Prefetcher
 
 CPU = torch.device("cpu")
 

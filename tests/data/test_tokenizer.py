@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from origo.data.tokenizer import END_OF_TEXT, Tokenizer
-from origo.errors import TokenizerError
+from onym.data.tokenizer import END_OF_TEXT, Tokenizer
+from onym.errors import TokenizerError
 
 TRAINED = Tokenizer.train(["the cat sat on the mat, the cat sat\n" * 20, "def f(x):\n    return x\n" * 20], 320)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from origo.data.corpus import Corpus
-from origo.data.tokenizer import Tokenizer
-from origo.data.tokens import TokenData, cached_tokenizer, survey, tokenise
-from origo.errors import DataError
+from onym.data.corpus import Corpus
+from onym.data.tokenizer import Tokenizer
+from onym.data.tokens import TokenData, cached_tokenizer, survey, tokenise
+from onym.errors import DataError
 
 TEXTS = [f"document number {n} tells of {n * n} things\nand ends here\n" for n in range(200)]
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-import origo
-from origo import GPT, GPTConfig, MismatchError
-from origo.errors import CheckpointError, ConfigError
+import onym
+from onym import GPT, GPTConfig, MismatchError
+from onym.errors import CheckpointError, ConfigError
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def small(**changes: object) -> GPT:
 def test_a_load_keeps_the_parameters_that_the_optimizer_has() -> None:
     model = small()
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    origo.load_state_dict(model, small().state_dict())
+    onym.load_state_dict(model, small().state_dict())
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
 
 
@@ -39,7 +39,7 @@ def test_switching_between_compiled_and_eager_changes_no_name_and_no_parameter()
     model = small()
     tokens = torch.randint(0, 101, (2, 16))
     optimizer = torch.optim.AdamW(model.parameters())
-    names, parameters = list(origo.state_dict(model)), [id(p) for p in model.parameters()]
+    names, parameters = list(onym.state_dict(model)), [id(p) for p in model.parameters()]
     losses = []
     for compiled in (False, True, False):
         if compiled:
@@ -51,7 +51,7 @@ def test_switching_between_compiled_and_eager_changes_no_name_and_no_parameter()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        assert list(origo.state_dict(model)) == names
+        assert list(onym.state_dict(model)) == names
         assert [id(p) for p in model.parameters()] == parameters
     assert losses[0] > losses[1] > losses[2]
 
@@ -69,14 +69,14 @@ def test_a_mismatch_is_explained_and_changes_nothing(other: dict[str, object], m
     model = small()
     before = values(model)
     with pytest.raises(MismatchError, match=message):
-        origo.load_state_dict(model, small(**other).state_dict())
+        onym.load_state_dict(model, small(**other).state_dict())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_polluted_names_are_explained() -> None:
     polluted = torch.compile(small()).state_dict()  # type: ignore[attr-defined]
-    with pytest.raises(MismatchError, match=r"`_orig_mod\.`.*torch\.compile.*origo\.load") as caught:
-        origo.load_state_dict(small(), polluted)
+    with pytest.raises(MismatchError, match=r"`_orig_mod\.`.*torch\.compile.*onym\.load") as caught:
+        onym.load_state_dict(small(), polluted)
     assert len(caught.value.differences.missing) == len(polluted)
     assert len(str(caught.value).splitlines()) <= 20
 
@@ -84,14 +84,14 @@ def test_polluted_names_are_explained() -> None:
 def test_another_dtype_is_refused_or_cast_and_reported() -> None:
     model, half = small(), small().to(torch.bfloat16)
     with pytest.raises(MismatchError, match='dtype="cast"'):
-        origo.load_state_dict(model, half.state_dict())
-    report = origo.load_state_dict(model, half.state_dict(), dtype="cast")
+        onym.load_state_dict(model, half.state_dict())
+    report = onym.load_state_dict(model, half.state_dict(), dtype="cast")
     assert report.cast["tok_emb.weight"] == ("bfloat16", "float32")
     assert "cast" in str(report)
     assert model.tok_emb.weight.dtype == torch.float32
     assert torch.equal(model.tok_emb.weight, half.tok_emb.weight.float())
     with pytest.raises(ConfigError, match='"exact" or "cast"'):
-        origo.load_state_dict(model, half.state_dict(), dtype="float32")  # type: ignore[arg-type]
+        onym.load_state_dict(model, half.state_dict(), dtype="float32")  # type: ignore[arg-type]
 
 
 def test_a_load_that_is_not_strict_says_what_it_left() -> None:
@@ -99,7 +99,7 @@ def test_a_load_that_is_not_strict_says_what_it_left() -> None:
     state = small(qkv_bias=True).state_dict()
     del state["pos_emb.weight"]
     before = model.pos_emb.weight.clone()
-    report = origo.load_state_dict(model, state, strict=False)
+    report = onym.load_state_dict(model, state, strict=False)
     assert report.missing == ["pos_emb.weight"]
     assert report.unexpected == ["trf_blocks.0.att.qkv.bias", "trf_blocks.1.att.qkv.bias"]
     assert torch.equal(model.pos_emb.weight, before)
@@ -109,24 +109,24 @@ def test_the_callers_dict_is_not_touched() -> None:
     state = small(tie_embeddings=True).state_dict()
     del state["out_head.weight"]
     names = list(state)
-    origo.load_state_dict(torch.compile(small(tie_embeddings=True)), state)  # type: ignore[arg-type]
+    onym.load_state_dict(torch.compile(small(tie_embeddings=True)), state)  # type: ignore[arg-type]
     assert list(state) == names
 
 
 def test_tied_tensors_are_restored_and_contradictions_refused() -> None:
     tied, untied = small(tie_embeddings=True), small()
     with pytest.raises(CheckpointError, match=r"out_head\.weight and tok_emb\.weight are one tensor .* tie_embeddings=False"):
-        origo.load_state_dict(tied, untied.state_dict())
-    origo.load_state_dict(tied, small(tie_embeddings=True).state_dict())
+        onym.load_state_dict(tied, untied.state_dict())
+    onym.load_state_dict(tied, small(tie_embeddings=True).state_dict())
     assert tied.out_head.weight is tied.tok_emb.weight
 
 
 def test_what_is_no_module_is_said_to_be_none() -> None:
     twice = torch.compile(torch.compile(small()))
     with pytest.raises(ConfigError, match="applied twice"):
-        origo.state_dict(twice)  # type: ignore[arg-type]
+        onym.state_dict(twice)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="This is a dict"):
-        origo.load_state_dict({}, {})  # type: ignore[arg-type]
+        onym.load_state_dict({}, {})  # type: ignore[arg-type]
 
 
 def test_extra_state_and_buffers_are_kept() -> None:
@@ -144,33 +144,33 @@ def test_extra_state_and_buffers_are_kept() -> None:
 
     source, target = Counting(7), Counting(0)
     source.norm(torch.randn(8, 3))
-    origo.load_state_dict(torch.compile(target), origo.state_dict(source))  # type: ignore[arg-type]
+    onym.load_state_dict(torch.compile(target), onym.state_dict(source))  # type: ignore[arg-type]
     assert target.count == 7
     assert torch.equal(target.norm.running_mean, source.norm.running_mean)  # type: ignore[arg-type]
 
 
 def test_what_has_no_values_is_said() -> None:
     with pytest.raises(ConfigError, match=r"TorchScript module \(Sequential\).*scripted"):
-        origo.state_dict(torch.jit.script(nn.Sequential(nn.Linear(2, 2))))
+        onym.state_dict(torch.jit.script(nn.Sequential(nn.Linear(2, 2))))
     with pytest.raises(ConfigError, match="contains, a TorchScript"):
-        origo.state_dict(nn.ModuleDict({"a": torch.jit.script(nn.Linear(2, 2))}))
+        onym.state_dict(nn.ModuleDict({"a": torch.jit.script(nn.Linear(2, 2))}))
     lazy = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(ConfigError, match=r"0\.weight has no values yet, because its layer is lazy: run one batch"):
-        origo.state_dict(lazy)
+        onym.state_dict(lazy)
     with pytest.raises(ConfigError, match="lazy: run one batch"):
-        origo.load_state_dict(lazy, {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)})
+        onym.load_state_dict(lazy, {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)})
     with torch.device("meta"):
         empty = nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match="no values yet"):
-        origo.save(empty, "never.safetensors")
+        onym.save(empty, "never.safetensors")
     with pytest.raises(ConfigError, match=r"meta device.*to_empty"):
-        origo.load_state_dict(empty, nn.Linear(2, 2).state_dict())
+        onym.load_state_dict(empty, nn.Linear(2, 2).state_dict())
     with torch.inference_mode():
         frozen = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="inference_mode"):
-        origo.load_state_dict(frozen, nn.Linear(2, 2).state_dict())
+        onym.load_state_dict(frozen, nn.Linear(2, 2).state_dict())
     with torch.inference_mode():
-        origo.load_state_dict(frozen, nn.Linear(2, 2).state_dict())
+        onym.load_state_dict(frozen, nn.Linear(2, 2).state_dict())
 
 
 class Fragile(nn.Module):
@@ -202,7 +202,7 @@ def test_a_load_that_fails_in_the_models_own_code_is_undone(compiled: bool) -> N
         model.first = torch.compile(model.first)  # type: ignore[assignment]
     state = Fragile().state_dict() | {"_extra_state": 2}
     with pytest.raises(CheckpointError, match=r"own loading code failed, and nothing was changed: .*no such thing"):
-        origo.load_state_dict(model, state)
+        onym.load_state_dict(model, state)
     assert model.version == 1
     assert all(torch.equal(before[name.replace("_orig_mod.", "")], value) for name, value in model.named_parameters())
 
@@ -210,7 +210,7 @@ def test_a_load_that_fails_in_the_models_own_code_is_undone(compiled: bool) -> N
 def test_layers_are_swapped_by_loading_a_models_own_tensors() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     first, second = (layer.weight.detach().clone() for layer in model)
-    origo.load_state_dict(model, {"0.weight": model[1].weight, "1.weight": model[0].weight})
+    onym.load_state_dict(model, {"0.weight": model[1].weight, "1.weight": model[0].weight})
     assert torch.equal(model[0].weight, second)
     assert torch.equal(model[1].weight, first)
 
@@ -220,13 +220,13 @@ def test_an_average_has_the_models_names_and_its_counter() -> None:
     average = AveragedModel(torch.compile(model))  # type: ignore[arg-type]
     average.update_parameters(model)
     average.update_parameters(small(qkv_bias=False))
-    state = origo.state_dict(average)
+    state = onym.state_dict(average)
     assert set(state) == {*model.state_dict(), "n_averaged"}
     other = AveragedModel(small())
-    origo.load_state_dict(other, state)
+    onym.load_state_dict(other, state)
     assert other.n_averaged == 2
     assert torch.equal(other.module.tok_emb.weight, average.module.tok_emb.weight)
-    assert isinstance(origo.unwrap(average), GPT)
+    assert isinstance(onym.unwrap(average), GPT)
 
 
 @pytest.mark.parametrize("keep", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "torch.save"])
@@ -240,7 +240,7 @@ def test_a_model_compiled_in_place_is_copied_and_pickled(keep: Any, tmp_path: Pa
         again = torch.load(tmp_path / "whole.pth", weights_only=False)
     else:
         again = keep(model)
-    assert list(origo.state_dict(again)) == list(origo.state_dict(model))
+    assert list(onym.state_dict(again)) == list(onym.state_dict(model))
     assert again._compiled_call_impl is None, "PyTorch drops it: docs/orig-mod.md says so"
     torch.testing.assert_close(again(tokens), expected)  # attention is written out where it is compiled, and rounds otherwise
     again.compile(backend="eager")
@@ -272,7 +272,7 @@ def test_a_whole_training_switches_between_compiled_and_eager() -> None:
     switched, model = run(True)
     assert switched == pytest.approx(straight, rel=1e-4)
     assert straight[-1] < straight[0] - 1
-    assert list(origo.state_dict(model)) == list(plain.state_dict())
+    assert list(onym.state_dict(model)) == list(plain.state_dict())
 
 
 def test_a_file_loads_where_the_compiler_was_never_imported(tmp_path: Path, in_fresh_process: Callable[[str], str]) -> None:
@@ -281,11 +281,11 @@ def test_a_file_loads_where_the_compiler_was_never_imported(tmp_path: Path, in_f
     tokens = torch.randint(0, 101, (1, 16))
     with torch.no_grad():
         expected = compiled(tokens).sum().item()  # type: ignore[operator]
-    origo.save(compiled, tmp_path / "m.safetensors")  # type: ignore[arg-type]
+    onym.save(compiled, tmp_path / "m.safetensors")  # type: ignore[arg-type]
     printed = in_fresh_process(f"""
-import sys, torch, origo
-model = origo.GPT(origo.GPTConfig(**{model.config.to_dict()!r}))
-print(origo.load("m.safetensors", into=model))
+import sys, torch, onym
+model = onym.GPT(onym.GPTConfig(**{model.config.to_dict()!r}))
+print(onym.load("m.safetensors", into=model))
 with torch.no_grad():
     print(model(torch.tensor({tokens.tolist()})).sum().item())
 print([name for name in sys.modules if name.startswith("torch._dynamo")])
@@ -310,7 +310,7 @@ def test_keeping_and_loading_a_compiled_model_recompiles_nothing() -> None:
     model(x).sum().backward()
     compiled = graphs
     for _ in range(3):
-        origo.load_state_dict(model, {name: value + 1 for name, value in origo.state_dict(model).items()})
+        onym.load_state_dict(model, {name: value + 1 for name, value in onym.state_dict(model).items()})
         model(x).sum().backward()
     assert 0 < graphs == compiled
 
@@ -335,11 +335,11 @@ def test_a_files_layout_version_reaches_the_module(tmp_path: Path) -> None:
     polluted._metadata["_orig_mod.0"]["version"] = 1
     torch.save(polluted, tmp_path / "old.pth")
     model = nn.Sequential(Versioned())
-    origo.load(tmp_path / "old.pth", into=model)
+    onym.load(tmp_path / "old.pth", into=model)
     assert model[0].weight.tolist() == [10, 10]
-    origo.save(model, tmp_path / "new.pth")
+    onym.save(model, tmp_path / "new.pth")
     for load in (
-        lambda into: origo.load(tmp_path / "new.pth", into=into),
+        lambda into: onym.load(tmp_path / "new.pth", into=into),
         lambda into: into.load_state_dict(torch.load(tmp_path / "new.pth", weights_only=True)),
     ):
         again = nn.Sequential(Versioned())
@@ -356,23 +356,23 @@ def test_a_conjugate_is_no_second_name_of_its_tensor(tmp_path: Path) -> None:
 
     model = Waves()
     for name in ("m.safetensors", "m.pth"):
-        origo.save(model, tmp_path / name)
-        stored = origo.open_checkpoint(tmp_path / name).model.state()
+        onym.save(model, tmp_path / name)
+        stored = onym.open_checkpoint(tmp_path / name).model.state()
         assert torch.equal(stored["g"], model.g.resolve_conj())  # type: ignore[operator,arg-type]
 
 
 def test_tensors_made_of_tensors_are_not_taken_for_one_another(tmp_path: Path) -> None:
     from torch.testing._internal.two_tensor import TwoTensor
 
-    class Made(nn.Module):
+    class LazyTensor(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = (nn.Parameter(TwoTensor(torch.randn(2, 2), torch.randn(2, 2))) for _ in range(2))
 
-    model, other = Made(), Made()
+    model, other = LazyTensor(), LazyTensor()
     with pytest.raises(CheckpointError, match=r"a is a TwoTensor, .*dequantize"):
-        origo.save(model, tmp_path / "m.safetensors")
-    origo.load_state_dict(other, model.state_dict())
+        onym.save(model, tmp_path / "m.safetensors")
+    onym.load_state_dict(other, model.state_dict())
     assert torch.equal(other.b.a, model.b.a)  # type: ignore[attr-defined]
     assert not torch.equal(other.b.a, other.a.a)  # type: ignore[attr-defined]
 
@@ -389,7 +389,7 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
         lambda: {**nn.BatchNorm1d(1).state_dict(), "num_batches_tracked": torch.tensor(1.7)},
         "num_batches_tracked float32 stored, int64 in the model",
     ),
-    "a path": (lambda: nn.Linear(1, 1), lambda: "model.pth", r"origo\.load takes a path"),
+    "a path": (lambda: nn.Linear(1, 1), lambda: "model.pth", r"onym\.load takes a path"),
     "another model": (lambda: nn.Linear(1, 1), lambda: nn.Linear(1, 1), "not a Linear"),
     "numbered": (lambda: nn.Linear(1, 1), lambda: {0: torch.ones(1)}, "dict of named tensors"),
 }
@@ -401,27 +401,27 @@ def test_what_cannot_be_copied_is_refused_before_anything_is(
 ) -> None:
     target = model()
     before = values(target)
-    with pytest.raises(origo.OrigoError, match=message):
-        origo.load_state_dict(target, state(), dtype="cast")
+    with pytest.raises(onym.OnymError, match=message):
+        onym.load_state_dict(target, state(), dtype="cast")
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
 
 def test_arguments_in_the_wrong_order_are_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="This is a str"):
-        origo.save("m.pth", small())  # type: ignore[arg-type]
+        onym.save("m.pth", small())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="not a path"):
-        origo.load(small(), small())  # type: ignore[arg-type]
+        onym.load(small(), small())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="This is a str"):
-        origo.load("m.pth", "m.pth")  # type: ignore[arg-type]
+        onym.load("m.pth", "m.pth")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="applied twice"):
-        origo.unwrap(torch.compile(torch.compile(small())))  # type: ignore[arg-type]
+        onym.unwrap(torch.compile(torch.compile(small())))  # type: ignore[arg-type]
 
 
 def test_an_expanded_buffer_is_refused() -> None:
     model = nn.Module()
     model.register_buffer("mask", torch.zeros(1).expand(3))
     with pytest.raises(ConfigError, match="mask is an expanded view"):
-        origo.load_state_dict(model, {"mask": torch.ones(3)})
+        onym.load_state_dict(model, {"mask": torch.ones(3)})
 
 
 def test_a_model_with_a_state_dict_of_its_own() -> None:
@@ -448,7 +448,7 @@ def test_a_model_with_a_state_dict_of_its_own() -> None:
 
     for cls in (Trained, Delegating):
         model, other = cls(), cls()
-        report = origo.load_state_dict(torch.compile(model), origo.state_dict(other))  # type: ignore[arg-type]
+        report = onym.load_state_dict(torch.compile(model), onym.state_dict(other))  # type: ignore[arg-type]
         assert len(report.loaded) == 2
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -461,7 +461,7 @@ def test_names_that_a_models_own_loading_code_knows_are_taken() -> None:
     state = old().state_dict()
     assert "weight_g" in state
     assert "weight_g" not in new.state_dict()
-    origo.load_state_dict(torch.compile(new), state)  # type: ignore[arg-type]
+    onym.load_state_dict(torch.compile(new), state)  # type: ignore[arg-type]
     assert torch.equal(new.parametrizations.weight.original0, state["weight_g"])  # type: ignore[union-attr]
 
 
@@ -470,7 +470,7 @@ def test_a_diverged_models_tied_tensors_load() -> None:
     with torch.no_grad():
         model.tok_emb.weight[0] = float("nan")
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    assert origo.load_state_dict(small(tie_embeddings=True), state).loaded
+    assert onym.load_state_dict(small(tie_embeddings=True), state).loaded
 
 
 def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -483,10 +483,10 @@ def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path: Path) -> Non
             super().__init__()
             self.config, self.line = config, nn.Linear(1, 1)
 
-    origo.register_architecture("odd", Model, Odd)
+    onym.register_architecture("odd", Model, Odd)
     for value in (torch.float32, {1: 2}):
         with pytest.raises(ConfigError, match=r"Odd\.dtype is .*, which JSON cannot hold"):
-            origo.save(Model(Odd(value)), tmp_path / "m.safetensors")
+            onym.save(Model(Odd(value)), tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="model_cls"):
-        origo.register_architecture("number", int, Odd)  # type: ignore[arg-type]
+        onym.register_architecture("number", int, Odd)  # type: ignore[arg-type]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from origo.errors import CheckpointError, ConfigError
-from origo.state.optimizer import load_optimizer_state, optimizer_state
-from origo.state.rng import load_rng_state, rng_state
+from onym.errors import CheckpointError, ConfigError
+from onym.state.optimizer import load_optimizer_state, optimizer_state
+from onym.state.rng import load_rng_state, rng_state
 
 Make = Callable[[list[Any]], torch.optim.Optimizer]
 MAKERS: dict[str, Make] = {

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from origo.errors import CheckpointError
-from origo.state.tree import flatten, unflatten
+from onym.errors import CheckpointError
+from onym.state.tree import flatten, unflatten
 
 
 def there_and_back(value: Any) -> Any:

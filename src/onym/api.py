@@ -1,0 +1,316 @@
+"""One call each: save a model, load weights into one, or build one from what was saved.
+
+The three practices, as functions: keep the original module's state (``save``), make sure that the structure matches
+(``load``), keep the whole model where programs switch between compiled and not (``save`` + ``load_model``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from onym.convert.opening import open_any, warn_of
+from onym.convert.translation import format_of, translated
+from onym.errors import CheckpointError, ConfigError
+from onym.format.manifest import CONFIG, MODEL
+from onym.format.reader import Checkpoint
+from onym.format.tensors import TensorFile
+from onym.format.writer import write_folder, write_pth, write_safetensors
+from onym.gpt.config import GPTConfig
+from onym.gpt.registry import build_model, describe_model
+from onym.names.diagnose import diagnose
+from onym.names.match import recover_names
+from onym.names.mismatch import MismatchError, compare
+from onym.names.wrappers import AVERAGE_COUNTER, require_module, unwrap
+from onym.state.model import DtypePolicy, LoadReport, describe, full_state_dict, load_state_dict, materialise_meta, state_dict
+from onym.storage.object_store import as_path
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Keep a model under its own names, plain or wrapped, durably: the file is there as a whole or not at all.
+
+    The path's ending decides what is written:
+
+    - ``.safetensors``: one file that every safetensors reader opens. The model's configuration, where its class is known,
+      and each tensor's hash are in its header, so ``load_model`` and the check on loading work on it.
+    - ``.pth``, ``.pt``: a plain state dict for ``torch.load(path, weights_only=True)`` and ``load_state_dict(strict=True)``.
+    - no ending, or one of a folder: a self-describing folder with ``model.safetensors``, ``config.json`` and a manifest.
+
+    Args:
+        model: any module. A tied tensor is stored once, with its further names; tensors may be on any device. Where FSDP2 has
+            sharded it every process has to call this, and the first one writes the whole model.
+        path: where to; a file there is replaced.
+
+    Raises:
+        CheckpointError: the model has something that the format cannot hold.
+        ConfigError: ``model`` is no module, or its configuration cannot be kept as JSON.
+        StorageError: the disk refused; what was there before is untouched.
+
+    >>> compiled = torch.compile(nn.Linear(2, 1))
+    >>> save(compiled, "model.safetensors")
+    >>> save(compiled, "model.pth")
+    >>> list(torch.load("model.pth", weights_only=True))
+    ['weight', 'bias']
+    """
+    require_module(model)
+    path = _path(path)
+    state, mine_to_write = full_state_dict(state_dict(model))
+    if not mine_to_write:
+        return
+    architecture, config = describe_model(unwrap(model))
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, architecture, config)
+    elif path.suffix in (".pth", ".pt"):
+        write_pth(path, state)
+    elif path.suffix in (".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".onnx", ".gguf", ".npz"):
+        raise ConfigError(f"A model cannot be saved as '{path.suffix}': end the path in .safetensors, .pth, or / for a folder.")
+    else:
+        texts = {CONFIG: _config_json(config)} if config is not None else {}
+        write_folder(path, {MODEL: state}, texts, architecture=architecture)
+
+
+def load(
+    path: str | Path,
+    into: nn.Module,
+    *,
+    strict: bool = True,
+    dtype: DtypePolicy = "exact",
+    verify: bool = True,
+    part: str | None = None,
+) -> LoadReport:
+    """Copy saved weights into a model, plain or wrapped.
+
+    Args:
+        path: what ``save`` wrote, a run or checkpoint of ``onym train``, or another program's (docs/formats.md): any
+            .safetensors file or state dict, sharded or within something else. Names that wrappers polluted (``_orig_mod.…``,
+            ``module.…``) are matched to the model's own and listed in the report's ``renamed``. A GPT-2 in one layout (the
+            book's, nanoGPT's, transformers') loads into a model of any other.
+        into: the model; its tensors keep their identity, so an optimizer over them stays valid. Those on the meta device are
+            given memory on the CPU, so that a large model is never there twice; build its optimizer afterwards.
+        strict: refuse names that are missing or unexpected.
+        dtype: ``"exact"`` refuses tensors of another dtype, ``"cast"`` converts and reports them.
+        verify: check each tensor against its stored hash (BLAKE3, about 4 GB a second and core) before it is used. Sizes and
+            structure are checked in any case.
+        part: of a file with several models (``"state_dict_ema"``), which.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or would run code.
+        MismatchError: it does not fit the model; nothing has been changed.
+
+    >>> torch.save(torch.compile(nn.Linear(2, 1)).state_dict(), "polluted.pth")
+    >>> report = load("polluted.pth", into=nn.Linear(2, 1))
+    >>> report.renamed
+    {'_orig_mod.weight': 'weight', '_orig_mod.bias': 'bias'}
+    """
+    require_module(into)
+    return _load_into(_found(path, verify=verify, part=part), into, strict=strict, dtype=dtype, verify=verify)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    step: int | str = "latest",
+    device: str | torch.device = "cpu",
+    compile: bool = False,
+    part: str | None = None,
+    n_heads: int | None = None,
+) -> nn.Module:
+    """Build a model from what was saved, structure and weights, in evaluation mode.
+
+    Args:
+        path: a run, a checkpoint, a model folder or a .safetensors file that ``save`` wrote; or another program's GPT-2, as the
+            book's ``model.pth``, nanoGPT's ``ckpt.pt`` or a folder of transformers (docs/formats.md).
+        step: of a run, ``"latest"`` (the newest good one) or a number.
+        device: where to put it.
+        compile: compile it in place (``model.compile()``), which changes no name.
+        part: of a file with several models (``"state_dict_ema"``), which.
+        n_heads: attention heads, for a file of another program's that does not say; otherwise heads of size 64 are assumed,
+            with a warning.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or holds weights without a configuration.
+
+    >>> import onym
+    >>> save(onym.GPT(onym.GPTConfig.preset("nano", vocab_size=100)), "model.safetensors")
+    >>> load_model("model.safetensors").config.vocab_size
+    100
+    """
+    checkpoint = _found(path, step, part=part, n_heads=n_heads)
+    warn_of(checkpoint)
+    return load_checkpoint(checkpoint, device=device, compile=compile)
+
+
+def open_checkpoint(path: str | Path, *, step: int | str = "latest", part: str | None = None) -> Checkpoint:
+    """Open anything that :func:`load` takes, without reading its tensors.
+
+    Names are clean: without what wrappers put into them, and of a GPT-2 of another program's, those of ``onym.GPT``.
+
+    The result has ``.names``, ``.config``, ``.tensor(name)`` (one tensor, read and checked now) and ``.verify()`` (every byte).
+
+    Raises:
+        CheckpointError: it is missing, or its structure is damaged.
+
+    >>> save(nn.Linear(2, 1), "model.safetensors")
+    >>> checkpoint = open_checkpoint("model.safetensors")
+    >>> checkpoint.names, checkpoint.tensor("weight").shape
+    (['weight', 'bias'], torch.Size([1, 2]))
+    >>> checkpoint.verify()
+    """
+    return _found(path, step, part=part)
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", compile: bool = False) -> nn.Module:
+    """:func:`load_model` of a checkpoint that is open already."""
+    if checkpoint.config is None or checkpoint.architecture is None:
+        origin = checkpoint.origin
+        if origin is not None and origin.problem is not None:
+            raise CheckpointError(origin.problem)
+        if origin is not None and origin.not_ours is not None:
+            raise CheckpointError(
+                f"'{checkpoint.path}' is {origin.kind}, of which no onym.GPT can be built: {origin.not_ours}. Build "
+                "its own model and use onym.load(path, into=model), or write it as plain safetensors (onym convert)."
+            )
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds weights without the structure they belong to: build the model and use "
+            "onym.load(path, into=model), or register its class (onym.register_architecture) before saving it."
+        )
+    if isinstance(layers := checkpoint.config.get("n_layers"), int) and layers > len(checkpoint.model.shapes):
+        raise CheckpointError(f"'{checkpoint.path}' is damaged: its configuration has {layers:,} layers, its file has not.")
+    try:
+        model = build_model(checkpoint.architecture, checkpoint.config)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise CheckpointError(f"No model can be built from the configuration in '{checkpoint.path}': {error}") from error
+    _load_into(checkpoint, model, strict=True, dtype="cast", verify=True, device=device)
+    model.to(device).eval()
+    if compile:
+        model.compile()
+    return model
+
+
+def _load_into(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    *,
+    strict: bool,
+    dtype: DtypePolicy,
+    verify: bool,
+    device: str | torch.device = "cpu",
+) -> LoadReport:
+    known = state_dict(model)
+    state: dict[str, Any] = _stored(checkpoint, model, known).state(verify=verify)
+    spare = [name for name in (AVERAGE_COUNTER,) if name in state and name not in known]  # the model itself is all there
+    for name in spare:
+        del state[name]
+    renamed = recover_names(state, known)
+    state = _renamed(state, renamed)
+    try:
+        if any(tensor.is_meta for tensor in model.parameters()):  # what does not fit is told before memory is asked for
+            stored, wanted = describe(state), describe(state_dict(model))
+            if (differences := compare(stored, wanted)).shapes:
+                raise MismatchError(differences, diagnose(differences, stored, wanted))
+        with materialise_meta(model, device) as empty:
+            report = load_state_dict(model, state, strict=strict, dtype=dtype)
+            if empty and report.missing:
+                live = state_dict(model)
+                if left := [name for name in report.missing if live[name].data_ptr() in empty]:
+                    raise ConfigError(
+                        f"{left[0]} is on the meta device and '{checkpoint.path}' does not have it, so it would have no "
+                        "values: build the model on a real device."
+                    )
+    except MismatchError as error:
+        if (sentence := _other_configuration(checkpoint, model)) is not None:
+            raise error.with_configuration(sentence) from None
+        raise
+    return replace(report, renamed=renamed, unexpected=[*report.unexpected, *spare])
+
+
+def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) -> TensorFile:
+    """The tensors to load: as they are stored where they fit so, and otherwise in the model's layout, where both are GPTs."""
+    if checkpoint.origin is None:
+        return checkpoint.model
+    raw: TensorFile = checkpoint.origin.contents.tensors
+    renamed = recover_names(raw.names, known)
+    fits = {renamed.get(name, name) for name in raw.names} - {AVERAGE_COUNTER} == known.keys() - {AVERAGE_COUNTER}
+    if fits or checkpoint.origin.shape is None:
+        return raw
+    shapes = {name: tuple(value.shape) for name, value in known.items() if isinstance(value, torch.Tensor)}
+    format = format_of(shapes)
+    if format is None or (
+        format is checkpoint.origin.format and not checkpoint.origin.dropped and len(raw.names) >= len(known)
+    ):
+        return raw
+    config: GPTConfig = checkpoint.origin.shape
+    live = getattr(unwrap(model), "config", None)
+    if isinstance(live, GPTConfig):
+        _require_same_computation(checkpoint, config, live)
+    return translated(checkpoint.model, config, format, shapes)
+
+
+def _require_same_computation(checkpoint: Checkpoint, stored: GPTConfig, live: GPTConfig) -> None:
+    """What no tensor's shape shows."""
+    sure = not checkpoint.origin.notes and checkpoint.origin.problem is None
+    for name in ("n_heads", "gelu") if sure else ("gelu",):
+        if (was := getattr(stored, name)) != (now := getattr(live, name)):
+            raise ConfigError(
+                f"'{checkpoint.path}' was trained with {name}={was}, and this model computes with {name}={now}: its values "
+                "would load, and mean something else. Build the model with that, or use onym.load_model(path)."
+            )
+
+
+def _renamed(state: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The state under other names, and with it the layout versions of its modules, which PyTorch keeps beside it."""
+    out: OrderedDict[str, Any] = OrderedDict((renamed.get(name, name), value) for name, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        paths = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in renamed.items()}
+        out._metadata = OrderedDict((paths.get(path, path), version) for path, version in versions.items())  # type: ignore[attr-defined]
+    return out
+
+
+def _other_configuration(checkpoint: Checkpoint, model: nn.Module) -> str | None:
+    """How the model that was saved was built otherwise than this one, where both say how."""
+    architecture, config = describe_model(unwrap(model))
+    if checkpoint.config is None or config is None:
+        return None
+    if checkpoint.architecture != architecture:
+        return f"Saved from a {checkpoint.architecture!r}, this model is a {architecture!r}: use onym.load_model(path)."
+    stored = checkpoint.config
+    differing = [key for key in config if key in stored and stored[key] != config[key]]
+    if not differing:
+        return None
+    was, now = (", ".join(f"{key}={values[key]}" for key in differing) for values in (stored, config))
+    return f"Saved with {was}; this model has {now}: build it with the stored values, or use onym.load_model(path)."
+
+
+def _found(
+    path: str | os.PathLike[str],
+    step: int | str = "latest",
+    *,
+    verify: bool = True,
+    part: str | None = None,
+    n_heads: int | None = None,
+) -> Checkpoint:
+    """The checkpoint that a path means; tells of damaged ones that were passed over."""
+    found = open_any(_path(path), step, verify=verify, part=part, n_heads=n_heads)
+    for skipped, reason in found.skipped:
+        warnings.warn(f"Passed over '{skipped}': {reason}", stacklevel=3)
+    return found.checkpoint
+
+
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) and not hasattr(path, "joinpath"):
+        raise ConfigError(f"This is a {type(path).__name__}, not a path: the model comes first in save, the path in load.")
+    return as_path(path)
+
+
+def _config_json(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2) + "\n"

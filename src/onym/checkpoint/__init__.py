@@ -1,0 +1,1 @@
+"""A training loop's checkpoints: captured, written, committed, verified, pruned, restored."""

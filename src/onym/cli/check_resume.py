@@ -1,0 +1,85 @@
+"""``onym check-resume``: whether a run of these options continues exactly, tried out here."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from onym.cli.train import parse_options
+from onym.errors import ConfigError
+from onym.tools.resume_check import compare_killed
+from onym.train.display import Display
+from onym.train.launch import can_find_workers
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Train straight, and again with SIGKILLs at random moments, and compare every tensor and every row of metrics bit by bit.
+    Of several processes (--processes) one of them is killed each time.
+
+    All options of onym train but --name and --runs-dir go after these (onym train --help). Choose few --steps, and
+    --save-every such that there are several checkpoints. Exit code 0: the same bits; 1: not the same.
+    """
+
+    kills: int = 5
+    """How often the second run is killed, at most."""
+    kill_seed: int | None = None
+    """Of the moments; another one each time where it is not given."""
+    folder: Path | None = None
+    """Where both runs are kept afterwards; without it they are deleted if they are the same."""
+
+
+def run(arguments: list[str]) -> int:
+    """``onym check-resume``."""
+    ours, options = tyro.cli(_Arguments, prog="onym check-resume", args=arguments, return_unknown_args=True)
+    if ours.kills < 1:
+        raise ConfigError(f"--kills must be at least 1, not {ours.kills}.")
+    for argument in options:
+        if argument.split("=")[0] in ("--name", "--runs-dir", "--time-limit"):
+            raise ConfigError(f"{argument.split('=')[0]} is not for check-resume, which has two runs of its own: leave it out.")
+    if ours.folder is not None and ours.folder.exists() and any(ours.folder.iterdir()):
+        raise ConfigError(f"'{ours.folder}' is not empty: name a new --folder.")
+    seed = random.randrange(10**6) if ours.kill_seed is None else ours.kill_seed
+    folder = ours.folder or Path(tempfile.mkdtemp(prefix="onym-check-resume-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # What is wrong with them is said now.
+        parsed = parse_options([*options, "--name", "straight", "--runs-dir", str(folder)])
+        if parsed.run.processes > 1 and not can_find_workers():
+            raise ConfigError("check-resume finds the processes to kill in /proc, which is not there: take --processes 1.")
+    except BaseException:
+        _remove_if_empty(folder)
+        raise
+    display, began = Display(), time.monotonic()
+    with display.activity("Two runs") as activity:
+        result = compare_killed(options, folder, ours.kills, seed, activity)
+        activity.result = f"killed {len(result.kills)} times, after steps {', '.join(map(str, result.kills)) or '-'}"
+    if not result.kills:
+        raise ConfigError("The run was over before it could be killed: give more --steps.")
+    if result.differences:
+        display.fail(f"Not the same, in {len(result.differences)} places (--kill-seed {seed}; both are in '{folder}'):")
+        for difference in result.differences[:_SHOWN]:
+            display.note(f"  {difference}")
+        if len(result.differences) > _SHOWN:
+            display.note(f"  … and {len(result.differences) - _SHOWN} more")
+        return 1
+    display.note(
+        f"The same to the last bit: {result.tensors} tensors and {result.rows} rows of metrics, after {len(result.kills)} "
+        f"kills ({time.monotonic() - began:.0f} s)."
+    )
+    if ours.folder is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()

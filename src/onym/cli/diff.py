@@ -1,0 +1,289 @@
+"""``onym diff``: how two models differ."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from onym.cli.report import as_step, checkpoints_folder, counted, print_heading, print_json, print_table, shown
+from onym.convert.opening import open_any
+from onym.format.manifest import MODEL
+from onym.format.reader import Checkpoint
+from onym.format.safetensors import as_bytes
+from onym.names.match import recover_names
+from onym.storage import object_store
+
+DIFFERENT = 1
+
+_SHOWN = 10
+_PIECE = 1 << 22  # values that are widened at a time
+_VALUE = "value"  # what a module stores of its own making: no tensor
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Compare two models: equal weights, or which names, shapes, dtypes and values differ. Exit code 1 where they do."""
+
+    a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A", help_behavior_hint="")]
+    """A run, a checkpoint, a model folder or a file."""
+    b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B", help_behavior_hint="")]
+    """What it is compared with."""
+    step_a: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: latest)")] = "latest"
+    """Where A is a run, which step."""
+    step_b: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: latest)")] = "latest"
+    """Where B is a run, which step."""
+    json: bool = False
+    """One JSON object instead."""
+
+
+def run(arguments: list[str]) -> int:
+    """``onym diff``."""
+    given = tyro.cli(_Arguments, prog="onym diff", args=arguments)
+    pair = []
+    for path, step in ((given.a, given.step_a), (given.b, given.step_b)):
+        checkpoints_folder(object_store.as_path(path))  # where a storage cannot be reached, says so
+        found = open_any(path, as_step(step))
+        for skipped, reason in found.skipped:
+            print(f"Passed over '{skipped}': {reason}", file=sys.stderr)
+        pair.append(found.checkpoint)
+    told = compare(*pair)
+    print_json(told) if given.json else _print(told, given.a, given.b)
+    return 0 if told["equal"] else DIFFERENT
+
+
+@dataclass
+class _Gap:
+    """How far values are from others; of one tensor, or of several together."""
+
+    values: int = 0
+    changed: int = 0
+    largest: float = 0.0
+    squares: float = 0.0
+    """Of the differences, summed."""
+    scale: float = 0.0
+    """The squares of A's values, summed."""
+
+    def add(self, other: _Gap) -> None:
+        self.values += other.values
+        self.changed += other.changed
+        self.largest = max(self.largest, other.largest)
+        self.squares += other.squares
+        self.scale += other.scale
+
+    def told(self) -> dict[str, float]:
+        relative = math.sqrt(self.squares / self.scale) if self.scale else math.inf if self.squares else 0.0
+        return {"largest": self.largest, "relative": relative, "changed": self.changed / max(self.values, 1)}
+
+
+def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
+    """What differs. One tensor of each is in memory at a time.
+
+    Raises:
+        CheckpointError: one of them is damaged.
+    """
+    told: dict[str, Any] = {
+        "equal": True,
+        "identity": [a.identity, b.identity],
+        "found": [each.origin.kind if each.origin is not None else None for each in (a, b)],
+        "config": _different_fields(a.config, b.config),
+        "renamed": {},
+        "only_a": [],
+        "only_b": [],
+        "kinds": {},
+        "values": {},
+        "other_values": [],
+        "groups": {},
+    }
+    if a.identity is not None and a.identity == b.identity:
+        for each in (a, b):  # the identity is of what was written; whether that is still there, only the bytes say
+            each.verify([MODEL] if each.manifest else None)
+        return told
+    renamed = _renames(a.names, b.names)
+    told["renamed"] = {**_cleaned(a=a, b=b), **renamed}
+    first, second = _originals(a, renamed.get("a", {})), _originals(b, renamed.get("b", {}))
+    told["only_a"] = [name for name in first if name not in second]
+    told["only_b"] = [name for name in second if name not in first]
+    total, groups, same = _Gap(), dict[str, _Gap](), 0
+    known: dict[tuple[str, str], _Gap | bool] = {}  # tied names are compared once
+    for name in (name for name in first if name in second):
+        one, other = first[name], second[name]
+        was, now = _kind(a, one), _kind(b, other)
+        if was != now:
+            told["kinds"][name] = [was, now]
+        if was[1] != now[1] or (_VALUE in (was[0], now[0]) and was != now):
+            continue
+        again = (one, other) in known
+        if not again:
+            known[one, other] = _difference(a.model.tensor(one), b.model.tensor(other))
+        gap = known[one, other]
+        if isinstance(gap, bool):
+            same += gap
+            if not gap:
+                told["other_values"].append(name)
+            continue
+        same += not gap.changed
+        if gap.changed:
+            told["values"][name] = gap.told()
+        if not again:
+            total.add(gap)
+            groups.setdefault(_family(name), _Gap()).add(gap)
+    told["equal_tensors"] = same
+    told["groups"] = {family: gap.told() for family, gap in groups.items() if gap.changed}
+    told["total"] = total.told()
+    told["equal"] = not any(told[what] for what in ("only_a", "only_b", "kinds", "values", "other_values"))
+    return told
+
+
+def _renames(a: Sequence[str], b: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Names of one of the two that wrappers have changed -> the other's; by "a" or "b"."""
+    for which, polluted, clean in (("b", b, a), ("a", a, b)):
+        renamed = recover_names(polluted, clean)
+        if renamed:
+            return {which: renamed}
+    return {}
+
+
+def _cleaned(**checkpoints: Checkpoint) -> dict[str, dict[str, str]]:
+    """Names that were cleaned when the file was opened."""
+    renamed = {}
+    for which, checkpoint in checkpoints.items():
+        if checkpoint.origin is not None and checkpoint.origin.wrappers:
+            renamed[which] = checkpoint.origin.renamed()
+    return renamed
+
+
+def _originals(checkpoint: Checkpoint, renames: Mapping[str, str]) -> dict[str, str]:
+    """Names, put right -> those that the tensors are stored under."""
+    aliases = checkpoint.model.aliases
+    return {renames.get(name, name): aliases.get(name, name) for name in checkpoint.names}
+
+
+def _kind(checkpoint: Checkpoint, name: str) -> tuple[str, list[int]]:
+    return checkpoint.model.dtypes[name], list(checkpoint.model.shapes[name])
+
+
+def _difference(one: Any, other: Any) -> _Gap | bool:
+    """How far two tensors of one shape are apart. Whether they are equal where there is nothing to subtract."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return _equal(one, other)
+    try:
+        left, right = (each.detach().to_dense().reshape(-1) for each in (one, other))
+        gap = _Gap(left.numel())
+        for start in range(0, gap.values, _PIECE):
+            _add_piece(gap, left[start : start + _PIECE], right[start : start + _PIECE])
+        return gap
+    except (RuntimeError, NotImplementedError):  # a dtype that torch stores and cannot compute with
+        return one.dtype == other.dtype and torch.equal(as_bytes(one), as_bytes(other))
+
+
+def _add_piece(gap: _Gap, left: Tensor, right: Tensor) -> None:
+    whole = not (left.is_floating_point() or left.is_complex() or right.is_floating_point() or right.is_complex())
+    if whole:  # float64 has not all of int64's values
+        differs = left.to(torch.int64) != right.to(torch.int64)
+    wide = torch.complex128 if left.is_complex() or right.is_complex() else torch.float64
+    left, right = left.to(wide), right.to(wide)
+    if not whole:
+        differs = (left != right) & ~(left.isnan() & right.isnan())
+    apart = (left - right).abs()
+    apart = apart.clamp(min=1) if whole else apart.nan_to_num(nan=math.inf, posinf=math.inf)
+    apart = torch.where(differs, apart, 0.0)
+    gap.changed += int(differs.sum())
+    gap.largest = max(gap.largest, float(apart.max()))
+    gap.squares += float(apart.square().sum())
+    gap.scale += float(left.abs().nan_to_num(nan=0.0, posinf=0.0).square().sum())
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and not _changed(_difference(one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+def _changed(gap: _Gap | bool) -> bool:
+    return bool(gap.changed) if isinstance(gap, _Gap) else not gap
+
+
+def _family(name: str) -> str:
+    """A name with ``*`` for the numbers in it, as all layers have it."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _different_fields(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> dict[str, list[Any]]:
+    """Those of the configuration that differ; none where one of the two has no configuration."""
+    if one is None or other is None:
+        return {}
+    fields = dict.fromkeys([*one, *other])
+    return {field: [one.get(field), other.get(field)] for field in fields if one.get(field) != other.get(field)}
+
+
+def _print(told: Mapping[str, Any], a: str, b: str) -> None:
+    if told["equal"]:
+        identity = told["identity"][0]
+        same = f" (identity {identity[:12]})" if identity is not None and identity == told["identity"][1] else ""
+        print_heading(f"The same weights{same}: every name, shape, dtype and value.")
+    for which, kind in zip("AB", told["found"], strict=True):
+        if kind is not None:
+            print(shown(f"{which} is {kind}."))
+    for which, names in told["renamed"].items():
+        print(f"Names of {which.upper()} that wrappers had changed were put right, {len(names)}:")
+        _print_some([(name, f"-> {right}") for name, right in names.items()])
+    for field, (was, now) in told["config"].items():
+        print(shown(f"config: {field} is {was} in A, {now} in B"))
+    if told["equal"]:
+        return
+    for which, path, names in (("A", a, told["only_a"]), ("B", b, told["only_b"])):
+        if names:
+            print_heading(f"Only in {which} ({path}), {len(names)}:")
+            print_table(_families(names))
+    if told["kinds"]:
+        print_heading(f"Of other shapes or dtypes, {len(told['kinds'])}:")
+        kinds = [(name, *(f"{dtype} {shape}" for dtype, shape in pair)) for name, pair in told["kinds"].items()]
+        _print_some(kinds, ("", "A", "B"))
+    if told["other_values"]:
+        print_heading(f"With other values that have no distance, {len(told['other_values'])}:")
+        _print_some([(name,) for name in told["other_values"]])
+    if told["values"]:
+        _print_values(told)
+
+
+def _print_values(told: Mapping[str, Any]) -> None:
+    values = sorted(told["values"].items(), key=lambda item: -item[1]["relative"])
+    verb = "has" if len(values) == 1 else "have"
+    more = " Those that differ most:" if len(values) > _SHOWN else ""
+    print_heading(f"{counted(len(values), 'tensor')} {verb} other values, {told['equal_tensors']} are equal.{more}")
+    titles = ("", "relative L2", "largest", "values changed")
+    rows = [titles, *(_gap_row(name, gap) for name, gap in values[:_SHOWN])]
+    print_table([*rows, _gap_row("all tensors of both", told["total"])])
+    if len(values) > _SHOWN:
+        print_heading("By kind, all layers together:")
+        print_table([titles, *(_gap_row(family, gap) for family, gap in told["groups"].items())])
+
+
+def _gap_row(name: str, gap: Mapping[str, float]) -> tuple[str, str, str, str]:
+    return name, f"{gap['relative']:.3g}", f"{gap['largest']:.3g}", f"{gap['changed']:.2%}"
+
+
+def _families(names: Iterable[str]) -> list[tuple[str, str]]:
+    """One row for the same name in several layers."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(_family(name), []).append(name)
+    return [(family, f"({len(all_of)}x)") if len(all_of) > 1 else (all_of[0], "") for family, all_of in families.items()]
+
+
+def _print_some(rows: list[tuple[str, ...]], titles: tuple[str, ...] | None = None) -> None:
+    print_table([*([titles] if titles else []), *rows[:_SHOWN]])
+    if len(rows) > _SHOWN:
+        print(f"  and {len(rows) - _SHOWN} more; --json has all")

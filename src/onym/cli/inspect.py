@@ -1,0 +1,245 @@
+"""``onym inspect``: what a file or folder is, from its headers alone."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from onym.checkpoint.retention import pins, step_folder, steps
+from onym.cli.convert import found_facts
+from onym.cli.report import (
+    age,
+    as_step,
+    bytes_of,
+    checkpoints_folder,
+    counted,
+    print_facts,
+    print_heading,
+    print_json,
+    print_table,
+)
+from onym.cli.tree import tree
+from onym.convert.opening import open_any
+from onym.errors import CheckpointError
+from onym.format.manifest import Manifest
+from onym.format.reader import Checkpoint
+from onym.format.safetensors import dtype_called
+from onym.format.tensors import TensorFile
+from onym.storage import object_store
+from onym.storage.lock import LEASE, holder, lock
+from onym.train.display import size
+
+_VALUE = "value"  # what a module stores of its own making: no tensor
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Say what a file or folder is: a run, a checkpoint, a model folder, a .safetensors or .pth file. Reads headers only."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+    """A path, or a remote one (s3://…)."""
+    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: the run's list of steps)")] = ""
+    """Of a run, one step: its number, the name it is pinned under, or latest."""
+    part: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model)")] = None
+    """Of a file with several models, which."""
+    json: bool = False
+    """One JSON object instead."""
+
+
+def run(arguments: list[str]) -> int:
+    """``onym inspect``."""
+    given = tyro.cli(_Arguments, prog="onym inspect", args=arguments)
+    path = object_store.as_path(given.path)
+    directory = checkpoints_folder(path)
+    if directory is not None and not given.step:
+        told = describe_run(path, directory)
+        print_json(told) if given.json else _print_run(told)
+        return 0
+    checkpoint = open_any(path, as_step(given.step or "latest"), verify=False, part=given.part).checkpoint
+    told = describe(checkpoint)
+    print_json(told) if given.json else _print_checkpoint(told, checkpoint)
+    return 0
+
+
+def describe_run(path: Path, directory: Path) -> dict[str, Any]:
+    """A run's steps, and who writes to it."""
+    names: dict[int, list[str]] = {}
+    for name, step in pins(directory).items():
+        names.setdefault(step, []).append(name)
+    listed = []
+    for step in steps(directory):
+        folder = step_folder(directory, step)
+        row: dict[str, Any] = {"step": step, "pinned": names.get(step, [])}
+        try:
+            manifest = Manifest.read(folder)
+            row |= {
+                "bytes": bytes_of(folder),
+                "identity": manifest.identity,
+                "metrics": manifest.metrics,
+                "time": manifest.provenance.get("time"),
+            }
+        except (CheckpointError, OSError) as error:
+            if not folder.exists():  # its run goes on, and has deleted it
+                continue
+            row["damaged"] = str(error)
+        listed.append(row)
+    return {"kind": "run", "path": path, "steps": listed, "writer": _writer(directory)}
+
+
+def _writer(directory: Path) -> dict[str, Any] | None:
+    """Who has the lease, and whether that process lives; None for that where it cannot be told from here."""
+    who = None if object_store.is_remote(directory) else holder(directory)
+    if who is None:
+        return None
+    lives = None
+    if who.host == platform.node():
+        try:
+            descriptor = lock(directory / LEASE)
+            lives = descriptor is None
+            if descriptor is not None:
+                os.close(descriptor)
+        except FileNotFoundError:  # given back just now
+            return None
+        except OSError:
+            pass
+    return {**asdict(who), "lives": lives, "said": str(who)}
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything that the headers of a checkpoint or file say."""
+    manifest, model, origin = checkpoint.manifest, checkpoint.model, checkpoint.origin
+    main = model.path.name
+    if origin is not None:  # what is there, under the names that it has there
+        main, kind = checkpoint.path.name, origin.kind
+        files = {main: _tensors(origin.contents.tensors)}
+    elif manifest is not None:
+        kind = "a checkpoint" if manifest.step is not None else "a model folder"
+        wholes = checkpoint.pieces.tensors if checkpoint.pieces else manifest.tensors
+        files = {name: _tensors(checkpoint.tensors(name)) for name in wholes}
+    else:
+        kind = "a .safetensors file written by Onym" if checkpoint.identity else "a .safetensors file"
+        files = {main: _tensors(model)}
+    totals = {name: _totals(tensors) for name, tensors in files.items()}
+    return {
+        "kind": kind,
+        "path": checkpoint.path,
+        "bytes": bytes_of(checkpoint.path),
+        "step": manifest.step if manifest else None,
+        "metrics": manifest.metrics if manifest else {},
+        "identity": checkpoint.identity,
+        "architecture": checkpoint.architecture,
+        "config": checkpoint.config,
+        "provenance": dict(checkpoint.provenance),
+        "files": {name: entry.bytes for name, entry in manifest.files.items()} if manifest else {},
+        "parameters": sum(total["parameters"] for total in totals[main].values()),
+        "totals": totals,
+        "tensors": files,
+        "found": origin.told() if origin is not None else None,
+    }
+
+
+def _tensors(file: TensorFile) -> dict[str, Any]:
+    """What each tensor is; the further names of a tied one are with the first."""
+    ties = file.aliases
+    further: dict[str, list[str]] = {}
+    for alias, name in ties.items():
+        further.setdefault(name, []).append(alias)
+    return {
+        name: {"dtype": file.dtypes[name], "shape": list(shape)} | ({"aliases": further[name]} if name in further else {})
+        for name, shape in file.shapes.items()
+        if name not in ties
+    }
+
+
+def _totals(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int | None]]:
+    """By dtype, how many parameters and bytes."""
+    counts: dict[str, int] = {}
+    for entry in tensors.values():
+        if entry["dtype"] != _VALUE:
+            counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
+    kinds = {name: dtype_called(name) for name in counts}
+    return {
+        name: {"parameters": count, "bytes": None if (kind := kinds[name]) is None else count * kind.itemsize}
+        for name, count in counts.items()
+    }
+
+
+def _print_run(told: Mapping[str, Any]) -> None:
+    print_heading(f"{told['path']}: a run with {counted(len(told['steps']), 'checkpoint')}")
+    rows = [("step", "written", "size", "identity", "")]
+    for step in told["steps"]:
+        notes = [f"{name} {value:.6g}" for name, value in step.get("metrics", {}).items()]
+        notes += [f"pinned as {name}" for name in step["pinned"]]
+        if "damaged" in step:
+            rows.append((str(step["step"]), "?", "?", "?", ", ".join(["damaged: see onym verify", *notes])))
+        else:
+            rows.append((str(step["step"]), age(step["time"]), size(step["bytes"]), step["identity"][:12], ", ".join(notes)))
+    if told["steps"]:
+        print_table(rows)
+    writer = told["writer"]
+    if writer:
+        lives = {True: "Being written by {}.", False: "Left by {}, which is gone.", None: "Written by {}, or left by it."}
+        print_heading(lives[writer["lives"]].format(writer["said"]), style="")
+
+
+def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    about = told["provenance"]
+    parent = about.get("parent") or {}
+    print_heading(f"{told['path']}: {told['kind']}")
+    facts = {
+        "step": None if told["step"] is None else str(told["step"]),
+        "metrics": ", ".join(f"{name} {value:.6g}" for name, value in told["metrics"].items()),
+        "size": f"{size(told['bytes'])}, {counted(told['parameters'], 'parameter')}",
+        "identity": told["identity"] or "none: it holds no hashes (what onym.save writes as .safetensors does)",
+        "goes on from": f"step {parent.get('step')}, {str(parent.get('identity'))[:12]}" if parent else None,
+        "architecture": told["architecture"],
+        "config": ", ".join(f"{name}={value}" for name, value in (told["config"] or {}).items()),
+        "written": f"{about['time']} ({age(about['time'])}) on {about.get('host')}" if about.get("time") else None,
+        "versions": ", ".join(f"{name} {about[name]}" for name in ("onym", "torch", "python") if name in about),
+        "git": None if about.get("git") is None else str(about["git"]),
+    }
+    if told["found"] is not None and told["found"]["format"] is not None:
+        facts |= _found_facts(told["found"], told["config"])
+    print_facts(facts)
+    for file, tensors in told["tensors"].items():
+        held = f" ({size(told['files'][file])})" if file in told["files"] else ""
+        totals = [
+            (f"{total['parameters']:,} {dtype}", "" if total["bytes"] is None else f"({size(total['bytes'])})")
+            for dtype, total in told["totals"][file].items()
+        ]
+        alone = f", {' '.join(totals[0])}" if len(totals) == 1 else ""
+        print_heading(f"{file}{held}: {counted(len(tensors), 'tensor')}{alone}")
+        if not alone:
+            print_table(totals)
+        if file in (checkpoint.model.path.name, checkpoint.path.name):
+            said = {name: _said(entry) for name, entry in tensors.items()}
+            ties = {alias: name for name, entry in tensors.items() for alias in entry.get("aliases", [])}
+            print_table(tree(said, ties))
+    for file, count in told["files"].items():
+        if file not in told["tensors"]:
+            print_heading(f"{file} ({size(count)})", style="")
+
+
+def _found_facts(found: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """How another program's checkpoint was understood, and what can be done with it."""
+    facts = {name: value for name, value in found_facts(found).items() if name != "found"}
+    rules = ", ".join(f"{word} {count}" for word, count in found["rules"].items())
+    if config is not None:
+        done = f" ({rules})" if rules else ""
+        facts["as ours"] = f"a GPT: onym.load_model, generate, train --from and convert take it{done}"
+    elif found["not_ours"] or found["problem"]:
+        facts["as ours"] = f"no: {found['not_ours'] or found['problem']}"
+    if found["wrappers"]:
+        facts["next"] = "onym repair takes the wrappers out of its names, in a file; of a folder, onym convert writes it anew"
+    return facts | {"note": " ".join(found["notes"]) or None}
+
+
+def _said(entry: Mapping[str, Any]) -> str:
+    return "a value, no tensor" if entry["dtype"] == _VALUE else f"{entry['dtype']} {entry['shape']}"

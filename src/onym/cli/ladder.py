@@ -1,0 +1,178 @@
+"""``onym ladder``: what each technique for faster training is worth on this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from onym.cli.report import print_json, print_table
+from onym.errors import ConfigError, storage_error
+from onym.gpt.config import GPTConfig
+from onym.storage.local import replace_file
+from onym.tools.ladder.ladder import BOOK_VOCABULARY, CPU_VOCABULARY, Figure, Ladder, climb
+from onym.train.display import Display, clock, size
+from onym.train.plot import plot_ladder
+from onym.train.precision import choose_compute
+
+_HEADINGS = ("rung", "tokens/s", "×", "total", "memory", "util", "A100", "×")
+_PAYS = 1.03  # a factor below it is within what a shared machine's noise can be
+
+_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")]
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Measure what each technique for faster training is worth on this machine: the book's ladder, a rung at a time.
+
+    Each rung adds one technique to those below it and is measured in turns with the rung before. Beside it stands what the book
+    measured on an A100. Those that cannot apply here say why.
+    """
+
+    preset: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: gpt2-small on a GPU, mini elsewhere)")
+    ] = None
+    """Shape of the model: nano, micro, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl."""
+    context_length: _Int = None
+    """Tokens in a sequence."""
+    batch_size: int = 8
+    """Sequences in a step; the rung with a larger batch takes four times as many."""
+    vocab_size: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: GPT-2's 50257; for mini without a GPU 12241)")
+    ] = None
+    """Rows of the embedding and of the head."""
+    minutes: float = 8.0
+    """Within which it ends; less time makes noisier figures, or leaves rungs out."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("ladder")
+    """Where ladder.png and ladder.json are put."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """One JSON object instead of the table; how far it is goes to standard error."""
+
+
+def run(arguments: list[str]) -> int:
+    """``onym ladder``."""
+    given = tyro.cli(_Arguments, prog="onym ladder", args=arguments)
+    for name in ("batch_size", "minutes"):
+        value = getattr(given, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, not {value}.")
+    compute = choose_compute(given.device, "auto")
+    gpu = compute.device.type == "cuda"
+    preset = given.preset or ("gpt2-small" if gpu else "mini")
+    lowered = given.vocab_size is None and preset == "mini" and not gpu
+    shape = {"vocab_size": given.vocab_size or (CPU_VOCABULARY if lowered else BOOK_VOCABULARY)}
+    if given.vocab_size is not None:
+        shape["vocab_size"] = given.vocab_size
+    if given.context_length is not None:
+        shape["context_length"] = given.context_length
+    config = GPTConfig.preset(preset, **shape)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error("write the ladder", given.out, error) from error
+
+    display = Display(Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)) if given.json else Display()
+    display.note(
+        f"{preset}: {config.n_layers} layers of {config.emb_dim}, context {config.context_length:,}, vocabulary "
+        f"{config.vocab_size:,}, batch {given.batch_size}; within {given.minutes:g} minutes.",
+        style="bold",
+    )
+    if lowered:
+        display.note(
+            f"The vocabulary is lowered from GPT-2's {BOOK_VOCABULARY:,}, which would take too long here;\n"
+            "so the head has the share of the weights that it has in GPT-2 small."
+        )
+    ladder = climb(config, given.batch_size, compute, given.minutes, display)
+    text = json.dumps(ladder.to_dict(), indent=2) + "\n"
+    try:
+        replace_file(given.out / "ladder.json", text)
+        title = f"{ladder.machine}: {preset}, context {config.context_length:,}, vocabulary {config.vocab_size:,}"
+        plot_ladder(json.loads(text)["figures"], given.out / "ladder.png", title)
+    except OSError as error:
+        raise storage_error("write the ladder", given.out, error) from error
+    if given.json:
+        print_json(ladder.to_dict())
+    else:
+        _show(ladder, given, preset, display)
+    return 0
+
+
+def _show(ladder: Ladder, given: _Arguments, preset: str, display: Display) -> None:
+    rows = [_cells(figure) for figure in ladder.figures]
+    display.note("")
+    if display.console.is_terminal:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for number, heading in enumerate(_HEADINGS):
+            table.add_column(heading, justify="right" if number else "left", no_wrap=True, style="dim" if number > 5 else "")
+        for row in rows:
+            table.add_row(*row)
+        display.console.print(table)
+    else:
+        widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
+        aligned = [
+            [cell.rjust(width) if number else cell for number, (cell, width) in enumerate(zip(row, widths, strict=True))]
+            for row in (_HEADINGS, *rows)
+        ]
+        print_table(aligned, indent="")
+    display.note("")
+    for figure in ladder.figures:
+        if figure.reason:
+            display.note(textwrap.fill(f"{figure.number:>2} left out: {figure.reason}.", 80, subsequent_indent="   "))
+    display.note(
+        textwrap.fill(
+            f"× is to the rung before, total to the first; util is the share of {ladder.peak.flops / 1e12:,.2f} TFLOP/s "
+            f"({ladder.peak.source}). A100: the book's figures, for GPT-2 124M.",
+            80,
+        )
+    )
+    display.note(f"Drawn: {given.out / 'ladder.png'}; figures: {given.out / 'ladder.json'} ({clock(ladder.seconds)})")
+    if (gain := ladder.largest_gain) is not None:
+        display.note(f"The largest gain here is {gain.title}: {gain.factor:.2f} times the rung before.")
+    display.note(f"Next: {_next_command(ladder, given, preset)}", style="bold")
+
+
+def _cells(figure: Figure) -> tuple[str, ...]:
+    return (
+        f"{figure.number:>2} {figure.title}",
+        _whole(figure.tokens_per_second),
+        _factor(figure.factor),
+        _factor(figure.total),
+        "-" if figure.memory_bytes is None else size(figure.memory_bytes),
+        "-" if figure.utilisation is None else f"{figure.utilisation:.0%}",
+        _whole(figure.a100_tokens_per_second),
+        _factor(figure.a100_factor),
+    )
+
+
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _factor(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _next_command(ladder: Ladder, given: _Arguments, preset: str) -> str:
+    """``onym train`` at this shape, with what pays here and without what does not."""
+    words = ["onym train", f"--preset {preset}"]
+    if given.context_length is not None:
+        words.append(f"--context-length {given.context_length}")
+    batch = 4 * given.batch_size if (ladder.factor_of("batch") or 0) >= _PAYS else given.batch_size
+    if batch != 8:
+        words.append(f"--batch-size {batch}")
+    if (ladder.factor_of("bf16") or 1) < 1 / _PAYS:
+        words.append("--precision fp32")
+    if (ladder.factor_of("compile") or 1) < 1 / _PAYS:
+        words.append("--compile off")
+    if given.device != "auto":
+        words.append(f"--device {given.device}")
+    return " ".join(words)

@@ -1,0 +1,101 @@
+"""What the commands that tell something share: where a run's steps are, plain tables, ages, and one JSON object instead."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+import time
+from calendar import timegm
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onym.checkpoint.retention import CHECKPOINTS, steps
+from onym.format.reader import require_path
+from onym.storage import object_store
+from onym.train.display import Display
+
+_WIDTH = 62  # of a fact beside its name, so that both fit into 80 columns
+
+
+def checkpoints_folder(path: Path) -> Path | None:
+    """The folder with the steps, where the path is a run or that folder itself; None where it is something else."""
+    with object_store.translate_errors(path, "look for checkpoints"):
+        require_path(path)
+        if (path / CHECKPOINTS).is_dir():
+            return path / CHECKPOINTS
+        return path if steps(path) else None
+
+
+def as_step(text: str) -> int | str:
+    """A step as it was typed: a number, or a name."""
+    return int(text) if text.isdecimal() else text
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One object on standard output; numbers that JSON cannot hold become texts."""
+    print(json.dumps(_plain(values), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def shown(text: object) -> str:
+    """A text from a file that anybody may have made, without what would move the cursor or change colours."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
+def print_heading(text: str, style: str = "bold") -> None:
+    """A line that stands out in a terminal, and is a plain one elsewhere."""
+    Display().note(shown(text), style=style)
+
+
+def print_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> None:
+    """Columns as wide as they have to be; nothing is cut off."""
+    cells = [[shown(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print((indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip())
+
+
+def print_facts(facts: Mapping[str, str | None]) -> None:
+    """Names and values, those that are None left out; a long value goes on below, broken between its words."""
+    rows = []
+    for name, value in facts.items():
+        for number, line in enumerate(textwrap.wrap(value or "", _WIDTH, break_long_words=False, break_on_hyphens=False)):
+            rows.append(("" if number else name, line))
+    print_table(rows)
+
+
+def counted(count: int, what: str) -> str:
+    """``3 tensors``, ``1 tensor``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def age(written: str | None) -> str:
+    """How long ago a time of a manifest was, in words."""
+    try:
+        seconds = time.time() - timegm(time.strptime(written or "", "%Y-%m-%dT%H:%M:%SZ"))
+    except ValueError:
+        return "?"
+    for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= length:
+            return f"{counted(int(seconds // length), unit)} ago"
+    return "just now"
+
+
+def bytes_of(path: Path) -> int:
+    """How large a file is, or the files of a folder together."""
+    if object_store.is_remote(path):
+        names = object_store.names_in(path) if path.is_dir() else []
+        return sum(object_store.size(path / name) for name in names) if names else object_store.size(path)
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

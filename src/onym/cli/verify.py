@@ -1,0 +1,126 @@
+"""``onym verify``: every byte of a run, a checkpoint or a file."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from onym.checkpoint.retention import find_checkpoint, step_folder, steps
+from onym.cli.report import as_step, bytes_of, checkpoints_folder, print_heading, print_json, shown
+from onym.convert.opening import is_ours, open_any
+from onym.errors import CheckpointError
+from onym.format.reader import read_checkpoint
+from onym.storage import object_store
+from onym.train.display import size
+
+DAMAGED = 1
+
+_EVERY_BYTE, _ZIP, _STRUCTURE = "every byte", "checksums of the zip", "structure"
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Read every byte and check it: of a run, all its steps. Exit code 1 and a list where something is damaged."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+    """A run, a checkpoint, a model folder or a file; also a remote one (s3://…)."""
+    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: all)")] = ""
+    """Of a run, one step alone."""
+    json: bool = False
+    """One JSON object instead."""
+
+
+def run(arguments: list[str]) -> int:
+    """``onym verify``."""
+    given = tyro.cli(_Arguments, prog="onym verify", args=arguments)
+    wanted = _wanted(object_store.as_path(given.path), given.step)
+    results = []
+    for number, (step, path) in enumerate(wanted, 1):
+        with _progress(path, f"{number} of {len(wanted)}"):
+            result = _check(path, step)
+        if result is None:
+            print(f"'{shown(path)}' was deleted meanwhile.", file=sys.stderr)
+            continue
+        results.append(result)
+        if not given.json:
+            _say(result)
+    good = not any(result["damages"] for result in results)
+    if given.json:
+        print_json({"good": good, "checked": results})
+    return 0 if good else DAMAGED
+
+
+def _wanted(path: Path, step: str) -> list[tuple[int | None, Path]]:
+    """What to check, with the number of a run's step."""
+    directory = checkpoints_folder(path)
+    if step == "latest" and directory is not None:  # the newest one itself, also where it is damaged
+        return [(number, step_folder(directory, number)) for number in steps(directory)[-1:]] or _nothing(path)
+    if step:
+        found = find_checkpoint(path, as_step(step), verify=False).checkpoint
+        return [(found.manifest.step if found.manifest else None, found.path)]
+    if directory is not None:
+        return [(number, step_folder(directory, number)) for number in steps(directory)] or _nothing(path)
+    return [(None, path)]
+
+
+def _nothing(path: Path) -> list[tuple[int | None, Path]]:
+    raise CheckpointError(f"The run '{path}' has no checkpoints yet: there is nothing to check.")
+
+
+def _check(path: Path, step: int | None) -> dict[str, Any] | None:
+    """What is damaged, and what could be checked; None for a step that its run has deleted meanwhile."""
+    checked = _STRUCTURE
+    try:
+        if step is not None:
+            checkpoint = read_checkpoint(path)
+        else:
+            checkpoint = (find_checkpoint if is_ours(path) else open_any)(path, verify=False).checkpoint
+        found = [(damage.file, damage.tensor, damage.reason) for damage in checkpoint.damages()]
+        if checkpoint.manifest is not None or checkpoint.identity is not None:
+            checked = _EVERY_BYTE
+        elif checkpoint.origin is not None and checkpoint.origin.contents.summed:
+            checked = _ZIP
+    except CheckpointError as error:
+        if step is None and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
+            raise
+        found = [("" if path.is_dir() else path.name, None, str(error))]
+    if step is not None and not path.exists():
+        return None
+    damages = [{"step": step, "file": file or None, "tensor": tensor, "reason": reason} for file, tensor, reason in found]
+    return {"step": step, "path": path, "damages": damages, "checked": checked}
+
+
+@contextmanager
+def _progress(path: Path, which: str) -> Iterator[None]:
+    """A line on a terminal's standard error while something is read; it goes away again."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    line = f"reading {which}: {shown(path)} ({size(bytes_of(path)) if path.exists() else '?'}) …"
+    line = line[: shutil.get_terminal_size().columns - 1]  # one that went on below could not be wiped away
+    print(line, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+
+
+def _say(result: dict[str, Any]) -> None:
+    if result["damages"]:
+        print_heading(f"DAMAGED  {result['path']}", style="bold red")
+        for damage in result["damages"]:
+            print(f"  {shown(damage['reason'])}")
+        return
+    only = {
+        _EVERY_BYTE: "",
+        _ZIP: " (the checksums of its zip: it holds no hashes of tensors)",
+        _STRUCTURE: " (its structure only: it holds no hashes, so its values cannot be checked)",
+    }
+    print(f"good     {shown(result['path'])}{only[result['checked']]}")

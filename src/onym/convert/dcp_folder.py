@@ -1,0 +1,254 @@
+"""Folders of torch.distributed.checkpoint: PyTorch's own FSDP sharding, torchtitan, OLMo-core, lingua, Accelerate with FSDP.
+
+``.metadata`` is a pickle that says which piece of which tensor is where in the ``.distcp`` files. It is opened by an unpickler
+that has stand-ins for the dozen classes in it, and nothing else. Each piece is a ``torch.save`` of its own, opened with
+``weights_only``. A tensor is put together when it is asked for; the pieces of one are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onym.errors import CheckpointError
+from onym.format.manifest import are_counts, is_file_name
+from onym.format.pickles import named_in, require_bounded
+from onym.format.safetensors import dtype_name
+from onym.format.tensors import Damage, TensorFile
+
+METADATA = ".metadata"
+_MOST_BYTES = 256 << 20
+
+_M, _FS = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+_METADATA = (_M, "Metadata")
+# The classes that a .metadata may name. None of them is looked up: each has a stand-in, which keeps what it is given.
+_STOOD_IN = {
+    _METADATA,
+    *(
+        (_M, name)
+        for name in (
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    (_FS, "_StorageInfo"),
+    (_FS, "_StoragePrefix"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
+    ("torch.serialization", "_get_layout"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath", "WindowsPath")),
+}
+# These are built-in types, which cannot be changed by what is built of them.
+_BUILT_IN: dict[tuple[str, str], type] = {("torch", "Size"): tuple, ("collections", "OrderedDict"): OrderedDict}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, path: Path) -> None:
+        super().__init__(io.BytesIO(data))
+        self._path = path
+        self._classes: dict[tuple[str, str], type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _STOOD_IN:
+            return self._classes.setdefault((module, name), _stand_in(name))
+        if (module, name) in _BUILT_IN:
+            return _BUILT_IN[module, name]
+        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+            return value
+        raise _Refused
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise CheckpointError(f"'{self._path}' refers to something outside itself, so it was not read.")
+
+    def is_metadata(self, value: Any) -> bool:
+        """Whether what was read is what such a file has to hold."""
+        return type(value) is self._classes.get(_METADATA)
+
+
+class _Refused(Exception):
+    pass
+
+
+def _stand_in(name: str) -> type:
+    """A class of its own for one unpickler: a pickle can set what it likes on a class that it is given."""
+
+    def keep(self: Any, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"dtype": state[0]})  # a tuple is TensorProperties'
+
+    return type(name, (), {"__init__": lambda self, *values: None, "__setstate__": keep, "offset": None, "index": None})
+
+
+def _asked_for(data: bytes) -> str:
+    """What a pickle names that no such file does, in words."""
+    named = [tuple(each.rsplit(".", 1)) for each in named_in(io.BytesIO(data), 1) if "." in each]
+    known = _STOOD_IN | _BUILT_IN.keys()
+    wanted = [
+        f"{module}.{name}"[:80]
+        for module, name in named
+        if (module, name) not in known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+    ]
+    return ", ".join(wanted[:6]) + (f" and {len(wanted) - 6} more" if len(wanted) > 6 else "")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    file: str
+    offset: int
+    length: int
+    start: tuple[int, ...]
+    """Where in the whole tensor it begins."""
+    shape: tuple[int, ...]
+
+
+def open_distributed(path: Path) -> TensorFile:
+    """The tensors of a folder with a ``.metadata``.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete, or asks for code.
+    """
+    metadata = _metadata(path / METADATA)
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    pieces: dict[str, list[_Piece]] = {}
+    sizes: dict[str, int] = {}
+    try:
+        where = {
+            (index.fqn, tuple(index.offset) if index.offset is not None else None): info
+            for index, info in metadata.storage_data.items()
+        }
+        for name, entry in metadata.state_dict_metadata.items():
+            if not hasattr(entry, "chunks"):  # a number or an object: torch.save'd, and not needed
+                continue
+            if not isinstance(name, str) or not are_counts(entry.size):
+                raise CheckpointError(f"'{path / METADATA}' is damaged: it has no shape for {str(name)[:80]}.")
+            shapes[name] = tuple(entry.size)
+            dtypes[name] = dtype_name(entry.properties.dtype)
+            pieces[name] = []
+            for chunk in entry.chunks:
+                start, shape = tuple(chunk.offsets), tuple(chunk.sizes)
+                info = where.get((name, start)) or where.get((name, None))
+                if info is None:
+                    raise CheckpointError(f"'{path}' is incomplete: nothing says where a piece of {name} is.")
+                if not is_file_name(info.relative_path) or not are_counts((info.offset, info.length, *start, *shape)):
+                    raise CheckpointError(f"'{path / METADATA}' names a place outside its folder for {name}.")
+                pieces[name].append(_Piece(info.relative_path, info.offset, info.length, start, shape))
+                file = path / info.relative_path
+                if info.relative_path not in sizes:
+                    sizes[info.relative_path] = file.stat().st_size if file.is_file() else -1
+                if sizes[info.relative_path] < info.offset + info.length:
+                    how = "is missing" if sizes[info.relative_path] < 0 else "is shorter than it was written"
+                    raise CheckpointError(f"'{file}' {how}, and holds a piece of {name}: fetch it again, or take another step.")
+            if sum(math.prod(each.shape) for each in pieces[name]) != math.prod(shapes[name]):
+                raise CheckpointError(f"'{path}' is incomplete: the pieces of {name} are not all of it.")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"'{path / METADATA}' is damaged, or of a kind that is not known here ({error}).") from error
+    return _Distributed(path, shapes, dtypes, pieces)
+
+
+def _metadata(path: Path) -> Any:
+    try:
+        data = path.read_bytes() if path.stat().st_size <= _MOST_BYTES else b""
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if not data:
+        raise CheckpointError(f"'{path}' is empty, or larger than any list of tensors: a save may have been cut short.")
+    try:
+        require_bounded(data, path)
+        unpickler = _Unpickler(data, path)
+        metadata = unpickler.load()
+    except CheckpointError:
+        raise
+    except _Refused as error:
+        raise CheckpointError(
+            f"'{path}' asks for {_asked_for(data)}, which no checkpoint needs: it would run code, so it was not read."
+        ) from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise CheckpointError(f"'{path}' is damaged ({type(error).__name__}).") from error
+    if not unpickler.is_metadata(metadata) or not getattr(metadata, "storage_data", None):
+        raise CheckpointError(f"'{path}' is no metadata of torch.distributed.checkpoint.")
+    return metadata
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file as a file, so that it need not be in memory to be read."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(wanted) or 0
+        self._at += count
+        return count
+
+
+class _Distributed(TensorFile):
+    def __init__(
+        self, path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], pieces: dict[str, list[_Piece]]
+    ) -> None:
+        super().__init__(path, shapes, dtypes, {}, {})
+        self._pieces = pieces
+
+    def _read(self, name: str) -> Tensor:
+        pieces = self._pieces[name]
+        first = self._piece(name, pieces[0])
+        if len(pieces) == 1 and first.shape == self.shapes[name]:
+            return first
+        whole = torch.empty(self.shapes[name], dtype=first.dtype, device="cpu")
+        for piece in pieces:
+            values = first if piece is pieces[0] else self._piece(name, piece)
+            place = tuple(slice(start, start + size) for start, size in zip(piece.start, piece.shape, strict=True))
+            if whole[place].shape != values.shape or values.dtype != whole.dtype:
+                raise CheckpointError(f"A piece of {name} in '{self.path / piece.file}' has another shape than is said of it.")
+            whole[place] = values
+        return whole
+
+    def _piece(self, name: str, piece: _Piece) -> Tensor:
+        path = self.path / piece.file
+        try:
+            with path.open("rb", buffering=0) as file, io.BufferedReader(_Slice(file, piece.offset, piece.length)) as part:
+                archive = zipfile.ZipFile(part)
+                if sum(each.file_size for each in archive.infolist()) > piece.length or archive.testzip() is not None:
+                    raise CheckpointError(f"'{path}' is damaged: a piece of {name} is not what was written.")
+                part.seek(0)
+                value = torch.load(part, map_location="cpu", weights_only=True)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged piece can make torch raise nearly anything
+            raise CheckpointError(f"'{path}' is damaged: a piece of {name} cannot be read ({type(error).__name__}).") from error
+        if not isinstance(value, Tensor) or value.shape != piece.shape:
+            raise CheckpointError(f"'{path}' is damaged: what it holds as a piece of {name} is none.")
+        return value.detach()
+
+    def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
+        for name in names:
+            for piece in self._pieces[name]:
+                try:
+                    self._piece(name, piece)
+                except CheckpointError as error:
+                    yield Damage(piece.file, name, str(error))

@@ -1,0 +1,216 @@
+"""A file or folder mended in place: names that wrappers changed, an index that does not fit its files.
+
+The new file is written beside the old one, which stays as ``….bak`` until every tensor was read back and found equal.
+Everything else that a file holds (an optimizer, a step number) goes over as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from onym.convert.clean_names import clean_names
+from onym.convert.mapping import Recipe, View, nbytes
+from onym.convert.opening import open_any
+from onym.convert.sources import Contents, as_json, open_contents
+from onym.convert.write import compare, lazily
+from onym.errors import CheckpointError, StorageError, storage_error
+from onym.format.manifest import parse_json
+from onym.format.reader import read_pickle, require_path
+from onym.format.tensors import SafetensorsFile, TensorFile
+from onym.format.writer import write_pickle, write_safetensors
+from onym.names.wrappers import AVERAGE_COUNTER
+from onym.storage import object_store
+from onym.storage.local import replace_file
+
+
+@dataclass
+class Mended:
+    """What was found, and done."""
+
+    path: str
+    kind: str
+    done: str
+    wrappers: dict[str, int] = field(default_factory=dict)
+    compared: int = 0
+
+
+def repair(path: str | Path, *, dry_run: bool = False) -> Mended:
+    """Mend what only needs names or structure mended.
+
+    Args:
+        path: a file of torch.save, a .safetensors file, or a folder with an index.
+        dry_run: say what would be done.
+
+    Raises:
+        CheckpointError: it is damaged in another way, which nothing can mend.
+        StorageError: a ``.bak`` is there already, or the disk refused.
+    """
+    path = object_store.as_path(path)
+    if object_store.is_remote(path):
+        raise CheckpointError(f"'{path}' is remote: copy it here, repair it, and copy it back.")
+    require_path(path)
+    if path.is_dir():
+        indexes = sorted(path.glob("*.index.json"))
+        if len(indexes) != 1:
+            raise CheckpointError(f"'{path}' is a folder without an index: name the file in it that is to be mended.")
+        return _mend_index(indexes[0], dry_run)
+    checkpoint = open_any(path).checkpoint
+    if checkpoint.origin is None:
+        return Mended(str(path), "a file that Onym wrote", "nothing: its names are clean")
+    contents: Contents = checkpoint.origin.contents
+    kind: str = checkpoint.origin.kind
+    names, wrappers = _new_names(contents.tensors)
+    changed = sum(old != new for old, new in names.items())
+    if not changed:
+        return Mended(str(path), kind, "nothing: its names are clean")
+    done = f"{changed} of {len(names)} tensors renamed"
+    if contents.further:  # as in a file with a model and its average
+        done += f"; {', '.join(contents.further)} left as it is"
+    if dry_run:
+        return Mended(str(path), kind, done, wrappers)
+    contents.tensors._require_right(contents.tensors.shapes)
+    recipes = {new: Recipe((old,)) for old, new in names.items()}
+    expected = View(contents.tensors, recipes)
+    with _Kept(path) as kept:
+        if isinstance(contents.tensors, SafetensorsFile):
+            write_safetensors(path, lazily(expected))
+        else:
+            _rewrite_pickle(path, contents, names)
+        again = open_contents(path, contents.within).tensors
+        compared = compare(expected, again, path)
+        kept.verified()
+    return Mended(str(path), kind, done, wrappers, compared)
+
+
+def _new_names(stored: TensorFile) -> tuple[dict[str, str], dict[str, int]]:
+    """Every stored name -> what it shall be, and how often each wrapper was in them.
+
+    Only what a wrapper alone can have put there is taken out: a Lightning module really has a ``model``, and what another
+    program would call it is no matter of repair. ``module`` before every name is DDP's; of an average it is its own.
+    """
+    names = list(stored.names)
+    averaged = any(name.rpartition(".")[2] == AVERAGE_COUNTER for name in names)
+    return clean_names(names, roots=() if averaged else ("module",))
+
+
+def _rewrite_pickle(path: Path, contents: Contents, names: Mapping[str, str]) -> None:
+    content, _ = read_pickle(path)
+    place = contents.within.split(".") if contents.within else []
+
+    def renamed(value: Any, rest: list[str]) -> Any:
+        if rest:
+            inner = {key: renamed(each, rest[1:]) if key == rest[0] else _param_names(each) for key, each in value.items()}
+            return type(value)(inner) if type(value) in (dict, OrderedDict) else inner
+        state: OrderedDict[str, Any] = OrderedDict((names.get(key, key), each) for key, each in value.items())
+        versions = getattr(value, "_metadata", None)
+        if isinstance(versions, Mapping):
+            modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in names.items()}
+            state._metadata = OrderedDict(  # type: ignore[attr-defined]
+                (modules.get(module, module), version) for module, version in versions.items()
+            )
+        return state
+
+    size = sum(value.nbytes for value in _tensors(content))
+    write_pickle(path, renamed(content, place), size)
+
+
+def _param_names(value: Any) -> Any:
+    """An optimizer's groups may name their parameters, as the model they were made from had them."""
+    if not isinstance(value, Mapping) or "param_groups" not in value:
+        return value
+    groups = [
+        {**group, "param_names": list(clean_names(group["param_names"], roots=("module",))[0].values())}
+        if isinstance(group, Mapping) and isinstance(group.get("param_names"), list)
+        else group
+        for group in value["param_groups"]
+    ]
+    return {**value, "param_groups": groups}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for each in value.values() for tensor in _tensors(each)]
+    if isinstance(value, list | tuple):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return []
+
+
+def _mend_index(index: Path, dry_run: bool) -> Mended:
+    """Make an index say what the files beside it hold."""
+    try:
+        text = index.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"'{index}' cannot be read: {error}.") from error
+    content = parse_json(text, f"'{index}'")
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    named = {file for file in listed.values() if isinstance(file, str)} if isinstance(listed, dict) else set()
+    weights = [file for file in sorted(index.parent.iterdir()) if file.suffix in (".safetensors", ".bin") and file.is_file()]
+    absent = sorted(name for name in named if not (index.parent / name).is_file())
+    shards = [file for file in weights if file.name in named or "-of-" in file.name]
+    if absent or not shards:
+        raise CheckpointError(
+            f"'{index}' names files that are missing ({', '.join(absent[:3]) or 'all'}): what was in them is nowhere else, so "
+            "fetch them again."
+        )
+    placed = {name: file.name for file in shards for name in open_contents(file).tensors.names}
+    if any(old != new for old, new in clean_names(placed, roots=("module",))[0].items()):
+        raise CheckpointError(
+            f"The names in '{index.parent}' have wrappers in them, in {len(shards)} files at once: onym convert "
+            f"{index.parent} clean --to safetensors writes them anew without; nothing was changed."
+        )
+    kind = f"{len(shards)} files with an index"
+    if isinstance(content, dict) and content.get("weight_map") == placed:
+        return Mended(str(index.parent), kind, "nothing: its index fits its files")
+    total = sum(_nbytes(open_contents(file).tensors) for file in shards)
+    said = f"the index now lists {len(placed)} tensors in {len(shards)} files"
+    if not dry_run:
+        with _Kept(index) as kept:
+            replace_file(index, as_json({"metadata": {"total_size": total}, "weight_map": placed}))
+            open_contents(index)
+            kept.verified()
+    return Mended(str(index.parent), kind, said)
+
+
+def _nbytes(file: TensorFile) -> int:
+    return sum(nbytes(file, name) for name in file.shapes)
+
+
+class _Kept:
+    """The old file as ``….bak``; it goes once the new one is verified, and comes back if it is not."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._old, self._verified = path, path.with_name(f"{path.name}.bak"), False
+
+    def __enter__(self) -> _Kept:
+        if self._old.exists():
+            raise StorageError(f"'{self._old}' is there already, perhaps from a repair that was cut short: move it away first.")
+        try:
+            try:
+                os.link(self._path, self._old)
+            except OSError:  # a file system without links
+                shutil.copy2(self._path, self._old)
+        except OSError as error:
+            raise storage_error("keep the old file", self._old, error) from error
+        return self
+
+    def verified(self) -> None:
+        """The new file is right."""
+        self._verified = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._verified:
+            with suppress(OSError):
+                self._old.unlink()
+        else:
+            os.replace(self._old, self._path)

@@ -1,0 +1,133 @@
+"""Text <-> token ids: a byte-level BPE, trained on the corpus or taken from elsewhere.
+
+The work is done by Hugging Face's ``tokenizers``, whose ``tokenizer.json`` every other tool reads. Any text round-trips
+byte for byte through a tokenizer trained here, because its alphabet is the 256 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from onym.errors import TokenizerError
+
+END_OF_TEXT = "<|endoftext|>"
+# What other tokenizers call the token that ends a document.
+_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+_SMALLEST_VOCABULARY = 257  # every byte, and the end of a document
+
+
+class Tokenizer:
+    """A ``tokenizer.json``, with the one special token that training needs: the end of a document."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        if not any(end in vocabulary for end in _KNOWN_ENDS):
+            inner.add_special_tokens([END_OF_TEXT])
+            vocabulary = inner.get_vocab(with_added_tokens=True)
+        # Text that happens to contain "<|endoftext|>" is text: only we may write the token itself.
+        inner.encode_special_tokens = True
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self.end_of_text_token: str = next(end for end in _KNOWN_ENDS if end in vocabulary)
+        self.end_of_text: int = vocabulary[self.end_of_text_token]
+        self.vocab_size: int = max(vocabulary.values()) + 1
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn ``vocab_size`` tokens (fewer, if the text is too short for so many) from the texts.
+
+        Raises:
+            TokenizerError: the vocabulary could not hold every byte.
+        """
+        if vocab_size < _SMALLEST_VOCABULARY:
+            raise TokenizerError(
+                f"A byte-level vocabulary needs at least {_SMALLEST_VOCABULARY} tokens, one a byte and one for the end of "
+                f"a document: --vocab-size {vocab_size} is too small."
+            )
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(inner)
+
+    @classmethod
+    def load(cls, name: str | Path) -> Tokenizer:
+        """Open a tokenizer.json, a folder that holds one, or a tokenizer of the Hugging Face hub by name (``gpt2``).
+
+        Raises:
+            TokenizerError: there is no such tokenizer, or it is damaged.
+        """
+        path = Path(name).expanduser()
+        if path.is_dir():
+            path = path / "tokenizer.json"
+            if not path.exists():
+                raise TokenizerError(f"The folder '{name}' holds no tokenizer.json: name a folder that does, or the file.")
+        if path.is_file():
+            try:
+                return cls.from_json(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, TokenizerError) as error:
+                raise TokenizerError(f"The tokenizer '{path}' cannot be read, it may be damaged: {error}") from error
+        if path.suffix == ".json" or len(path.parts) > 2 or str(name).startswith((".", "/", "~")):
+            raise TokenizerError(f"There is no tokenizer file '{name}': check the path given to --tokenizer.")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news to the user
+        try:
+            return cls(tokenizers.Tokenizer.from_pretrained(str(name)))
+        except Exception as error:  # the hub's client raises its own types, and plain Exception
+            raise TokenizerError(
+                f"'{name}' is no file here, and as a name on the Hugging Face hub it cannot be fetched "
+                f"({_first_line(error)}): check the name and the network, or give a tokenizer.json."
+            ) from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """Read what :meth:`to_json` wrote."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"not a tokenizer.json ({_first_line(error)}).") from error
+
+    def to_json(self) -> str:
+        """The text of a ``tokenizer.json``, equal for equal tokenizers."""
+        return json.dumps(json.loads(self._inner.to_str()), ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any special token."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of several texts, on all cores."""
+        return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self._inner.decode(list(ids), skip_special_tokens=False)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text as its tokens come, held back only while a character is incomplete; together, what :meth:`decode` gives."""
+        stream = decoders.DecodeStream(skip_special_tokens=False)
+        seen: list[int] = []
+        written = 0
+        for token in ids:
+            seen.append(token)
+            if piece := stream.step(self._inner, token):
+                written += len(piece)
+                yield piece
+        if rest := self.decode(seen)[written:]:  # an end inside a character
+            yield rest
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,363 @@
+"""The on-disk format: which files a model folder or checkpoint holds, and what its manifest says. See docs/format.md.
+
+A manifest carries the hash of its own text, not of the values in it: programs in other languages print numbers and accents in
+other ways. The text ends with the hash, and the hash is that of the text with zeros in its place.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from onym.errors import CheckpointError
+from onym.format.hashing import NO_HASH, TensorHash
+from onym.storage import object_store
+
+FORMAT = "onym-checkpoint"
+VERSION = 1
+
+MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+TRAINER_TENSORS = "trainer.safetensors"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+TRAINER = "trainer.json"
+
+# A single .safetensors file says the same in its header, in one string under this key.
+HEADER_KEY = "onym"
+
+# What is read whole before anything in it can be checked. Half a million tensors need about 100 MB.
+MOST_JSON_BYTES = 256 << 20
+MOST_JSON_VALUES = 5_000_000
+
+_SELF_HASH = re.compile(r'"blake3": ?"([0-9a-f]{64})"\s*\}\s*\Z')
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file beside the manifest.
+
+    ``blake3`` is the hash of its first ``hashed`` bytes: of the whole file, or of a tensor file its header, because each of
+    its tensors has a hash of its own. So every byte is hashed once.
+    """
+
+    bytes: int
+    blake3: str
+    hashed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor: what it is, and what its bytes must hash to."""
+
+    dtype: str
+    shape: list[int]
+    blake3: str
+    aliases: list[str] = field(default_factory=list)
+    blocks: str = ""
+    """Of one that is larger than a block, the hashes of its blocks; see :mod:`onym.format.hashing`."""
+
+    @property
+    def hash(self) -> TensorHash:
+        """What its bytes must hash to."""
+        return TensorHash(self.blake3, self.blocks)
+
+
+def identity_of(tensors: Mapping[str, TensorEntry]) -> str:
+    """What makes two sets of tensors equal: names, dtypes, shapes and bytes, whatever file they are in and in which order.
+
+    BLAKE3, in hexadecimal, of one line for each name, further names of tied tensors included, in the order of their UTF-8
+    bytes: ``<bytes of the name> <name> <dtype> <shape, as 2,3> <blake3>\\n``.
+    """
+    lines = []
+    for name, entry in tensors.items():
+        facts = f"{entry.dtype} {','.join(map(str, entry.shape))} {entry.blake3}\n".encode(errors="surrogatepass")
+        for each in (name, *entry.aliases):
+            encoded = each.encode(errors="surrogatepass")
+            lines.append((encoded, b"%d %b %b" % (len(encoded), encoded, facts)))
+    return blake3(b"".join(line for _, line in sorted(lines))).hexdigest()
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """For making a great many objects that stay: Python would look through all of them, again and again, for cycles."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def sealed(text: str) -> str:
+    """A JSON text that ends in ``"blake3": "000…"}``, with its hash in place of the zeros."""
+    before, zeros, after = text.rpartition(NO_HASH)
+    assert zeros
+    assert _SELF_HASH.search(text)
+    return before + blake3(text.encode()).hexdigest() + after
+
+
+def require_seal(text: str, what: str) -> None:
+    """Check a text that :func:`sealed` made.
+
+    Raises:
+        CheckpointError: it is not as it was written.
+    """
+    found = _SELF_HASH.search(text)
+    if found is None:
+        raise CheckpointError(f"{what} is damaged: its end is missing.")
+    start, end = found.span(1)
+    if blake3((text[:start] + NO_HASH + text[end:]).encode()).hexdigest() != found.group(1):
+        raise CheckpointError(f"{what} is damaged: its content is not what was written.")
+
+
+def require_bounded_json(text: str | bytes, what: str) -> None:
+    """Refuse what is too large to be read whole: on reading, and on writing what could then not be read again.
+
+    Raises:
+        CheckpointError: it has too many bytes, or too many values.
+    """
+    if len(text) > MOST_JSON_BYTES:
+        raise CheckpointError(f"{what} has {len(text):,} bytes; up to {MOST_JSON_BYTES:,} are read.")
+    values = sum(map(text.count, (b",", b"[", b"{"))) if isinstance(text, bytes) else sum(map(text.count, ",[{"))
+    if values > MOST_JSON_VALUES:  # each value is one or more of these
+        raise CheckpointError(f"{what} holds more than {MOST_JSON_VALUES:,} values, which are not read.")
+
+
+def parse_json(text: str | bytes, what: str) -> Any:
+    """JSON from a file that anybody may have made: bounded in size, without doubled names.
+
+    Raises:
+        CheckpointError: it is no JSON, too large, or names something twice.
+    """
+    try:
+        decoded = text.decode() if isinstance(text, bytes) and len(text) <= MOST_JSON_BYTES else text
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{what} is damaged: it is no UTF-8.") from error
+    require_bounded_json(decoded, what)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise CheckpointError(f"{what} is damaged: it names something twice.")
+        return values
+
+    try:
+        return json.loads(decoded, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{what} is damaged: it is no JSON ({type(error).__name__}).") from error
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds. A folder without one is not a checkpoint."""
+
+    files: dict[str, FileEntry]
+    tensors: dict[str, dict[str, TensorEntry]]
+    """By file, then by canonical name."""
+    architecture: str | None = None
+    """The name under which the model class is registered, where it is."""
+    step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """When, where and with which versions it was written, and which checkpoint came before."""
+    identity: str = ""
+    """Of the model's tensors; see :func:`identity_of`."""
+
+    def to_json(self) -> str:
+        """The text of a ``manifest.json``, one tensor a line."""
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "identity": self.identity,
+            "architecture": self.architecture,
+            "metrics": {name: value if math.isfinite(value) else str(value) for name, value in self.metrics.items()},
+            "provenance": self.provenance,
+        }
+        tensors = {
+            file: _block((name, _values(entry)) for name, entry in entries.items()) for file, entries in self.tensors.items()
+        }
+        files = _block((name, asdict(entry)) for name, entry in self.files.items())
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
+        lines += [f'"files": {files}', f'"tensors": {_block_of_texts(tensors)}', f'"blake3": "{NO_HASH}"']
+        return sealed("{\n" + ",\n".join(lines) + "\n}\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder.
+
+        Raises:
+            CheckpointError: there is none, or it is not as it was written.
+        """
+        path = folder / MANIFEST
+        if object_store.is_remote(path):
+            text = object_store.read_all(path, MOST_JSON_BYTES)
+            if text is not None:
+                return cls.from_json(text.decode(errors="replace"), str(path))
+        if not path.is_file():
+            raise CheckpointError(
+                f"The folder '{folder}' holds no {MANIFEST}: it is no checkpoint, or its writing was never completed."
+            )
+        try:
+            if path.stat().st_size > MOST_JSON_BYTES:
+                raise CheckpointError(f"The manifest '{path}' has more than {MOST_JSON_BYTES:,} bytes, which are not read.")
+            return cls.from_json(path.read_bytes().decode(), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"The manifest '{path}' cannot be read: {error}.") from error
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Manifest:
+        """Read what :meth:`to_json` wrote. Fields that it does not know are passed over.
+
+        Raises:
+            CheckpointError: it is no manifest, or one of a later version.
+        """
+        what = f"The manifest '{source}'"
+        values = parse_json(text, what)
+        try:
+            if values["format"] != FORMAT:
+                raise CheckpointError(f"'{source}' is not the manifest of an Onym checkpoint.")
+            _require_version(values["version"], what)
+            require_seal(text, what)
+            return cls(
+                files={name: _file_entry(entry) for name, entry in values["files"].items()},
+                tensors={
+                    file: {name: _tensor_entry(entry) for name, entry in tensors.items()}
+                    for file, tensors in values["tensors"].items()
+                },
+                architecture=_optional(values["architecture"], str),
+                step=_optional(values["step"], int),
+                metrics={str(name): float(value) for name, value in values["metrics"].items()},
+                provenance=dict(values["provenance"]),
+                identity=str(values["identity"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{what} is damaged ({type(error).__name__}: {error}).") from error
+
+
+@dataclass(frozen=True)
+class Header:
+    """What Onym writes into the header of a single .safetensors file, so that it is checked and describes itself."""
+
+    tensors: dict[str, TensorEntry]
+    architecture: str | None = None
+    config: Mapping[str, Any] | None = None
+    identity: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The string under ``HEADER_KEY``. Its length does not depend on the hashes in it."""
+        values = {
+            "version": VERSION,
+            "identity": self.identity,
+            "architecture": self.architecture,
+            "config": self.config,
+            "provenance": self.provenance,
+            "tensors": {name: _values(entry) for name, entry in self.tensors.items()},
+            "blake3": NO_HASH,
+        }
+        return sealed(json.dumps(values))
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Header:
+        """Read what :meth:`to_json` wrote."""
+        what = f"What Onym wrote into the header of '{source}'"
+        values = parse_json(text, what)
+        try:
+            _require_version(values["version"], what)
+            require_seal(text, what)
+            tensors = {name: _tensor_entry(entry) for name, entry in values["tensors"].items()}
+            architecture, config = _optional(values["architecture"], str), _optional(values["config"], dict)
+            return cls(tensors, architecture, config, str(values["identity"]), dict(values["provenance"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{what} is damaged ({error}).") from error
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether it names a file in a folder, on any system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0") and name.isprintable()
+
+
+def _require_version(version: Any, what: str) -> None:
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{what} is damaged: its version is {version!r}.")
+    if version > VERSION:
+        raise CheckpointError(
+            f"{what} has format version {version}, this Onym reads up to {VERSION}: pip install --upgrade onym."
+        )
+
+
+def _file_entry(values: Mapping[str, Any]) -> FileEntry:
+    entry = FileEntry(values["bytes"], values["blake3"], values["hashed"])
+    if not (are_counts((entry.bytes, entry.hashed)) and entry.hashed <= entry.bytes and type(entry.blake3) is str):
+        raise ValueError(f"a file entry says {dict(values)}")
+    return entry
+
+
+def _tensor_entry(values: Mapping[str, Any]) -> TensorEntry:
+    entry = TensorEntry(values["dtype"], values["shape"], values["blake3"], values.get("aliases", []), values.get("blocks", ""))
+    texts = type(entry.dtype) is str and type(entry.blake3) is str and type(entry.aliases) is list
+    texts = texts and (not entry.aliases or all(type(alias) is str for alias in entry.aliases))
+    if not (texts and type(entry.blocks) is str and type(entry.shape) is list and are_counts(entry.shape)):
+        raise ValueError(f"a tensor entry says {str(dict(values))[:200]}")
+    if entry.blocks and not entry.hash.agrees:
+        raise ValueError("the hashes of a tensor's blocks have another hash")
+    return entry
+
+
+def are_counts(values: Iterable[Any]) -> bool:
+    """Whether each is a whole number that a file's size or a shape can be."""
+    for value in values:  # noqa: SIM110  # all() of a generator takes three times as long
+        if type(value) is not int or not 0 <= value < 2**63:
+            return False
+    return True
+
+
+def _optional(value: Any, kind: type) -> Any:
+    if value is not None and type(value) is not kind:
+        raise ValueError(f"a {kind.__name__} was expected, not {value!r}")
+    return value
+
+
+def _values(entry: TensorEntry) -> dict[str, Any]:
+    values: dict[str, Any] = {"dtype": entry.dtype, "shape": entry.shape, "blake3": entry.blake3}
+    if entry.blocks:
+        values["blocks"] = entry.blocks
+    return {**values, "aliases": entry.aliases} if entry.aliases else values
+
+
+def _block(items: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    return _block_of_texts({name: json.dumps(values) for name, values in items})
+
+
+def _block_of_texts(items: Mapping[str, str]) -> str:
+    if not items:
+        return "{}"
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {text}" for name, text in items.items()) + "\n}"

@@ -1,0 +1,135 @@
+"""What a pickle would build, found out without building it.
+
+torch's ``weights_only`` unpickler runs no code, but it builds whatever it is told to: a few hundred bytes can ask for
+gigabytes, or for a tuple that takes for ever to hash. So a file is read through once before, and the size of each object is
+counted.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from typing import Any, BinaryIO
+
+from onym.errors import CheckpointError
+
+_MOST_PARTS = 20_000_000
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_IGNORED = ("PROTO", "STOP", "FRAME")
+_KEPT, _AGAIN = ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
+_REFUSED = ("builtins bytearray", "__builtin__ bytearray")  # of any size that it is asked for
+
+
+def require_bounded(file: BinaryIO | bytes, path: object, pickles: int = 1) -> None:
+    """Read pickles through and count what they would build.
+
+    Args:
+        file: where they follow each other, from its present position.
+        path: for messages.
+        pickles: how many.
+
+    Raises:
+        CheckpointError: it would be out of all proportion to the file.
+    """
+    stream = io.BytesIO(file) if isinstance(file, bytes) else file
+    for _ in range(pickles):
+        _Count(path).read(stream)
+
+
+def called(file: BinaryIO, pickles: int) -> list[str]:
+    """What pickles that follow each other ask for by name, without torch's own; as far as they can be read.
+
+    >>> called(io.BytesIO(b"cposix\\nsystem\\n(Vecho\\ntR."), 1)
+    ['posix.system']
+    """
+    return [name for name in named_in(file, pickles) if not name.startswith("torch.") and name != "collections.OrderedDict"]
+
+
+def named_in(file: BinaryIO, pickles: int) -> list[str]:
+    """Everything that pickles that follow each other ask for by name, sorted; as far as they can be read."""
+    found: set[str] = set()
+    try:
+        for _ in range(pickles):
+            words: list[str] = []
+            memo: dict[int, str] = {}
+            kept, last = 0, ""
+            for opcode, argument, _place in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    found.add(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    found.add(".".join(words[-2:]))
+                elif opcode.name in _KEPT:
+                    memo[kept if argument is None else int(argument)] = last
+                    kept += 1
+                    continue
+                if opcode.name in _AGAIN and argument is not None:
+                    argument = memo.get(int(argument), "")
+                last = argument if isinstance(argument, str) else ""
+                if last:
+                    words.append(last)
+    except Exception:  # it need not even be a whole pickle
+        pass
+    return sorted(found)
+
+
+class _Count:
+    """A stack machine over sizes; objects that are mutable are counted by reference, as they are built."""
+
+    def __init__(self, path: object) -> None:
+        self._path = path
+        self._stack: list[list[int]] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, list[int]] = {}
+
+    def read(self, stream: BinaryIO) -> None:
+        for opcode, argument, _ in pickletools.genops(stream):
+            self._step(opcode.name, argument)
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name in _AGAIN:
+            stack.append(self._memo[int(argument)])
+        elif name in _KEPT:
+            self._memo[len(self._memo) if argument is None else int(argument)] = stack[-1]
+        elif name == "MARK":
+            self._marks.append(len(stack))
+        elif name == "TUPLE":
+            self._push(self._since_mark())
+        elif name in _TUPLES:
+            self._push(sum(stack.pop()[0] for _ in range(_TUPLES[name])))
+        elif name in ("APPENDS", "SETITEMS", "ADDITEMS"):
+            self._grow(self._since_mark())
+        elif name in ("APPEND", "BUILD"):
+            self._grow(stack.pop()[0])
+        elif name == "SETITEM":
+            self._grow(stack.pop()[0] + stack.pop()[0])
+        elif name in ("REDUCE", "NEWOBJ"):
+            self._push(stack.pop()[0] + stack.pop()[0])
+        elif name == "BINPERSID":
+            stack.pop()
+            self._push(0)
+        elif name == "GLOBAL" and argument in _REFUSED:
+            raise CheckpointError(
+                f"'{self._path}' is not a plain state dict: it asks for a bytearray, so it was not read. Where it was made, "
+                "save again with onym.save(model, path)."
+            )
+        elif name not in _IGNORED:
+            self._push(len(argument) // 1000 if isinstance(argument, str | bytes) else 0)
+
+    def _since_mark(self) -> int:
+        start = self._marks.pop()
+        total = sum(size[0] for size in self._stack[start:])
+        del self._stack[start:]
+        return total
+
+    def _push(self, parts: int) -> None:
+        self._stack.append([1 + parts])
+        self._require(self._stack[-1])
+
+    def _grow(self, parts: int) -> None:
+        self._stack[-1][0] += parts
+        self._require(self._stack[-1])
+
+    def _require(self, size: list[int]) -> None:
+        if size[0] > _MOST_PARTS:
+            raise CheckpointError(f"'{self._path}' would unfold to more than {_MOST_PARTS:,} parts: it is no weight file.")

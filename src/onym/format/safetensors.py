@@ -1,0 +1,194 @@
+"""The safetensors format, both ways: a little-endian u64 with the header's length, the header as JSON, the tensors' bytes.
+
+Written and read here, not by the safetensors library: equal models shall be equal files (the library orders its metadata anew
+each time), a file is hashed while it is written and mapped while it is checked, parts of it are fetched from remote storage,
+and nothing in a header is believed before it is checked. The tests open what is written with the library, and read what it
+writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onym.errors import CheckpointError
+from onym.format.manifest import MOST_JSON_BYTES, are_counts, parse_json
+
+# The dtypes of the format, under its names for them.
+_FORMAT_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _FORMAT_NAMES.items()}
+
+# Dtypes that the format has not, kept as one of those that it has, with one more dimension: their bytes are the same.
+_KEPT_AS = {torch.complex128: (torch.float64, 2), torch.complex32: (torch.float16, 2)}
+
+_LONGEST_HEADER = 100_000_000  # what the safetensors library reads; a longer one would open here alone
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One tensor of a file: the format's dtype and shape, and where its bytes are, counted from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's name for it, as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def dtype_called(name: str) -> torch.dtype | None:
+    """The dtype that torch calls so; None where this version has none of that name, or where it is a quantized one."""
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) and not name.startswith("q") else None
+
+
+@cache
+def format_dtype(dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:
+    """The format's name for the dtype that it is kept as, and what that adds to the shape.
+
+    A dtype that the format has no name for (complex128, int4, float4 …) is kept as one that it has.
+    """
+    if dtype in _FORMAT_NAMES:
+        return _FORMAT_NAMES[dtype], ()
+    if dtype in _KEPT_AS:
+        kept, further = _KEPT_AS[dtype]
+        return _FORMAT_NAMES[kept], (further,)
+    return "U8", () if dtype.itemsize == 1 else (dtype.itemsize,)
+
+
+def torch_dtype(format_name: str) -> torch.dtype | None:
+    """What torch calls a dtype of the format; None for one that this version does not know."""
+    return _DTYPES.get(format_name)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory, in this machine's and in one piece, is its values."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous CPU tensor, in its own byte order: uint8, 1-D."""
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    if flat.numel() == 1:  # contiguous whatever its stride
+        flat = flat.as_strided((1,), (1,))
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def from_bytes(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The reverse of :func:`as_bytes`; shares the memory where its alignment allows."""
+    if not len(data):
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if data.data_ptr() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).reshape(shape)
+
+
+def header_of(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """The first bytes of a file, and its tensors' names in the order in which their bytes follow.
+
+    Tensors are ordered by falling item size, as the library does, so that each is aligned.
+    """
+    ordered = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name in ordered:
+        dtype, shape = tensors[name]
+        kept, further = format_dtype(dtype)
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kept, "shape": [*shape, *further], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _LONGEST_HEADER:
+        raise CheckpointError(f"{len(tensors):,} tensors are too many for one .safetensors file: save to a folder.")
+    return len(text).to_bytes(8, "little") + text, ordered
+
+
+def header_length(first: bytes, size: int, path: object) -> int:
+    """How many bytes come before those of the tensors, from the first eight.
+
+    Raises:
+        CheckpointError: the file is not as long as it says.
+    """
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > size - 8:
+        raise CheckpointError(f"'{path}' is damaged, or no .safetensors file: its header would be longer than the file.")
+    if length > min(_LONGEST_HEADER, MOST_JSON_BYTES):
+        raise CheckpointError(f"'{path}' has a header of {length:,} bytes; up to {_LONGEST_HEADER:,} are read.")
+    return 8 + length
+
+
+def parse_header(text: bytes, size: int, path: object) -> tuple[dict[str, Placed], dict[str, str]]:
+    """The tensors of a file and its metadata, from its header.
+
+    Args:
+        text: the JSON alone.
+        size: how many bytes the tensors have.
+        path: for messages.
+
+    Raises:
+        CheckpointError: it is no header, or its tensors do not lie one behind the other from the first byte to the last.
+    """
+    header = parse_json(text, f"The header of '{path}'")
+    if not isinstance(header, dict):
+        raise CheckpointError(f"'{path}' is damaged: its header is a {type(header).__name__}.")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"'{path}' is damaged: the metadata in its header are no texts.")
+    placed = {name: _placed(name, entry, path) for name, entry in header.items()}
+    end = 0
+    for name, tensor in sorted(placed.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != end:
+            raise CheckpointError(f"'{path}' is damaged: the bytes of {name!r} overlap others, or there is a hole before them.")
+        end = tensor.end
+    if end != size:
+        raise CheckpointError(f"'{path}' is damaged: its tensors need {end:,} bytes, and {size:,} follow the header.")
+    return placed, metadata
+
+
+_BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()} | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+
+
+def _placed(name: str, entry: Any, path: object) -> Placed:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        right = type(dtype) is str and type(shape) is list and len(shape) <= 64 and are_counts((start, end, *shape))
+        # A dtype of a later version of the format has a size that is not known here.
+        right = right and start <= end and (dtype not in _BITS or math.prod(shape) * _BITS[dtype] == 8 * (end - start))
+    except (KeyError, TypeError, ValueError):
+        right = False
+    if not right:
+        raise CheckpointError(f"'{path}' is damaged: its header says of {name!r}: {str(entry)[:120]}.")
+    return Placed(dtype, tuple(shape), start, end)

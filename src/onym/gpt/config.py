@@ -1,0 +1,149 @@
+"""The architecture of a GPT as a value: frozen, checked when made, JSON both ways.
+
+The first field names are those of the configuration dict in "Build a Large Language Model From Scratch", so
+``GPTConfig(**GPT_CONFIG_124M)`` reads it as it is. A file ``config.json`` beside the weights holds exactly these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from onym.errors import ConfigError, nearest
+
+# Keys of the book's bonus chapters; each asks for another attention or feed-forward than GPT-2's.
+_OTHER_ARCHITECTURES = {
+    "n_kv_groups": "grouped-query attention",
+    "latent_dim": "multi-head latent attention",
+    "sliding_window_size": "sliding-window attention",
+    "sliding_window_stride": "sliding-window attention",
+    "num_experts": "a mixture of experts",
+    "num_experts_per_tok": "a mixture of experts",
+    "rope_base": "rotary position embeddings",
+    "rope_freq": "rotary position embeddings",
+    "qk_norm": "query-key normalisation",
+}
+# Keys that steer how the book's scripts run, not what the model is.
+_IGNORED = {"kv_window_size"}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a :class:`onym.GPT`.
+
+    Raises:
+        ConfigError: a value is out of range, or two of them do not fit together.
+
+    >>> GPTConfig(vocab_size=50257, emb_dim=768, n_heads=12, n_layers=12).head_dim
+    64
+    """
+
+    vocab_size: int = 50257
+    """Number of tokens the tokenizer knows. The head is padded to a multiple of 64 while it computes, never in a file."""
+    context_length: int = 1024
+    """Most tokens the model sees at once."""
+    emb_dim: int = 768
+    """Width of the residual stream."""
+    n_heads: int = 12
+    """Attention heads in each block; must divide emb_dim."""
+    n_layers: int = 12
+    """Number of transformer blocks."""
+    drop_rate: float = 0.0
+    """Dropout probability while training. 0 for pre-training on much text; 0.1 and more for small corpora."""
+    qkv_bias: bool = False
+    """Give the query, key and value projections a bias, as OpenAI's GPT-2 has."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the output head too, as OpenAI's GPT-2 does."""
+    bias: bool = True
+    """Give the norms and the other linear layers a bias. nanoGPT's models may have none."""
+    gelu: str = "tanh"
+    """Which form of GELU: "tanh", the approximation that GPT-2 was trained with, or "erf", the exact one, as in nanoGPT."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        for name in ("qkv_bias", "tie_embeddings", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
+        if self.gelu not in ("tanh", "erf"):
+            raise ConfigError(f"gelu must be tanh or erf, not {self.gelu!r}.")
+        if isinstance(self.drop_rate, bool) or not isinstance(self.drop_rate, int | float):
+            raise ConfigError(f"drop_rate must be a number, not {self.drop_rate!r}.")
+        if not 0 <= self.drop_rate < 1:
+            raise ConfigError(f"drop_rate must be at least 0 and below 1, not {self.drop_rate}.")
+        if self.emb_dim % self.n_heads:
+            fitting = [heads for heads in range(1, min(self.emb_dim, 100_000) + 1) if self.emb_dim % heads == 0]
+            closest = min(fitting, key=lambda heads: abs(heads - self.n_heads))
+            raise ConfigError(
+                f"emb_dim={self.emb_dim} cannot be split over n_heads={self.n_heads} heads of equal width: "
+                f"take n_heads={closest}, or emb_dim={-(-self.emb_dim // self.n_heads) * self.n_heads}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.emb_dim // self.n_heads
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GPTConfig:
+        """One of the named shapes, with any field replaced.
+
+        Raises:
+            ConfigError: there is no such preset, or no such field.
+
+        >>> GPTConfig.preset("gpt2-small", context_length=256).n_layers
+        12
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"There is no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}.")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
+        """Read a plain dict: ours, or the book's ``GPT_CONFIG_124M``.
+
+        Raises:
+            ConfigError: a key is unknown, or stands for another architecture than GPT-2's.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key, value in values.items():
+            if key in known or key in _IGNORED:
+                continue
+            if key in _OTHER_ARCHITECTURES:
+                raise ConfigError(f"{key}={value!r} asks for {_OTHER_ARCHITECTURES[key]}, which a GPT-2 does not have.")
+            raise ConfigError(f"A GPT has no setting {key!r}{nearest(key, known)}; it has {', '.join(sorted(known))}.")
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values; ``GPTConfig(**config.to_dict()) == config``."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The text of a ``config.json``."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> GPTConfig:
+        """Read what :meth:`to_json` wrote."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ConfigError(f"A model configuration is a JSON object, not {type(values).__name__}.")
+        return cls.from_dict(values)
+
+
+# The GPT-2 sizes as OpenAI released them (qkv bias, tied head), and three that a laptop trains.
+_GPT2 = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True, "tie_embeddings": True}
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4},
+    "micro": {"context_length": 128, "emb_dim": 256, "n_heads": 4, "n_layers": 4},
+    "mini": {"context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6},
+    "gpt2-small": {**_GPT2, "emb_dim": 768, "n_heads": 12, "n_layers": 12},
+    "gpt2-medium": {**_GPT2, "emb_dim": 1024, "n_heads": 16, "n_layers": 24},
+    "gpt2-large": {**_GPT2, "emb_dim": 1280, "n_heads": 20, "n_layers": 36},
+    "gpt2-xl": {**_GPT2, "emb_dim": 1600, "n_heads": 25, "n_layers": 48},
+}

@@ -1,0 +1,1 @@
+"""Other programs' layouts of GPT-2, one adapter a file."""

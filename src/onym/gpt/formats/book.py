@@ -1,0 +1,62 @@
+"""The GPTModel of "Build a Large Language Model From Scratch", as the book prints it.
+
+Query, key and value are three matrices; norms have ``scale`` and ``shift``; the causal mask is stored with each layer (in the
+chapters' model) or is not (in the one with a KV cache). The file is a bare state dict, or one under ``model_state_dict``.
+"""
+
+from __future__ import annotations
+
+from onym.convert.mapping import joined, same
+from onym.convert.registry import Format, NamedShapes
+from onym.gpt.config import GPTConfig
+
+_QKV = ("W_query", "W_key", "W_value")
+MASK = "trf_blocks.{n}.att.mask"
+
+
+def _recognise(found: NamedShapes) -> str | None:
+    if not found.has(r"trf_blocks\.\d+\.att\.W_(query|key|value)\.weight"):
+        return None
+    masks = found.has(r"trf_blocks\.\d+\.att\.mask")
+    return f"att.W_query, scale and shift{', a mask in each layer' if masks else ', no masks'}"
+
+
+def lacks(config: GPTConfig) -> dict[str, str]:
+    """What the book's models cannot hold."""
+    if config.gelu != "tanh":
+        return {"gelu": "the book's model computes GELU's tanh form, and this model was trained with the exact one"}
+    return {}
+
+
+def biases(config: GPTConfig) -> list[str]:
+    """Its layers always have a bias, query, key and value excepted."""
+    return [] if config.bias else ["norm1", "att.proj", "norm2", "ff.layers.0", "ff.layers.2", "final_norm"]
+
+
+BOOK = Format(
+    name="book",
+    title="the book's GPTModel",
+    recognise=_recognise,
+    rules=(
+        same("tok_emb.weight", "tok_emb.weight"),
+        same("pos_emb.weight", "pos_emb.weight"),
+        same("trf_blocks.{n}.norm1.scale", "trf_blocks.{n}.norm1.weight"),
+        same("trf_blocks.{n}.norm1.shift", "trf_blocks.{n}.norm1.bias"),
+        joined(tuple(f"trf_blocks.{{n}}.att.{each}.weight" for each in _QKV), "trf_blocks.{n}.att.qkv.weight"),
+        joined(tuple(f"trf_blocks.{{n}}.att.{each}.bias" for each in _QKV), "trf_blocks.{n}.att.qkv.bias"),
+        same("trf_blocks.{n}.att.out_proj.weight", "trf_blocks.{n}.att.proj.weight"),
+        same("trf_blocks.{n}.att.out_proj.bias", "trf_blocks.{n}.att.proj.bias"),
+        same("trf_blocks.{n}.norm2.scale", "trf_blocks.{n}.norm2.weight"),
+        same("trf_blocks.{n}.norm2.shift", "trf_blocks.{n}.norm2.bias"),
+        same("trf_blocks.{n}.ff.layers.0.weight", "trf_blocks.{n}.ff.layers.0.weight"),
+        same("trf_blocks.{n}.ff.layers.0.bias", "trf_blocks.{n}.ff.layers.0.bias"),
+        same("trf_blocks.{n}.ff.layers.2.weight", "trf_blocks.{n}.ff.layers.2.weight"),
+        same("trf_blocks.{n}.ff.layers.2.bias", "trf_blocks.{n}.ff.layers.2.bias"),
+        same("final_norm.scale", "final_norm.weight"),
+        same("final_norm.shift", "final_norm.bias"),
+        same("out_head.weight", "out_head.weight"),
+    ),
+    ignored=(r"trf_blocks\.\d+\.att\.mask",),
+    lacks=lacks,
+    biases=biases,
+)

@@ -1,0 +1,38 @@
+"""The GPTModel of the book's optimised scripts, and of its package (``GPTModelFast``): the names that Onym's own GPT has."""
+
+from __future__ import annotations
+
+from onym.convert.mapping import same
+from onym.convert.registry import Format, NamedShapes
+from onym.gpt.formats.book import biases, lacks
+
+_LAYER = ("norm1", "att.qkv", "att.proj", "norm2", "ff.layers.0", "ff.layers.2")
+
+
+def _both(name: str) -> tuple[str, str]:
+    return f"{name}.weight", f"{name}.bias"
+
+
+def _recognise(found: NamedShapes) -> str | None:
+    if found.has(r"trf_blocks\.\d+\.att\.qkv\.weight") and "tok_emb.weight" in found.shapes:
+        return "att.qkv and att.proj, the names of Onym's own GPT"
+    return None
+
+
+BOOK_FAST = Format(
+    name="book-fast",
+    title="the book's optimised GPTModel",
+    recognise=_recognise,
+    rules=tuple(
+        same(name, name)
+        for name in (
+            "tok_emb.weight",
+            "pos_emb.weight",
+            *(f"trf_blocks.{{n}}.{name}" for module in _LAYER for name in _both(module)),
+            *_both("final_norm"),
+            "out_head.weight",
+        )
+    ),
+    lacks=lacks,
+    biases=biases,
+)

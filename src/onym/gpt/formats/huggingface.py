@@ -1,0 +1,148 @@
+"""transformers' GPT-2: a folder with ``config.json``, or one of its files; with and without ``transformer.`` before the names.
+
+Its ``Conv1D`` keeps matrices as ``[in, out]``. The head is not stored where it is the embedding. Old files hold masks, which
+are buffers (``attn.bias``, ``attn.masked_bias``). Source: transformers' modeling_gpt2.py and configuration_gpt2.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from onym.convert.mapping import Rule, same, transposed
+from onym.convert.registry import Format, NamedShapes, Stated
+from onym.convert.sources import as_json
+from onym.data.tokenizer import END_OF_TEXT, Tokenizer
+from onym.format.manifest import parse_json
+from onym.gpt.config import GPTConfig
+
+FIELDS = {
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "emb_dim": "n_embd",
+    "context_length": "n_positions",
+    "vocab_size": "vocab_size",
+    "drop_rate": "resid_pdrop",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""Our field -> theirs in ``config.json``."""
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf", "gelu_python": "erf"}
+"""Their ``activation_function`` -> our ``gelu``."""
+OURS = "onym"
+"""The entry of ``config.json`` with our own configuration, where we wrote it."""
+
+
+def _recognise(found: NamedShapes) -> str | None:
+    shape = found.shape("transformer.h.0.attn.c_attn.weight")
+    if shape is not None and len(shape) == 2 and shape[1] == 3 * shape[0]:
+        return "attn.c_attn is [width, 3 x width], as transformers' Conv1D keeps it"
+    return None
+
+
+def _stated(found: NamedShapes) -> Stated:
+    values = found.contents.json("config.json")
+    if values is None or ("n_embd" not in values and "model_type" not in values):
+        return Stated({"qkv_bias": True})
+    config: dict[str, Any] = {ours: values[theirs] for ours, theirs in FIELDS.items() if theirs in values}
+    config.setdefault("tie_embeddings", True)  # transformers leaves out what is as by default
+    activation = values.get("activation_function", "gelu_new")
+    not_ours = None
+    if activation in GELU:
+        config["gelu"] = GELU[activation]
+    else:
+        not_ours = f"its activation is {activation!r}, and a GPT-2 has GELU"
+    for key, wanted in (("layer_norm_epsilon", 1e-5), ("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if values.get(key, wanted) != wanted:
+            not_ours = f"{key} is {values[key]!r}, and here it is always {wanted!r}"
+    if values.get("add_cross_attention"):
+        not_ours = "it attends to an encoder (add_cross_attention)"
+    if (inner := values.get("n_inner")) is not None and inner != 4 * values.get("n_embd", 0):
+        not_ours = f"its feed-forward layers are {inner} wide, and a GPT-2's are four times the width"
+    if isinstance(ours := values.get(OURS), dict):
+        config |= {key: ours[key] for key in ("drop_rate",) if key in ours}
+    return Stated(config, "config.json", FIELDS, not_ours)
+
+
+_MODULES = ("norm1", "att.proj", "norm2", "ff.layers.0", "ff.layers.2", "final_norm")
+
+
+def _biases(config: GPTConfig) -> list[str]:
+    return ([] if config.qkv_bias else ["att.qkv"]) + ([] if config.bias else list(_MODULES))
+
+
+def _both(change: Any, theirs: str, ours: str) -> tuple[Rule, Rule]:
+    return change(f"{theirs}.weight", f"{ours}.weight"), same(f"{theirs}.bias", f"{ours}.bias")
+
+
+HUGGINGFACE = Format(
+    name="huggingface",
+    title="transformers' GPT-2",
+    recognise=_recognise,
+    rules=(
+        same("transformer.wte.weight", "tok_emb.weight"),
+        same("transformer.wpe.weight", "pos_emb.weight"),
+        *_both(same, "transformer.h.{n}.ln_1", "trf_blocks.{n}.norm1"),
+        *_both(transposed, "transformer.h.{n}.attn.c_attn", "trf_blocks.{n}.att.qkv"),
+        *_both(transposed, "transformer.h.{n}.attn.c_proj", "trf_blocks.{n}.att.proj"),
+        *_both(same, "transformer.h.{n}.ln_2", "trf_blocks.{n}.norm2"),
+        *_both(transposed, "transformer.h.{n}.mlp.c_fc", "trf_blocks.{n}.ff.layers.0"),
+        *_both(transposed, "transformer.h.{n}.mlp.c_proj", "trf_blocks.{n}.ff.layers.2"),
+        *_both(same, "transformer.ln_f", "final_norm"),
+        same("lm_head.weight", "out_head.weight"),
+    ),
+    stated=_stated,
+    ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+    prefix="transformer",
+    biases=_biases,
+)
+
+
+_KEPT = ("pad_token_id", "embd_pdrop", "attn_pdrop", "initializer_range", "use_cache", "task_specific_params")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+def texts(config: GPTConfig, tokenizer: str | None, dtype: str, theirs: Mapping[str, str]) -> dict[str, str]:
+    """The files beside the weights, by name; ``config.json`` last.
+
+    Args:
+        config: of the model.
+        tokenizer: the text of its ``tokenizer.json``, if it has one.
+        dtype: of its weights.
+        theirs: the texts of the folder that the model comes from, where it was one of transformers already: what they say
+            besides is kept, but for the names of code (``auto_map``).
+    """
+    end, special = None, END_OF_TEXT
+    said = parse_json(theirs.get("config.json", "{}"), "config.json")
+    said = said if isinstance(said, dict) else {}
+    files = {name: text for name, text in theirs.items() if name in _TOKENIZER and '"auto_map"' not in text}
+    if "tokenizer_config.json" in files and tokenizer is not None:
+        files["tokenizer.json"] = tokenizer
+    elif tokenizer is not None:
+        found = Tokenizer.from_json(tokenizer)
+        end, special = found.end_of_text, found.end_of_text_token
+        files["tokenizer.json"] = tokenizer
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length}
+        files["tokenizer_config.json"] = as_json({**about, "bos_token": special, "eos_token": special, "unk_token": special})
+    elif config.vocab_size >= 50257:
+        end = 50256
+    ends = {key: said.get(key, end) for key in ("bos_token_id", "eos_token_id")}
+    ends = {key: None if isinstance(number, int) and number >= config.vocab_size else number for key, number in ends.items()}
+    generation = as_json({"_from_model_config": True, **ends})
+    files["generation_config.json"] = theirs.get("generation_config.json", generation)
+    values = config.to_dict()
+    files["config.json"] = as_json(
+        {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            **{theirs: values[ours] for ours, theirs in FIELDS.items()},
+            "embd_pdrop": config.drop_rate,
+            "attn_pdrop": config.drop_rate,
+            **{key: said[key] for key in _KEPT if key in said},
+            "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+            "layer_norm_epsilon": 1e-5,
+            **ends,
+            "torch_dtype": dtype,
+            OURS: values,
+        }
+    )
+    return files

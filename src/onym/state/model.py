@@ -1,0 +1,446 @@
+"""A model's state under its own names, whatever wraps it, in both directions.
+
+Values come from the module's own ``state_dict()``, so its hooks, buffers and extra state are honoured. Loading copies into the
+tensors that are there, so an optimizer keeps its parameters and compiled code stays valid; all is checked before the first
+copy, so a load that fails has changed nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from onym.errors import CheckpointError, ConfigError
+from onym.names.diagnose import diagnose
+from onym.names.mismatch import Described, Differences, MismatchError, compare
+from onym.names.plain_view import plain_view
+from onym.names.wrappers import require_module
+from onym.state.dtensor import distribute_like, full_parameters, full_tensor, is_sharded, local
+
+DtypePolicy = Literal["exact", "cast"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did. All names are canonical."""
+
+    loaded: list[str]
+    missing: list[str] = field(default_factory=list)
+    """In the model, not stored: left as they were (only with ``strict=False``)."""
+    unexpected: list[str] = field(default_factory=list)
+    """Stored, not in the model: not used (only with ``strict=False``; an ``AveragedModel``'s counter in any case)."""
+    cast: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Stored dtype and model dtype, where they differed (only with ``dtype="cast"``)."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Stored name -> name, where a wrapper had changed it."""
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for names, what in (
+            (self.renamed, "renamed"),
+            (self.cast, "cast"),
+            (self.missing, "left as they were"),
+            (self.unexpected, "not used"),
+        ):
+            if names:
+                shown = list(names)[:3]
+                more = ", …" if len(names) > len(shown) else ""
+                parts.append(f"{len(names)} {what} ({', '.join(shown)}{more})")
+        return ", ".join(parts)
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """``model.state_dict()`` under the names that the model's author gave, through any nesting of wrappers.
+
+    Equal in names, order and values to the ``state_dict()`` of the same model without wrappers. What a wrapper has of its own
+    (``n_averaged`` of ``AveragedModel``) is in it too.
+
+    Returns:
+        {canonical name: tensor}. The tensors are the live ones, detached and not copied: clone them to keep them past the
+        next training step. FSDP2's are DTensors, this process's pieces. FSDP1's are copies, whole; every process has to call.
+
+    Raises:
+        ConfigError: ``model`` is no module (``torch.compile(torch.compile(m))`` is a function, for one), is a TorchScript
+            module, or has a lazy parameter, which has no values yet.
+
+    >>> list(state_dict(torch.compile(nn.Linear(2, 1))))
+    ['weight', 'bias']
+    """
+    require_module(model)
+    with full_parameters(model) as passing:
+        state: dict[str, Any] = plain_view(model).state_dict()
+        if passing:
+            state = _mapped(state, Tensor.clone)
+    for name, value in state.items():
+        if isinstance(value, Tensor) and is_lazy(value):
+            raise ConfigError(f"{name} has no values yet, because its layer is lazy: run one batch through the model first.")
+    return state
+
+
+def full_state_dict(state: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The state with sharded tensors put together, and whether this process is the one to write it.
+
+    Where tensors are sharded every process has to call this, and the first one writes.
+    """
+    if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
+        return state, True
+    return _mapped(state, full_tensor), torch.distributed.get_rank() == 0
+
+
+def load_state_dict(
+    model: nn.Module, state: Mapping[str, Any], *, strict: bool = True, dtype: DtypePolicy = "exact"
+) -> LoadReport:
+    """Copy tensors into a model, plain or wrapped, by canonical name.
+
+    Args:
+        model: any module; its tensors keep their identity, device and dtype.
+        state: {canonical name: tensor}; not changed. A tied tensor may be given under any of its names. Whole tensors load into
+            sharded ones (FSDP) and the other way round.
+        strict: refuse names that are missing or unexpected. Shapes must agree in any case.
+        dtype: ``"exact"`` refuses a tensor of another dtype, ``"cast"`` converts and reports it, though never floating-point
+            numbers to integers or complex ones to real.
+
+    Returns:
+        What was loaded, and what was not.
+
+    Raises:
+        MismatchError: it does not fit; nothing has been changed.
+        ConfigError: ``model`` is no module with values to copy into.
+
+    >>> model = nn.Linear(2, 1)
+    >>> print(load_state_dict(torch.compile(model), {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}))
+    2 tensors loaded
+    >>> model.weight
+    Parameter containing:
+    tensor([[1., 1.]], requires_grad=True)
+    """
+    if dtype not in ("exact", "cast"):
+        raise ConfigError(f'dtype is "exact" or "cast", not {dtype!r}.')
+    require_module(model)
+    if not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
+        raise ConfigError(
+            f"load_state_dict takes a dict of named tensors, not a {type(state).__name__}; onym.load takes a path."
+        )
+    with full_parameters(model, writeback=True), torch.no_grad():
+        plain = plain_view(model)
+        live = _live_state(plain)
+        _require_writable(live)
+        ties = _ties(live)
+        complete = dict(state)
+        for name, others in ties.items():
+            given = next((other for other in others if other in state), None)
+            if name not in complete and given is not None:
+                complete[name] = state[given]
+
+        stored, target = describe(complete), describe(live)
+        differences = compare(stored, target)
+        uncastable = {name: kinds for name, kinds in differences.dtypes.items() if not _castable(*kinds)}
+        refused = Differences(
+            missing=differences.missing if strict else [],
+            unexpected=differences.unexpected if strict else [],
+            shapes=differences.shapes,
+            dtypes=differences.dtypes if dtype == "exact" else uncastable,
+        )
+        # Modules read the layout version of their state here. A .safetensors file keeps none, and is taken to be of this one.
+        versions = getattr(state, "_metadata", getattr(live, "_metadata", OrderedDict()))
+        if refused and not _has_names_alone(refused):
+            raise MismatchError(refused, diagnose(refused, stored, target))
+        _require_readable(complete)
+        _require_equal_ties(ties, complete)
+        storages = _storages(live.values())
+        ready = OrderedDict((name, _ready(value, live.get(name), storages)) for name, value in complete.items())
+        if refused or (stored and target and len(differences.missing) == len(target)):
+            # The names are other ones, or strict=False and none fits, which nobody wants and few notice. A model may have
+            # loading code that knows the names of earlier versions of itself: if it takes them all, they are right.
+            if not _taken_by_the_model(plain, ready, versions):
+                raise MismatchError(refused or differences, diagnose(refused or differences, stored, target))
+            return LoadReport(list(complete))
+
+        loaded = [name for name in target if name in complete]
+        _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions)
+    return LoadReport(loaded, differences.missing, differences.unexpected, differences.dtypes)
+
+
+@contextmanager
+def materialise_meta(model: nn.Module, device: str | torch.device = "cpu") -> Iterator[set[int]]:
+    """Give a model's tensors on the meta device memory to load into; taken back if the load in the block fails.
+
+    Tied ones stay tied. They are new tensors: an optimizer over them is built afterwards.
+
+    Yields:
+        Where their memory is (``data_ptr()``): it holds no values yet.
+
+    Raises:
+        ConfigError: one of them is a buffer that no file keeps, so that nothing could give it its values.
+    """
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    new: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None or not tensor.is_meta or is_lazy(tensor):
+                    continue
+                if table is module._buffers and name in module._non_persistent_buffers_set:
+                    raise ConfigError(
+                        f"{path}.{name} is on the meta device and is a buffer that is not stored (persistent=False), so "
+                        "loading cannot give it its values: build the model on a real device."
+                    )
+                replaced.append((table, name, tensor))
+                if id(tensor) not in new:
+                    try:
+                        empty = _memory_for(tensor, device)
+                    except RuntimeError as error:
+                        raise CheckpointError(
+                            f"There is no memory for {path}.{name}, which has {tensor.numel():,} numbers: {str(error)[:120]}"
+                        ) from error
+                    isolated = isinstance(tensor, nn.Parameter)
+                    new[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isolated else empty
+    for table, name, tensor in replaced:
+        table[name] = new[id(tensor)]
+    try:
+        yield {tensor.data_ptr() for tensor in new.values() if tensor.numel()}
+    except BaseException:
+        for table, name, tensor in replaced:
+            table[name] = tensor
+        raise
+
+
+def _memory_for(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """What ``empty_like`` gives; of the meta device, that begins by importing sympy, which takes a third of a second."""
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_contiguous():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return torch.empty_like(tensor, device=device)
+
+
+def _live_state(plain: nn.Module) -> dict[str, Any]:
+    """The parameters and buffers themselves, under the names of the model's ``state_dict()``."""
+    try:
+        state: dict[str, Any] = plain.state_dict(keep_vars=True)
+    except TypeError:  # a state_dict() of its own without that argument
+        state = plain.state_dict()
+    return state
+
+
+def _copy(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any) -> None:
+    """All of it, by the model's own ``load_state_dict``, or nothing."""
+    ready._metadata = versions  # type: ignore[attr-defined]
+    with _undone_on_failure(plain, ready):
+        # Names were compared already; a model whose state_dict() leaves something out would fail on what it never stored.
+        unused = plain.load_state_dict(ready, strict=False)
+        if unused is not None and unused.unexpected_keys:
+            raise ValueError(f"its load_state_dict does not take what its state_dict gives: {unused.unexpected_keys[:3]}")
+
+
+def _taken_by_the_model(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any) -> bool:
+    """Whether the model's own loading code finds a place for every name, and a value for every place."""
+    if not any(map(_has_loading_code, plain.modules())):
+        return False
+    ready._metadata = versions  # type: ignore[attr-defined]
+    try:
+        with _undone_on_failure(plain, ready):
+            plain.load_state_dict(ready, strict=True)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _has_names_alone(differences: Differences) -> bool:
+    return not (differences.shapes or differences.dtypes)
+
+
+def _castable(stored: str, live: str) -> bool:
+    """Whether a cast keeps what kind of number it is: float to float, integer to float, but not float to integer."""
+    was, now = getattr(torch, stored, None), getattr(torch, live, None)
+    return isinstance(was, torch.dtype) and isinstance(now, torch.dtype) and torch.can_cast(was, now)
+
+
+def describe(state: Mapping[str, Any]) -> Described:
+    """Names with their shapes and dtypes; what a module stores of its own making (``_extra_state``) has none."""
+    return {
+        name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        if isinstance(value, Tensor) and not _is_extra(name)
+        else ((), "value")
+        for name, value in state.items()
+    }
+
+
+def tensor_identity(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Equal for two tensors that are the same memory seen the same way; None where a tensor has no memory."""
+    tensor = local(tensor)
+    if not _has_memory(tensor):
+        return None
+    seen_as = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.is_conj(), tensor.is_neg())
+    return (tensor.device, tensor.data_ptr(), *seen_as)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether its values are one piece of memory: not those of a sparse tensor, or of one that is made of others."""
+    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    return tensor.data_ptr() != 0
+
+
+def _mapped(state: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Each tensor changed; tied ones stay tied. All are changed, so that processes which change them together do so in step."""
+    changed = {name: change(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+    first: dict[Any, str] = {}
+    names = {name: first.setdefault(_identity_or_self(value), name) for name, value in state.items()}
+    mapped: OrderedDict[str, Any] = OrderedDict((name, changed[names[name]]) for name in state)
+    if hasattr(state, "_metadata"):
+        mapped._metadata = state._metadata  # type: ignore[attr-defined]
+    return mapped
+
+
+def _identity_or_self(value: Any) -> Any:
+    return (tensor_identity(value) if isinstance(value, Tensor) else None) or id(value)
+
+
+def _require_writable(live: Mapping[str, Any]) -> None:
+    """Refuse what would swallow a copy, or fail in the middle of one."""
+    for name, value in live.items():
+        if not isinstance(value, Tensor):
+            continue
+        if is_lazy(value):
+            raise ConfigError(f"{name} has no shape yet, because its layer is lazy: run one batch through the model first.")
+        if value.is_meta:
+            raise ConfigError(
+                f"{name} is on the meta device and can hold no values: use onym.load(path, into=model), which gives it "
+                "memory, or call model.to_empty(device='cpu') before loading."
+            )
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise ConfigError(
+                f"{name} was made in torch.inference_mode() and cannot be changed outside of it: load within it too, or build "
+                "the model outside."
+            )
+        piece = local(value)
+        if piece.layout == torch.strided and any(
+            step == 0 and size > 1 for step, size in zip(piece.stride(), piece.shape, strict=True)
+        ):
+            raise ConfigError(
+                f"{name} is an expanded view, several of whose values are one: make it whole with .clone() first."
+            )
+
+
+def _ties(state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """For each name of a tied tensor, its other names."""
+    groups: dict[Any, list[str]] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            groups.setdefault(_identity_or_self(value), []).append(name)
+    return {name: [other for other in group if other != name] for group in groups.values() for name in group if len(group) > 1}
+
+
+def _require_equal_ties(ties: Mapping[str, list[str]], state: Mapping[str, Any]) -> None:
+    for name, others in ties.items():
+        for other in others:
+            if name < other and name in state and other in state:
+                mine, theirs = state[name], state[other]
+                # Pieces are put together in any case: every process has to take part, also one whose piece is empty.
+                sharded = is_sharded(mine) or is_sharded(theirs)
+                same = not sharded and _identity_or_self(mine) == _identity_or_self(theirs)
+                if not same and not _equal(full_tensor(mine), full_tensor(theirs)):
+                    raise CheckpointError(
+                        f"{name} and {other} are one tensor in this model but differ in what is stored: build the model "
+                        "with them untied (for a GPT: tie_embeddings=False)."
+                    )
+
+
+def _equal(mine: Tensor, theirs: Tensor) -> bool:
+    """Equal in every value, NaN included."""
+    return torch.equal(mine, theirs) or bool(((mine == theirs) | ((mine != mine) & (theirs != theirs))).all())
+
+
+def _require_readable(given: Mapping[str, Any]) -> None:
+    """Refuse what has no values to copy."""
+    for name, value in given.items():
+        if isinstance(value, Tensor) and (is_lazy(value) or value.is_meta):
+            raise CheckpointError(
+                f"The tensor given for {name} has no values (it is on the meta device, or lazy); nothing was changed."
+            )
+
+
+def _ready(value: Any, target: Any, storages: set[int]) -> Any:
+    """A value as the model's own ``load_state_dict`` can copy it."""
+    if not isinstance(value, Tensor) or not isinstance(target, Tensor) or value.shape != target.shape:
+        return value
+    value = distribute_like(value, target)
+    # Two layers swapped, say: the copy into one must not change what is still to be copied from it.
+    overlaps = bool(storages & _storages([value])) and tensor_identity(value) != tensor_identity(target)
+    return value.clone() if overlaps else value
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    """Where the memory behind some tensors is."""
+    pieces = [local(value) for value in values if isinstance(value, Tensor)]
+    return {piece.untyped_storage().data_ptr() for piece in pieces if _has_memory(piece)}
+
+
+@contextmanager
+def _undone_on_failure(plain: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
+    """Put a model back where its own loading code fails half-way; where it has none, nothing is left that could fail."""
+    tensors = list(chain(plain.parameters(), plain.buffers()))
+    ordinary = all(
+        _has_memory(local(tensor)) or tensor.numel() == 0
+        for tensor in (*tensors, *given.values())
+        if isinstance(tensor, Tensor)
+    )
+    if ordinary and not any(map(_has_loading_code, plain.modules())):
+        yield
+        return
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    tables: list[tuple[Any, Any]] = [
+        (table, dict(table)) for module in plain.modules() for table in (module._parameters, module._buffers)
+    ]
+    extra = [(module, _copied(module.get_extra_state())) for module in plain.modules() if _has_extra_state(module)]
+    try:
+        yield
+    except Exception as error:  # the user's code may raise anything
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
+        for tensor, value in before:
+            tensor.copy_(value)
+        for module, state in extra:
+            module.set_extra_state(state)
+        raise CheckpointError(f"The model's own loading code failed, and nothing was changed: {error}") from error
+
+
+def _copied(state: Any) -> Any:
+    try:
+        return copy.deepcopy(state)
+    except Exception:  # a lock, a file: it is held as it is
+        return state
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).set_extra_state is not nn.Module.set_extra_state
+
+
+def _has_loading_code(module: nn.Module) -> bool:
+    cls = type(module)
+    return bool(
+        any(not _cannot_fail(hook) for hook in module._load_state_dict_pre_hooks.values())
+        or module._load_state_dict_post_hooks
+        or _has_extra_state(module)
+        or cls._load_from_state_dict is not nn.Module._load_from_state_dict
+        or cls.load_state_dict is not nn.Module.load_state_dict
+        or cls.state_dict is not nn.Module.state_dict
+    )
+
+
+def _cannot_fail(hook: Any) -> bool:
+    """Whether a hook says of itself that it changes nothing but the dict it is given, so that nothing has to be undone."""
+    return bool(getattr(getattr(hook, "hook", hook), "changes_the_dict_alone", False))
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == "_extra_state"

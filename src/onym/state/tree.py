@@ -1,0 +1,127 @@
+"""Any state made of tensors, numbers, text, lists and dicts <-> named tensors and plain JSON.
+
+What a scheduler's, a gradient scaler's or an optimizer's ``state_dict()`` holds. The JSON has the structure; where a tensor
+stood it says under which name the tensor is kept. What JSON cannot say by itself is an object with one key that begins with
+``$``: ``$tensor`` (a name), ``$tuple``, ``$dict`` (pairs: keys that are no strings), ``$counter``, ``$ordered``, ``$float``
+(``"nan"``, ``"inf"``, ``"-inf"``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from onym.errors import CheckpointError
+
+
+def flatten(value: Any, prefix: str, suffix: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Take the tensors out of a structure.
+
+    Args:
+        value: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+        prefix: what its tensors' names begin with; the path inside the structure follows.
+        suffix: what their names end with.
+
+    Returns:
+        The tensors (live, not copied) by name, and the structure as JSON values.
+
+    Raises:
+        CheckpointError: something else is in it; says where, what and what to do.
+
+    >>> import torch
+    >>> tensors, structure = flatten({"step": 3, "pair": (1.5, torch.zeros(2))}, "scheduler")
+    >>> structure
+    {'step': 3, 'pair': {'$tuple': [1.5, {'$tensor': 'scheduler.pair.1'}]}}
+    >>> unflatten(structure, tensors)
+    {'step': 3, 'pair': (1.5, tensor([0., 0.]))}
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def pairs(items: Mapping[Any, Any], path: str) -> list[Any]:
+        return [[encode(key, path), encode(item, f"{path}.{key}")] for key, item in items.items()]
+
+    def encode(item: Any, path: str) -> Any:
+        if isinstance(item, Tensor):
+            name = path + suffix
+            if name in tensors:
+                raise CheckpointError(f"Two tensors would be kept under the name {name!r}: rename one of the keys.")
+            tensors[name] = item.detach()
+            return {"$tensor": name}
+        if isinstance(item, np.generic):
+            item = item.item()
+        kind = type(item)  # a subclass (an Enum, a namedtuple) would come back as something else
+        if kind is float and not math.isfinite(item):
+            return {"$float": str(item)}
+        if item is None or kind in (bool, int, float, str):
+            return item
+        if kind is list:
+            return [encode(part, f"{path}.{index}") for index, part in enumerate(item)]
+        if kind is tuple:
+            return {"$tuple": [encode(part, f"{path}.{index}") for index, part in enumerate(item)]}
+        if kind is dict and all(type(key) is str and not key.startswith("$") for key in item):
+            return {key: encode(part, f"{path}.{key}") for key, part in item.items()}
+        if kind in _MAPPINGS:
+            return {_MAPPINGS[kind]: pairs(item, path)}
+        raise CheckpointError(
+            f"{path}{suffix} is a {kind.__name__}, which cannot be kept: only tensors, numbers, text, booleans, None, and "
+            f"lists, tuples and dicts of them can. {_remedy(item)}"
+        )
+
+    return tensors, encode(value, prefix)
+
+
+def unflatten(structure: Any, tensors: Mapping[str, Tensor], convert: Callable[[str, Tensor], Tensor] | None = None) -> Any:
+    """Put the tensors back.
+
+    Args:
+        structure: as :func:`flatten` returned it, perhaps through a JSON file.
+        tensors: by name; further ones are not used.
+        convert: called with a tensor's last key (``"step"``) and the tensor; what it returns is put in.
+
+    Raises:
+        CheckpointError: a tensor is missing, or the structure is none of ours.
+    """
+
+    def decode(item: Any, key: str) -> Any:
+        if isinstance(item, list):
+            return [decode(part, key) for part in item]
+        if not isinstance(item, dict):
+            return item
+        tag = next(iter(item)) if len(item) == 1 else ""
+        if not tag.startswith("$"):
+            return {name: decode(part, name) for name, part in item.items()}
+        content = item[tag]
+        if tag == "$tensor":
+            if content not in tensors:
+                raise CheckpointError(f"The tensor {content!r} is named in the stored state but is not there.")
+            return convert(key, tensors[content]) if convert else tensors[content]
+        if tag == "$float":
+            return float(content)
+        if tag == "$tuple":
+            return tuple(decode(part, key) for part in content)
+        if tag not in _KINDS:
+            raise CheckpointError(
+                f"The stored state has a value of the kind {tag!r}, which this version of Onym does not know."
+            )
+        return _KINDS[tag]({decode(name, key): decode(part, str(name)) for name, part in content})
+
+    return decode(structure, "")
+
+
+_MAPPINGS: dict[type, str] = {dict: "$dict", Counter: "$counter", OrderedDict: "$ordered"}
+_KINDS: dict[str, Callable[[Mapping[Any, Any]], Any]] = {tag: kind for kind, tag in _MAPPINGS.items()}
+
+
+def _remedy(value: object) -> str:
+    if callable(value):
+        return "Build it anew in the program that restores, and leave it out of state_dict()."
+    if isinstance(value, np.ndarray):
+        return "Make it a tensor (torch.from_numpy)."
+    if isinstance(value, set | frozenset):
+        return "Make it a sorted list."
+    return "Leave it out of state_dict(), or make it one of these."

@@ -1,0 +1,317 @@
+"""A rung of the ladder in a process of its own, which takes steps when it is asked to.
+
+Two of them live at a time, the rung before and the one that is measured, and take turns, so that whatever else the machine does
+meets both; only one of them computes at a time. A process of its own gives each rung its own peak of memory, its own settings
+of torch, and an end that is no one else's.
+
+The parent writes a number of steps in a line, the process answers each with a line of JSON:
+
+    {"ready": seconds of a step}    once it is built, compiled and warm
+    {"seconds": of a step, "memory": bytes at the peak so far}
+    {"failed": why}    and ends
+
+It ends when its standard input does, so none is left behind however the parent goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from onym.compile.in_place import compile_in_place
+from onym.errors import is_out_of_memory
+from onym.gpt.config import GPTConfig
+from onym.gpt.gpt2 import GPT
+from onym.tools.ladder.model import LadderModel, Parts
+from onym.train.metering import memory_in_use
+from onym.train.options import OptimizationOptions
+from onym.train.precision import choose_compute
+from onym.train.step import Stepper
+
+Technique = Literal["mask", "tf32", "fused", "pinned", "bf16", "norm", "attention", "compile", "padding", "batch", "onym"]
+Batch = tuple[Tensor, Tensor]  # inputs and targets, both [sequences, context_length] int64
+
+OUT_OF_MEMORY = "out of memory: lower --batch-size or --context-length"
+_BATCHES = 4  # of random tokens, used in turn
+_WARM_UP = 2  # steps after the first one, which compiles and allocates
+_RATE = 5e-4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a process trains, and how."""
+
+    config: GPTConfig
+    batch_size: int
+    device: str
+    techniques: tuple[Technique, ...]
+
+    def to_json(self) -> str:
+        """For the command line of the process."""
+        return json.dumps({**dataclasses.asdict(self), "config": self.config.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Setting:
+        """Read what :meth:`to_json` wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "config": GPTConfig(**values["config"]), "techniques": tuple(values["techniques"])})
+
+    @property
+    def parts(self) -> Parts:
+        """Of the model."""
+        return Parts(
+            mask_on_the_fly="mask" in self.techniques,
+            torch_norm_and_gelu="norm" in self.techniques,
+            fused_attention="attention" in self.techniques,
+            padded_vocabulary="padding" in self.techniques,
+        )
+
+
+class RungFailed(Exception):
+    """A rung that has no figure; the text says why."""
+
+
+class OutOfTime(RungFailed):
+    """It may be well, but has not answered in time."""
+
+
+class RungProcess:
+    """The parent's side. To be closed, whatever happens.
+
+    Args:
+        command: of the process; :func:`command_of` makes it.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
+        # A session of its own: Ctrl-C in a terminal reaches the parent alone, which then ends this one and all that it started.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
+        )
+        self._answers: queue.Queue[bytes] = queue.Queue()
+        self.memory = 0
+        """Bytes, the most that it had so far."""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def warm_up(self, deadline: float) -> float:
+        """Wait until it is warm; the seconds of a step.
+
+        Raises:
+            RungFailed: it cannot, or not before ``deadline``, of :func:`time.monotonic`.
+        """
+        return float(self._answer(deadline)["ready"])
+
+    def turn(self, steps: int, deadline: float) -> float:
+        """Take steps; the seconds of one.
+
+        Raises:
+            RungFailed: as with :meth:`warm_up`.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended: the answer will say so
+            self._process.stdin.write(b"%d\n" % steps)
+            self._process.stdin.flush()
+        answer = self._answer(deadline)
+        self.memory = int(answer["memory"])
+        return float(answer["seconds"])
+
+    def close(self) -> None:
+        """End it and whatever it started."""
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put(b"")
+
+    def _answer(self, deadline: float) -> dict[str, Any]:
+        try:
+            line = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise OutOfTime("not done in its share of the time: give more --minutes") from None
+        if not line:
+            raise RungFailed(self._last_words())
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise RungFailed(str(answer["failed"]))
+        return answer
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
+        if code < 0:
+            name = signal.Signals(-code).name
+            return f"its process was ended by {name}" + (", as a system short of memory does" if name == "SIGKILL" else "")
+        return f"its process ended with code {code}" + (f": {lines[-1].strip()[:160]}" if lines else "")
+
+
+def command_of(setting: Setting) -> list[str]:
+    """What starts the process of a rung."""
+    return [sys.executable, "-P", "-m", "onym.tools.ladder.process", setting.to_json()]
+
+
+# --- the process itself ---
+
+
+def build(setting: Setting) -> Callable[[], object]:
+    """A function that takes one step, compiled where it is to be.
+
+    Raises:
+        RungFailed: compiling does not work here.
+    """
+    torch.manual_seed(0)
+    if "tf32" in setting.techniques:
+        torch.set_float32_matmul_precision("high")
+    take = _onym_step if "onym" in setting.techniques else _plain_step
+    step, batches, number = take(setting), _batches(setting), 0
+
+    def next_step() -> object:
+        nonlocal number
+        number += 1
+        return step(batches[number % _BATCHES], number)
+
+    return next_step
+
+
+def _batches(setting: Setting) -> list[Batch]:
+    shape, vocabulary = (setting.batch_size, setting.config.context_length), setting.config.vocab_size
+    batches = [(torch.randint(vocabulary, shape), torch.randint(vocabulary, shape)) for _ in range(_BATCHES)]
+    return [(x.pin_memory(), y.pin_memory()) for x, y in batches] if "pinned" in setting.techniques else batches
+
+
+def _plain_step(setting: Setting) -> Callable[[Batch, int], object]:
+    """The book's loop: forward, backward, AdamW over all parameters."""
+    compute = choose_compute(setting.device, "bf16" if "bf16" in setting.techniques else "fp32")
+    model = LadderModel(setting.config, setting.parts).to(compute.device)
+    # None leaves the choice to torch, which takes foreach on a GPU and a loop over the parameters on a CPU.
+    fused = True if "fused" in setting.techniques else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.1, fused=fused)
+    pinned = "pinned" in setting.techniques
+
+    def backward(batch: Batch) -> None:
+        tokens, targets = (each.to(compute.device, non_blocking=pinned) for each in batch)
+        with compute.autocast():
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        loss.backward()
+
+    def step(batch: Batch, _: int) -> None:
+        optimizer.zero_grad()
+        backward(batch)
+        optimizer.step()
+
+    if "compile" in setting.techniques:
+        first = _batches(setting)[0]
+        compilation = compile_in_place(model, "whole", lambda: backward(first), reraise=is_out_of_memory)
+        if not compilation.compiled:
+            raise RungFailed(f"torch.compile does not work here: {compilation.reason}")
+    return step
+
+
+def _onym_step(setting: Setting) -> Callable[[Batch, int], object]:
+    """As ``onym train`` takes it: precision and compilation as it chooses, clipping, the guard."""
+    compute = choose_compute(setting.device, "auto")
+    compute.set_deterministic(False)
+    model = GPT(setting.config).to(compute.device)
+    options = OptimizationOptions(batch_size=setting.batch_size)
+    stepper = Stepper(model, options, compute)
+
+    def moved(batch: Batch) -> Batch:
+        return batch[0].to(compute.device), batch[1].to(compute.device)
+
+    stepper.prepare(moved(_batches(setting)[0]), [setting.batch_size], "whole")
+    return lambda batch, number: stepper(moved(batch), options.learning_rate, number)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes, the most so far: of this process on a CPU, torch, Python and the compiler included; allocated on a GPU."""
+    if device.type == "cuda" or sys.platform == "win32":
+        return memory_in_use(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _serve(setting: Setting, say: Callable[[dict[str, Any]], None], asked: Callable[[], int]) -> None:
+    device = torch.device(setting.device)
+    step = build(setting)
+
+    def turn(steps: int) -> float:
+        _wait_for(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        _wait_for(device)  # once a turn: waiting for each step would take the overlap from the GPU
+        return (time.perf_counter() - start) / steps
+
+    turn(1)
+    say({"ready": turn(_WARM_UP)})
+    while True:
+        say({"seconds": turn(asked()), "memory": _peak_memory(device)})
+
+
+def main() -> None:
+    """What the process does."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    wishes: queue.Queue[int] = queue.Queue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            wishes.put(int(line))
+        os._exit(0)  # the parent has gone; a step or a compilation may be under way
+
+    threading.Thread(target=listen, daemon=True).start()
+
+    def say(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    setting = Setting.from_json(sys.argv[1])
+    if setting.device == "cpu":
+        # Inductor's pool of compiling processes, still starting up, would compute beside the first turns: on two cores that
+        # made them a hundred times slower. Compiling takes no longer without (34 s against 38 s).
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    try:
+        _serve(setting, say, wishes.get)
+    except RungFailed as failed:
+        say({"failed": str(failed)})
+    except Exception as error:  # whatever a rung can raise must not cost the user the ladder
+        first = (str(error).strip().splitlines() or [""])[0][:160]
+        say({"failed": OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {first}"})
+
+
+if __name__ == "__main__":
+    main()

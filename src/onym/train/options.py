@@ -1,0 +1,353 @@
+"""What a user can choose for a run: one frozen dataclass a subject, checked when they are put together.
+
+The command line is made from these: each field is a flag, its docstring the help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+from tyro.conf import arg
+
+from onym.data.corpus import Corpus
+from onym.errors import ConfigError
+from onym.gpt.config import GPTConfig
+
+_NOT_OF_THE_SHAPE = ("preset", "start_from")
+
+# How a value that may be left out is shown on the help page.
+_PRESETS = "(default: the preset's)"
+DEFAULT_STEPS = 1100
+LENGTHS = ("steps", "epochs", "tokens")
+"""The options that say how long to train, each in its own unit."""
+SIZES = ("batch_size", "tokens_per_step")
+"""Those that say how much goes into a step."""
+
+Parallel = Literal["ddp", "fsdp", "hybrid"]
+"""What several processes have of the model."""
+
+_PresetInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_PRESETS)]
+_PresetFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=_PRESETS)]
+_PresetStr = Annotated[str | None, arg(metavar="tanh|erf", help_behavior_hint=_PRESETS)]
+_PresetBool = Annotated[bool | None, arg(metavar="{True,False}", help_behavior_hint=_PRESETS)]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to train on."""
+
+    data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
+    """Files, folders or globs: .txt, .md, .py, .jsonl, .parquet. Without it: the documentation that Python carries."""
+    text_field: str = "text"
+    """Field of .jsonl lines, or column of .parquet files, that holds the text."""
+    held_out: float = 0.05
+    """Share of the text that is kept from training, to measure the loss on."""
+    tokenizer: Annotated[str | None, arg(metavar="FILE|NAME", help_behavior_hint="(default: train one)")] = None
+    """An existing tokenizer: a tokenizer.json, a folder with one, or a name on the Hugging Face hub (gpt2)."""
+    vocab_size: int = 1024
+    """Vocabulary of the byte-level BPE that is trained on the text, where no tokenizer is given."""
+    cache_dir: Path = field(
+        default_factory=lambda: Path(os.environ.get("ONYM_CACHE_DIR") or platformdirs.user_cache_dir("onym"))
+    )
+    """Where tokenised text is kept for the next run; safe to delete. The environment's ONYM_CACHE_DIR sets it too."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value that cannot work."""
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"--held-out must be between 0 and 1, not {self.held_out}.")
+        _require_positive(self, "vocab_size")
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text these options name."""
+        return Corpus(self.data, self.text_field)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to train. A value that is not given is the preset's."""
+
+    preset: str = "micro"
+    """nano, micro, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl."""
+    context_length: _PresetInt = None
+    """Most tokens the model sees at once."""
+    emb_dim: _PresetInt = None
+    """Width of the model."""
+    n_heads: _PresetInt = None
+    """Attention heads in each block; must divide the width."""
+    n_layers: _PresetInt = None
+    """Number of blocks."""
+    drop_rate: _PresetFloat = None
+    """Dropout probability."""
+    qkv_bias: _PresetBool = None
+    """Give the query, key and value projections a bias."""
+    tie_embeddings: _PresetBool = None
+    """Use the token embedding as the output head too."""
+    bias: _PresetBool = None
+    """Give the norms and the other linear layers a bias."""
+    gelu: _PresetStr = None
+    """Form of GELU: tanh, as in GPT-2, or erf, the exact one."""
+    start_from: Annotated[str | None, arg(name="from", metavar="RUN|CHECKPOINT", help_behavior_hint="(default: none)")] = None
+    """Start from the weights of another run or file, in a new run: its shape and tokenizer are taken over."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value that cannot work."""
+        self.config(vocab_size=1)  # whatever is wrong with the shape is said before any text is read
+
+    def config(self, vocab_size: int) -> GPTConfig:
+        """The model's configuration for a tokenizer of that size."""
+        given = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _NOT_OF_THE_SHAPE and value is not None
+        }
+        return GPTConfig.preset(self.preset, **{**given, "vocab_size": vocab_size})
+
+
+@dataclass(frozen=True)
+class OptimizationOptions:
+    """How to train it."""
+
+    steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint=f"(default: {DEFAULT_STEPS})")] = None
+    """Optimizer steps of the whole run."""
+    epochs: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(in the place of --steps)")] = None
+    """Length of the run as passes over the text."""
+    tokens: Annotated[str | None, arg(metavar="COUNT", help_behavior_hint="(in the place of --steps)")] = None
+    """Length of the run in tokens, as 10M."""
+    batch_size: int = 8
+    """Sequences in a step."""
+    tokens_per_step: Annotated[str | None, arg(metavar="COUNT", help_behavior_hint="(in the place of --batch-size)")] = None
+    """Tokens in a step, as 32k; the nearest whole number of sequences is taken."""
+    micro_batch: Annotated[str, arg(metavar="INT|auto")] = "auto"
+    """Sequences that go through the model at once; their gradients add up to a step. auto: as many as fit into memory."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the blocks' matrices, AdamW for the rest, at the same learning rate."""
+    learning_rate: float = 1.5e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How it goes on after the warm-up. wsd: constant, and a linear decay at the end."""
+    min_learning_rate: float = 0.1
+    """Where it ends, as a share of the peak."""
+    warmup_steps: int = 50
+    """Steps in which the learning rate rises to its peak."""
+    decay_share: float = 0.2
+    """Share of the steps in which wsd decays."""
+    weight_decay: float = 0.1
+    """Decay of matrices; biases and norms have none."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 to leave it as it is."""
+    ema: float = 0.0
+    """Keep a moving average of the weights too, with this decay (0.999); 0 for none."""
+    spike_sigma: float = 8.0
+    """A step whose loss or gradient norm is this many standard deviations above the mean of the last ones is not applied; 0 to
+    leave out only those that are not finite."""
+    patience: int = 0
+    """Stop after so many measurements without a better held-out loss; 0 never."""
+    gradient_checkpointing: bool = False
+    """Compute each block's activations again on the way back: less memory, a third more work."""
+    seed: int = 0
+    """Of the weights, the order of the data, and dropout."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value that cannot work."""
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(map(flag, given))} each say how long to train: give one of them.")
+        _require_positive(self, *(name for name in given if name != "tokens"), "batch_size", "learning_rate")
+        _require_not_negative(self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed")
+        _require_not_negative(self, "spike_sigma", "patience")
+        for name in ("tokens", "tokens_per_step"):
+            if (value := getattr(self, name)) is not None:
+                count(value, flag(name))
+        if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch)):
+            raise ConfigError(f"--micro-batch is a number of sequences or auto, not {self.micro_batch!r}.")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"--ema must be at least 0 and below 1, not {self.ema}.")
+        if not 0 <= self.decay_share <= 1:
+            raise ConfigError(f"--decay-share must be between 0 and 1, not {self.decay_share}.")
+        if self.seed >= 2**63:
+            raise ConfigError(f"--seed must be below 2^63, not {self.seed}.")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where it goes, and what is shown on the way."""
+
+    name: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: that of the data)")] = None
+    """Name of the run. The same name continues an unfinished run."""
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+    eval_every: int = 100
+    """Steps from one measurement of the held-out loss to the next; a sample of text is kept with each."""
+    eval_batches: int = 20
+    """Most batches in such a measurement."""
+    save_every: int = 275
+    """Steps from one checkpoint to the next; the last step is always kept."""
+    keep_last: int = 3
+    """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Further checkpoints that stay: those whose step is a multiple of this; 0 for none."""
+    keep_best: bool = False
+    """Whether the checkpoint with the lowest held-out loss stays too."""
+    log_every: int = 10
+    """Steps from one line of metrics.jsonl to the next."""
+    compile: Literal["auto", "whole", "blocks", "off"] = "auto"
+    """Compile the model in place (torch.compile): the whole of it, each block, or what pays over the steps to come. Where it
+    cannot work, the run says why and goes on without."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the computation; weights and optimizer state are fp32. auto: bf16 where the machine computes in it."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time on a GPU too, where it has faster ones that do not."""
+    data_changed: Literal["refuse", "accept"] = "refuse"
+    """Whether a run may go on although its text is another one than before."""
+    time_limit: Annotated[str | None, arg(metavar="TIME", help_behavior_hint="(default: none)")] = None
+    """Stop, with everything kept, before this much time has passed, as 3h55m: for batch schedulers. Exit code 75."""
+    track: Annotated[Literal["tensorboard", "wandb"] | None, arg(help_behavior_hint="(default: none)")] = None
+    """Send the figures there too; both are extras: pip install 'onym[tensorboard]'."""
+    processes: int = 1
+    """How many processes of this machine share each batch: one for each GPU. Several machines: torchrun (docs/scale.md)."""
+    peer_timeout: int = 600
+    """Seconds after which a process that does not answer the others is given up, and with it the run."""
+    parallel: Parallel = "ddp"
+    """What they share besides. ddp: nothing, each has the whole model; fsdp: weights, gradients and the optimizer's state;
+    hybrid: those too, among the processes of one machine."""
+    gather_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What a block's shared out weights are put together in, to compute with. bf16: half of that is sent and held, and the
+    weights of norms are rounded too."""
+    cpu_offload: bool = False
+    """Keep what is shared out, and the optimizer, in main memory; a GPU has the block that it computes with."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value that cannot work."""
+        _require_positive(self, "eval_every", "eval_batches", "save_every", "keep_last", "log_every", "processes")
+        _require_positive(self, "peer_timeout")
+        if self.time_limit is not None:
+            duration(self.time_limit)
+        if self.name is not None and (not self.name or Path(self.name).name != self.name or self.name.startswith(".")):
+            raise ConfigError(f"--name must be a plain folder name, not {self.name!r}; --runs-dir says where it is put.")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All of a run's options."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        # Here rather than in each part: the command line builds the parts, and would put our sentence into its own frame.
+        for part in (self.data, self.model, self.optimization, self.run):
+            part.check()
+        if self.run.parallel == "ddp" and (self.run.cpu_offload or self.run.gather_dtype != "fp32"):
+            given = "--cpu-offload" if self.run.cpu_offload else f"--gather-dtype {self.run.gather_dtype}"
+            raise ConfigError(f"{given} is about weights that are shared out: add --parallel fsdp, or leave it out.")
+        if self.run.parallel != "ddp":
+            flags = f"--parallel {self.run.parallel}"
+            if self.optimization.optimizer == "muon":
+                raise ConfigError(
+                    f"Muon needs whole matrices, and {flags} shares them out: take --optimizer adamw, or --parallel ddp."
+                )
+            if self.run.precision == "fp16":
+                raise ConfigError(
+                    f"The scaler of fp16 looks at one process's gradients alone, and {flags} shares them out: take "
+                    "--precision bf16 or fp32, or --parallel ddp."
+                )
+
+    @property
+    def run_path(self) -> Path:
+        """The run's folder."""
+        return self.run.runs_dir / (self.run.name or self.data.corpus.name)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> TrainOptions:
+        """Read what :meth:`to_dict` gave; what an earlier version did not know has its default.
+
+        Raises:
+            ConfigError: a value is of another type than it was given as.
+        """
+        subjects: dict[str, Any] = {}
+        for subject in dataclasses.fields(cls):
+            default = getattr(cls(), subject.name)
+            known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+            given = {name: value for name, value in values.get(subject.name, {}).items() if name in known}
+            if isinstance(given.get("compile"), bool):  # of an earlier version
+                given["compile"] = "auto" if given["compile"] else "off"
+            typed = {n: type(known[n])(v) if isinstance(known[n], tuple | Path) else v for n, v in given.items()}
+            subjects[subject.name] = type(default)(**{**known, **typed})
+        return cls(**subjects)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """JSON values, by subject; the text by absolute paths, so that a run goes on from another folder too."""
+        values = dataclasses.asdict(self)
+        values["data"]["data"] = [str(Path(entry).expanduser().absolute()) for entry in self.data.data]
+        return {
+            subject: {name: str(value) if isinstance(value, Path) else _plain(value) for name, value in fields.items()}
+            for subject, fields in values.items()
+        }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def duration(text: str) -> float:
+    """Seconds of a time as people write it.
+
+    Raises:
+        ConfigError: it is none.
+
+    >>> duration("3h55m"), duration("1d"), duration("90")
+    (14100.0, 86400.0, 90.0)
+    """
+    given = text.replace(" ", "")
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", given + "s" * given.isdecimal(), re.ASCII)
+    seconds = sum(int(count or 0) * unit for count, unit in zip(parts.groups(), units.values(), strict=True)) if parts else 0
+    if not 0 < seconds < 1e9:
+        raise ConfigError(f"--time-limit is a time as 3h55m, 90m or 1d12h, not {text!r}.")
+    return float(seconds)
+
+
+def count(text: str, what: str) -> int:
+    """A number of tokens as people write it.
+
+    Raises:
+        ConfigError: it is none; ``what`` names the option.
+
+    >>> count("32k", "--tokens-per-step"), count("1.5B", "--tokens"), count("1_000", "--tokens")
+    (32000, 1500000000, 1000)
+    """
+    units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+    parts = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([kmbt]?)", text.strip().lower(), re.ASCII)
+    number = round(float(parts[1]) * units[parts[2]]) if parts else 0
+    if not 0 < number < 2**62:
+        raise ConfigError(f"{what} is a number of tokens as 10M, 32k or 1_000_000, not {text!r}.")
+    return number
+
+
+def flag(name: str) -> str:
+    """A field's name as it is typed."""
+    return "--from" if name == "start_from" else "--" + name.replace("_", "-")
+
+
+def _require_positive(options: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(options, name) < float("inf"):
+            raise ConfigError(f"{flag(name)} must be more than 0, not {getattr(options, name)}.")
+
+
+def _require_not_negative(options: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(options, name) < float("inf"):
+            raise ConfigError(f"{flag(name)} must be 0 or more, not {getattr(options, name)}.")

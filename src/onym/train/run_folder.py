@@ -1,0 +1,207 @@
+"""A run's folder: what was asked for, how far it is, and what a person wants to look at.
+
+runs/NAME/run.json        options, model, status
+              tokenizer.json
+          metrics.jsonl   a row every few steps
+          loss.png        samples/step-000000100.txt
+          checkpoints/    see store.run
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onym.checkpoint.retention import CHECKPOINTS
+from onym.errors import RunError, storage_error
+from onym.storage.local import replace_file
+from onym.train.options import TrainOptions, flag
+
+RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
+
+CHANGEABLE = {
+    *("data", "text_field"),  # how it is spelled; whether it is the same text is seen by the tokens
+    *("cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "keep_every", "keep_best"),
+    *("log_every", "compile", "precision", "deterministic", "device", "processes", "time_limit", "data_changed", "track"),
+    "peer_timeout",
+    *("steps", "epochs", "tokens", "learning_rate", "schedule", "min_learning_rate", "warmup_steps", "decay_share"),
+    *("micro_batch", "grad_clip", "spike_sigma", "patience", "gradient_checkpointing"),
+    *("parallel", "gather_dtype", "cpu_offload"),
+}
+"""What may differ when a run is continued: how it goes on, and not what has been trained so far."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+    writes: bool = True
+    """False in a process that leaves writing to another one: what would be written is passed over."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the steps are kept."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def loss_plot(self) -> Path:
+        """The picture of the losses."""
+        return self.path / "loss.png"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a row."""
+        return self.path / "metrics.jsonl"
+
+    def require_writable(self) -> None:
+        """Fail now rather than after the text was read.
+
+        Raises:
+            StorageError: the folder cannot be made here.
+        """
+        if not self.writes:
+            return
+        ancestor = self.path
+        while not ancestor.exists() and ancestor != ancestor.parent:
+            ancestor = ancestor.parent
+        missing = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".writable").touch()
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise storage_error("write the run", self.path, error) from error
+        finally:
+            if missing:  # leave no trace of a run that has not begun
+                folder = self.path
+                while folder != ancestor and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+                    folder = folder.parent
+
+    def description(self) -> dict[str, Any] | None:
+        """What run.json says, or None where the run has not begun.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.path / "run.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            TrainOptions.from_dict(values["options"])
+            assert isinstance(values["status"], str)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except PermissionError as error:
+            raise storage_error("read the run", path, error) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise RunError(f"'{path}' is damaged: take another --name; the checkpoints beside it are whole.") from error
+        return values  # type: ignore[no-any-return]
+
+    def describe(self, options: TrainOptions, status: str, **facts: Any) -> None:
+        """Write run.json anew."""
+        if not self.writes:
+            return
+        text = json.dumps({"status": status, **facts, "options": options.to_dict()}, indent=2) + "\n"
+        replace_file(self.path / "run.json", text)
+
+    def keep_tokenizer(self, text: str) -> None:
+        """Write the tokenizer beside the run's description, as every checkpoint has it too."""
+        if not self.writes:
+            return
+        replace_file(self.path / "tokenizer.json", text)
+
+    def add_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows: all of them, or none."""
+        if not self.writes:
+            return
+        try:
+            with self.metrics.open("ab", buffering=0) as file:
+                end = file.tell()
+                lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+                try:
+                    if file.write(lines) != len(lines):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            raise storage_error("write the metrics", self.metrics, error) from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All rows; a last one that was cut off is left out."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        try:
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise storage_error("read the metrics", self.metrics, error) from error
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def keep_metrics(self, count: int) -> None:
+        """Take out all rows after the first ``count``: their steps will be trained again."""
+        if not self.writes:
+            return
+        replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in self.read_metrics()[:count]))
+
+    def sync_metrics(self) -> None:
+        """Return when the rows are on the disk."""
+        if not self.writes:
+            return
+        try:
+            with self.metrics.open("ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise storage_error("write the metrics", self.metrics, error) from error
+
+    def add_sample(self, step: int, text: str) -> None:
+        """Keep a sample of what the model writes."""
+        if not self.writes:
+            return
+        replace_file(self.path / "samples" / f"step-{step:09d}.txt", text)
+
+
+_NOT_WORTH_TELLING = ("--cache-dir", "--name", "--runs-dir", "--data-changed", "--time-limit", "--keep")
+
+
+def require_same_run(stored: Mapping[str, Mapping[str, Any]], options: TrainOptions, path: Path) -> list[str]:
+    """Hold the options of a run that goes on against those it was started with.
+
+    Returns:
+        The changes, in words, that a run may have.
+
+    Raises:
+        RunError: one that it may not.
+    """
+    changed: list[str] = []
+    refused: list[str] = []
+    for subject, fields in options.to_dict().items():
+        for name, value in fields.items():
+            before = stored.get(subject, {}).get(name, value)
+            if before == value:
+                continue
+            change = f"{flag(name)} was {_shown(before)}, is {_shown(value)}"
+            (changed if name in CHANGEABLE else refused).append(change)
+    if refused:
+        raise RunError(
+            f"The run '{path}' was started with other options ({'; '.join(refused)}): give the ones it was started with to "
+            "continue it, or another --name to start a new one."
+        )
+    return [change for change in changed if not change.startswith(_NOT_WORTH_TELLING)]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) or "not given" if isinstance(value, list) else str(value)
