@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from onym.train.display import Display, TrainStatus, _Block, clock, size, trend
+from onym.train.display import Display, TrainStatus, _Block, trend
 from onym.train.plot import plot_losses
+from onym.units import format_clock, format_size
 
 
 def shown(*, terminal: bool, width: int = 80) -> str:
@@ -91,12 +92,12 @@ def test_a_run_without_figures_has_a_block_too() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (95, "1:35"), (3599.6, "1:00:00"), (36_000, "10:00:00")])
 def test_durations_read_as_on_a_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+    assert format_clock(seconds) == text
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (52_300_000, "52.3 MB"), (2e15, "2000.0 TB")])
 def test_sizes_have_units(count: float, text: str) -> None:
-    assert size(count) == text
+    assert format_size(count) == text
 
 
 @pytest.mark.parametrize("rows", [0, 1, 50])

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from onym.errors import ConfigError
-from onym.train.options import OptimizationOptions, count
+from onym.train.options import OptimizationOptions
 from onym.train.schedule import make_schedule
+from onym.units import parse_count
 
 
 @pytest.mark.parametrize(
@@ -52,4 +53,4 @@ def test_micro_batches_divide_the_batch() -> None:
 @pytest.mark.parametrize("text", ["", "0", "-1", "many", "1e99", "5 parsecs", "1_0k0", "٣"])
 def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--tokens is a number of tokens as 10M"):
-        count(text, "--tokens")
+        parse_count(text, "--tokens")

@@ -15,8 +15,8 @@ import pytest
 
 from onym.checkpoint.retention import steps
 from onym.errors import ConfigError
-from onym.train.options import duration
 from onym.train.signals import StopRequest
+from onym.units import parse_duration
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics, start
 from tests.conftest import Run
 
@@ -110,7 +110,7 @@ def test_time_is_up_when_a_step_as_long_as_the_longest_would_not_fit(monkeypatch
 @pytest.mark.parametrize("text", ["", "soon", "0", "3h55", "-1h", "1h1h", "5 parsecs", "٣h", "9" * 20])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--time-limit is a time as 3h55m"):
-        duration(text)
+        parse_duration(text, "--time-limit")
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from onym.units import format_clock, format_size
+
 _SAMPLE_LINES = 3
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDE = 132  # columns from which the sample goes beside the figures
@@ -64,16 +66,16 @@ class TrainStatus:
         if self.tokens_per_second:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
         if self.seconds_left == self.seconds_left:
-            parts.append(f"ETA {clock(self.seconds_left)}")
+            parts.append(f"ETA {format_clock(self.seconds_left)}")
         return "  ".join(parts)
 
     def facts(self, now: float) -> list[list[str]]:
         """Lines of what is worth looking at, each of parts that stay together."""
         steps = [f"step {self.step:,} of {self.steps:,}", f"{self.step / max(1, self.steps):.0%}"]
         if self.began_at:
-            steps.append(f"{clock(now - self.began_at)} so far")
+            steps.append(f"{format_clock(now - self.began_at)} so far")
         if self.seconds_left == self.seconds_left:
-            steps.append(f"ETA {clock(self.seconds_left)}")
+            steps.append(f"ETA {format_clock(self.seconds_left)}")
         losses = [f"loss {self.loss:.3f} {trend(self.losses)}".rstrip()]
         if self.held_out == self.held_out:
             losses.append(f"held-out {self.held_out:.3f}")
@@ -84,13 +86,13 @@ class TrainStatus:
             speed = [f"{self.tokens_per_second:,.0f} tokens/s in steps", f"mean {self.mean_tokens_per_second:,.0f}"]
             if self.utilisation:
                 speed.append(f"{self.utilisation:.0%} of {self.utilisation_of}")
-        rest = [f"{size(self.memory)} memory"] if self.memory else []
+        rest = [f"{format_size(self.memory)} memory"] if self.memory else []
         if self.tokens_per_second:
             rest.append(f"data wait {self.share_waited:.1%}")
         if self.compiled:
             rest.append(self.compiled)
         if self.kept_step >= 0:
-            rest.append(f"step {self.kept_step:,} kept {clock(now - self.kept_at)} ago")
+            rest.append(f"step {self.kept_step:,} kept {format_clock(now - self.kept_at)} ago")
         return [line for line in (steps, losses, speed, rest) if line]
 
     @property
@@ -253,19 +255,3 @@ class Activity:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         self.progress.update(self._task, description=what, completed=done, total=total or None)
-
-
-def clock(seconds: float) -> str:
-    """``95.0`` as ``1:35``."""
-    minutes, whole = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
-
-
-def size(count: float) -> str:
-    """``52_300_000`` as ``52.3 MB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -50,7 +50,7 @@ from onym.train.evaluate import held_out_loss
 from onym.train.init_from import InitFrom, starting_point
 from onym.train.launch import leave_with_the_launcher
 from onym.train.metering import Meter, Peak, memory_in_use, peak_of, training_flops_per_token
-from onym.train.options import TrainOptions, duration
+from onym.train.options import TrainOptions
 from onym.train.parallel import Sharding, make_sharding
 from onym.train.plot import plot_losses
 from onym.train.precision import Compute, choose_compute
@@ -64,6 +64,7 @@ from onym.train.signals import StopRequest
 from onym.train.spikes import TOO_MANY
 from onym.train.step import Batch, Result, Stepper
 from onym.train.tracking import Tracker, make_tracker, require_tracker
+from onym.units import parse_duration
 
 _MOST_DRAWING = 0.1  # of the time is spent on drawing the picture
 _TREND = 16  # rows whose losses are shown as bars
@@ -348,7 +349,7 @@ class Trainer:
             self._log(first_loss, started_at, measured=True)
         elif self.step < steps:
             self.display.note(f"Continuing after step {self.step} of {steps}.")
-        limit = duration(run.time_limit) if run.time_limit else None
+        limit = parse_duration(run.time_limit, "--time-limit") if run.time_limit else None
         due = False  # a checkpoint
         with self.display.training(), StopRequest(limit, began, self.ranks) as stop:
             while self.step < steps and not self.settled and not stop.requested:

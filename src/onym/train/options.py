@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from tyro.conf import arg
 from onym.data.corpus import Corpus
 from onym.errors import ConfigError
 from onym.gpt.config import GPTConfig
+from onym.units import parse_count, parse_duration
 
 _NOT_OF_THE_SHAPE = ("preset", "start_from")
 
@@ -165,7 +165,7 @@ class OptimizationOptions:
         _require_not_negative(self, "spike_sigma", "patience")
         for name in ("tokens", "tokens_per_step"):
             if (value := getattr(self, name)) is not None:
-                count(value, flag(name))
+                parse_count(value, flag(name))
         if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch)):
             raise ConfigError(f"--micro-batch is a number of sequences or auto, not {self.micro_batch!r}.")
         if not 0 <= self.ema < 1:
@@ -231,7 +231,7 @@ class RunOptions:
         _require_positive(self, "eval_every", "eval_batches", "save_every", "keep_last", "log_every", "processes")
         _require_positive(self, "peer_timeout")
         if self.time_limit is not None:
-            duration(self.time_limit)
+            parse_duration(self.time_limit, "--time-limit")
         if self.name is not None and (not self.name or Path(self.name).name != self.name or self.name.startswith(".")):
             raise ConfigError(f"--name must be a plain folder name, not {self.name!r}; --runs-dir says where it is put.")
 
@@ -299,41 +299,6 @@ class TrainOptions:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def duration(text: str) -> float:
-    """Seconds of a time as people write it.
-
-    Raises:
-        ConfigError: it is none.
-
-    >>> duration("3h55m"), duration("1d"), duration("90")
-    (14100.0, 86400.0, 90.0)
-    """
-    given = text.replace(" ", "")
-    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", given + "s" * given.isdecimal(), re.ASCII)
-    seconds = sum(int(count or 0) * unit for count, unit in zip(parts.groups(), units.values(), strict=True)) if parts else 0
-    if not 0 < seconds < 1e9:
-        raise ConfigError(f"--time-limit is a time as 3h55m, 90m or 1d12h, not {text!r}.")
-    return float(seconds)
-
-
-def count(text: str, what: str) -> int:
-    """A number of tokens as people write it.
-
-    Raises:
-        ConfigError: it is none; ``what`` names the option.
-
-    >>> count("32k", "--tokens-per-step"), count("1.5B", "--tokens"), count("1_000", "--tokens")
-    (32000, 1500000000, 1000)
-    """
-    units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-    parts = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([kmbt]?)", text.strip().lower(), re.ASCII)
-    number = round(float(parts[1]) * units[parts[2]]) if parts else 0
-    if not 0 < number < 2**62:
-        raise ConfigError(f"{what} is a number of tokens as 10M, 32k or 1_000_000, not {text!r}.")
-    return number
 
 
 def flag(name: str) -> str:

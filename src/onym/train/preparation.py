@@ -7,8 +7,9 @@ from onym.data.tokens import TokenData, cached_tokenizer, survey, tokenise
 from onym.errors import CheckpointError
 from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
-from onym.train.display import Display, size
+from onym.train.display import Display
 from onym.train.options import TrainOptions
+from onym.units import format_size
 
 
 def prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: Display) -> tuple[Tokenizer, TokenData]:
@@ -16,7 +17,7 @@ def prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: 
     data, corpus = options.data, options.data.corpus
     with display.activity("Text") as activity:
         found = survey(corpus, data.held_out, activity)
-        activity.result = f"{found.documents:,} documents, {size(found.text_bytes)} of {corpus.description}"
+        activity.result = f"{found.documents:,} documents, {format_size(found.text_bytes)} of {corpus.description}"
     with display.activity("Tokenizer") as activity:
         if checkpoint is not None:
             text = checkpoint.text(TOKENIZER)

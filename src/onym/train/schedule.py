@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from onym.errors import ConfigError
-from onym.train.options import DEFAULT_STEPS, OptimizationOptions, count
+from onym.train.options import DEFAULT_STEPS, OptimizationOptions
+from onym.units import parse_count
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ def make_schedule(options: OptimizationOptions, context_length: int, training_to
     """
     batch_size = options.batch_size
     if options.tokens_per_step is not None:
-        batch_size = max(1, round(count(options.tokens_per_step, "--tokens-per-step") / context_length))
+        batch_size = max(1, round(parse_count(options.tokens_per_step, "--tokens-per-step") / context_length))
     per_step = batch_size * context_length
     steps = options.steps or DEFAULT_STEPS
     if options.tokens is not None:
-        steps = math.ceil(count(options.tokens, "--tokens") / per_step)
+        steps = math.ceil(parse_count(options.tokens, "--tokens") / per_step)
     elif options.epochs is not None:
         windows = max(0, (training_tokens - 1) // context_length)
         steps = math.ceil(options.epochs * windows / batch_size)

@@ -19,9 +19,9 @@ from onym.gpt.gpt2 import GPT
 from onym.tools.doctor.disk import IN_CONTAINER, IN_MEMORY, Disk
 from onym.tools.doctor.machine import Compiler, Cores, Gpu, Memory, Versions
 from onym.tools.doctor.trial import PRESET, Trial
-from onym.train.display import clock, size
 from onym.train.metering import training_flops_per_token
 from onym.train.options import DEFAULT_STEPS, DataOptions, ModelOptions, OptimizationOptions, RunOptions
+from onym.units import format_clock, format_size, plural
 
 _OLDEST_TORCH = (2, 6)
 _WORTH_IT = 1.05  # times as fast; less is within what a shared machine varies by
@@ -206,7 +206,7 @@ def _largest_worth(machine: Machine, precision: str, largest: str | None) -> str
         return "no preset's training fits into the memory"
     known = machine.memory.usable is not None or bool(machine.gpus)
     unknown = "" if known else "; this system does not tell how much there is"
-    return f"its training takes about {size(memory_of(largest, precision))}, estimated{unknown}"
+    return f"its training takes about {format_size(memory_of(largest, precision))}, estimated{unknown}"
 
 
 def _step_seconds(machine: Machine, preset: str, precision: str) -> float | None:
@@ -234,13 +234,11 @@ def _preset(machine: Machine, precision: str, fitting: list[str]) -> tuple[str, 
         smallest = min(known, key=lambda preset: known[preset])
         return (
             smallest,
-            f"the fastest; {DEFAULT_STEPS:,} steps take about {clock(known[smallest])}, from the steps measured here",
+            f"the fastest; {DEFAULT_STEPS:,} steps take about {format_clock(known[smallest])}, from the steps measured here",
         )
     best = quick[-1]
-    return (
-        best,
-        f"the largest done within the hour: {DEFAULT_STEPS:,} steps in about {clock(known[best])}, from steps measured here",
-    )
+    needed = format_clock(known[best])
+    return best, f"the largest done within the hour: {DEFAULT_STEPS:,} steps in about {needed}, from steps measured here"
 
 
 def _interval(machine: Machine, preset: str, precision: str) -> tuple[int, str]:
@@ -256,13 +254,16 @@ def _interval(machine: Machine, preset: str, precision: str) -> tuple[int, str]:
         interval = math.ceil(interval / digits) * digits
     share = saving / (interval * step)
     told = "under 0.1 %" if share < 0.001 else f"{share:.1%}".replace("%", " %")
-    return interval, f"{saving:.2g} s of writing each, {told} of the time; a power cut costs {clock(interval * step)} at most"
+    return (
+        interval,
+        f"{saving:.2g} s of writing each, {told} of the time; a power cut costs {format_clock(interval * step)} at most",
+    )
 
 
 def _place(disk: Disk) -> str:
     if disk.bytes_per_second is None:
         return f"{_UNMEASURED}: {disk.trouble or 'there is no room to try'}"
-    return f"{disk.kind}, {size(disk.free)} free, keeps {size(disk.bytes_per_second)} a second, measured"
+    return f"{disk.kind}, {format_size(disk.free)} free, keeps {format_size(disk.bytes_per_second)} a second, measured"
 
 
 def find_problems(machine: Machine, preset: str) -> list[Problem]:
@@ -341,7 +342,7 @@ def _core_problems(machine: Machine) -> list[Problem]:
     if cores.threads < cores.usable:
         found.append(
             Problem(
-                f"torch computes with {_counted(cores.threads, 'thread')}, and there are {cores.usable} cores.",
+                f"torch computes with {plural(cores.threads, 'thread')}, and there are {cores.usable} cores.",
                 f"export OMP_NUM_THREADS={cores.usable}, or unset it; see MKL_NUM_THREADS too.",
                 machine.device == "cpu",
             )
@@ -365,7 +366,8 @@ def _core_problems(machine: Machine) -> list[Problem]:
     if memory.limit is not None and memory.total is not None:
         found.append(
             Problem(
-                f"The container or job may use {size(memory.limit)} of the machine's {size(memory.total)} of memory.",
+                f"The container or job may use {format_size(memory.limit)} of the machine's {format_size(memory.total)} of "
+                "memory.",
                 "Ask for more where it is started (docker run --memory, srun --mem), if a model does not fit.",
                 False,
             )
@@ -412,7 +414,7 @@ def _disk_problems(machine: Machine, preset: str) -> list[Problem]:
         if disk.free < needed:
             found.append(
                 Problem(
-                    f"{_capital(where)} has {size(disk.free)} free; {preset} wants {size(needed)} to be at ease.",
+                    f"{_capital(where)} has {format_size(disk.free)} free; {preset} wants {format_size(needed)} to be at ease.",
                     f"Delete something (onym prune, for checkpoints), or choose another disk with {option}.",
                     True,
                 )
@@ -422,7 +424,3 @@ def _disk_problems(machine: Machine, preset: str) -> list[Problem]:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -28,9 +28,10 @@ import torch
 from onym.errors import ConfigError
 from onym.gpt.config import GPTConfig
 from onym.tools.ladder.process import OutOfTime, RungFailed, RungProcess, Setting, Technique, command_of
-from onym.train.display import Activity, Display, size
+from onym.train.display import Activity, Display
 from onym.train.metering import Peak, peak_of, training_flops_per_token
 from onym.train.precision import Compute
+from onym.units import format_size
 
 BOOK_VOCABULARY = 50257
 CPU_VOCABULARY = 12_241
@@ -344,7 +345,10 @@ def _larger_batch(batch_size: int, before: _Live | None, device: torch.device) -
     for times in (4, 2):
         if free is None or 2 * times * used <= free:
             return times * batch_size, None
-    return batch_size, f"two processes that take {size(2 * used)} each may not fit into the {size(free or 0)} that are free"
+    return (
+        batch_size,
+        f"two processes that take {format_size(2 * used)} each may not fit into the {format_size(free or 0)} that are free",
+    )
 
 
 def _free_memory(device: torch.device) -> int | None:
