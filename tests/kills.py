@@ -1,6 +1,6 @@
 """Kills a saving process at its every system call that writes, and looks at what is left.
 
-    python -m tests.format.kills FOLDER MOST
+    python -m tests.kills FOLDER MOST
 
 A child is forked that has everything imported, strace attaches to it, and kills it when it enters the N-th call of a kind; so a
 crash point takes a tenth of a second. Tries at most MOST points, spread over all; prints how many, and ends with an error at

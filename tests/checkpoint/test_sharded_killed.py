@@ -29,7 +29,7 @@ from onym.format.reader import read_checkpoint
 from onym.format.sharded_tensor import Part, Table
 from onym.format.writer import Box, Content, write_folder
 from onym.storage.local import Disk, sweep
-from tests.format.kills import CALLS, attach, calls_in, sample
+from tests.kills import CALLS, attach, calls_in, sample
 
 IN_FULL = bool(os.environ.get("ONYM_PROVE"))
 OPERATIONS = [name for name, value in vars(Disk).items() if callable(value) and not name.startswith("_")]

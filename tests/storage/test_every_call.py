@@ -16,7 +16,7 @@ import pytest
 def test_a_kill_at_any_system_call_loses_nothing(tmp_path: Path) -> None:
     most = 100_000 if os.environ.get("ONYM_PROVE") else 60
     done = subprocess.run(
-        [sys.executable, "-m", "tests.format.kills", str(tmp_path), str(most)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.kills", str(tmp_path), str(most)], capture_output=True, text=True, check=False
     )
     if "strace cannot attach" in done.stderr:
         pytest.skip("this system does not let strace attach")

@@ -16,7 +16,7 @@ import torch
 import onym
 from onym.errors import StorageError
 from onym.storage import local
-from tests.format.kills import model_of, state, value_in
+from tests.kills import model_of, state, value_in
 
 SIZE = 400_000
 

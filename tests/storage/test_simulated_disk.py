@@ -22,7 +22,7 @@ from onym.checkpoint.retention import newest_good, step_folder, steps
 from onym.format.reader import read_checkpoint
 from onym.storage import local
 from onym.storage.local import Disk
-from tests.format.kills import model_of, prepare, state, value_in
+from tests.kills import model_of, prepare, state, value_in
 
 PROVE = bool(os.environ.get("ONYM_PROVE"))
 
