@@ -31,6 +31,7 @@ VOCABULARY, CONTEXT = 8192, 256
 
 def child(name: str) -> None:
     from onym import GPT, GPTConfig
+    from onym.train.dry_run import prepare
     from onym.train.metering import training_flops_per_token
     from onym.train.options import OptimizationOptions
     from onym.train.precision import choose_compute
@@ -44,7 +45,7 @@ def child(name: str) -> None:
     stepper = Stepper(model, OptimizationOptions(), compute)
     ids = torch.randint(VOCABULARY, (sequences, CONTEXT + 1))
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    stepper.prepare(batch, [sequences], "whole")
+    prepare(stepper, batch, [sequences], "whole")
     stepper(batch, 1e-4, 0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     for line in sys.stdin:

@@ -118,6 +118,7 @@ def book_baseline() -> Step:
 def onym(tied: bool) -> Step:
     from onym.gpt.config import GPTConfig
     from onym.gpt.gpt2 import GPT
+    from onym.train.dry_run import prepare
     from onym.train.options import OptimizationOptions
     from onym.train.precision import choose_compute
     from onym.train.step import Stepper
@@ -127,7 +128,7 @@ def onym(tied: bool) -> Step:
     model = GPT(GPTConfig(**SHAPE, tie_embeddings=tied))
     stepper = Stepper(model, OptimizationOptions(learning_rate=LEARNING_RATE), compute)
     batch = (torch.zeros(BATCH, SHAPE["context_length"], dtype=torch.long),) * 2
-    stepper.prepare(batch, [BATCH], "whole")
+    prepare(stepper, batch, [BATCH], "whole")
     steps = iter(range(10**9))
     return lambda inputs, targets: float(stepper((inputs, targets), LEARNING_RATE, next(steps)).loss)
 

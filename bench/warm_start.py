@@ -25,6 +25,7 @@ CHILD = """
 import json, sys, torch
 from onym import GPT, GPTConfig
 from onym.compile.cache import warm_start
+from onym.train.dry_run import prepare
 from onym.train.options import OptimizationOptions
 from onym.train.precision import choose_compute
 from onym.train.step import Stepper
@@ -36,7 +37,7 @@ model = GPT(GPTConfig.preset(preset, vocab_size=vocab_size)).to(compute.device)
 stepper = Stepper(model, OptimizationOptions(), compute)
 batch = torch.randint(0, vocab_size, (2, batch_size, model.config.context_length), device=compute.device).unbind()
 with warm_start(True, sys.exit) as warm:
-    compilation, _ = stepper.prepare(batch, [batch_size], True)
+    compilation, _ = prepare(stepper, batch, [batch_size], True)
 assert compilation.compiled, compilation.reason
 loss = float(stepper(batch, 1e-3, 0).loss)
 print(json.dumps([compilation.seconds, warm.counts.found, warm.counts.made, loss]), flush=True)

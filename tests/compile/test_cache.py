@@ -27,6 +27,7 @@ PROGRAM = """
 import json, os, torch
 from onym import GPT, GPTConfig
 from onym.compile.cache import warm_start
+from onym.train.dry_run import prepare
 from onym.train.options import OptimizationOptions
 from onym.train.precision import choose_compute
 from onym.train.step import Stepper
@@ -37,7 +38,7 @@ stepper = Stepper(model, OptimizationOptions(), compute)
 batch = torch.zeros(2, 2, 16, dtype=torch.int64).unbind()
 notes = []
 with warm_start(True, notes.append) as warm:
-    compilation, _ = stepper.prepare(batch, [2], "whole")
+    compilation, _ = prepare(stepper, batch, [2], "whole")
 place = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 print(json.dumps([compilation.compiled, warm.counts.found, warm.counts.made, str(warm), notes, place]))
 """

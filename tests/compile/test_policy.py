@@ -67,7 +67,7 @@ def test_a_short_run_is_not_compiled_and_says_how_it_would_be(onym: Run, book: P
 def test_a_run_that_pays_is_compiled_says_when_and_goes_on_so(
     onym: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onym.train.step.choose", lambda *_: "whole")
+    monkeypatch.setattr("onym.train.dry_run.choose", lambda *_: "whole")
     command = (
         "train",
         "--data",
@@ -90,7 +90,7 @@ def test_a_run_that_pays_is_compiled_says_when_and_goes_on_so(
     )
     assert told or "a compiled step takes longer here" in done.stdout, done.stdout
     began = json.loads((tmp_path / "runs/long/run.json").read_text())["compiled"]
-    monkeypatch.setattr("onym.train.step.choose", lambda *_: pytest.fail("decided again"))
+    monkeypatch.setattr("onym.train.dry_run.choose", lambda *_: pytest.fail("decided again"))
     done = onym(*command)
     assert done.returncode == 75, done.stderr
     assert json.loads((tmp_path / "runs/long/run.json").read_text())["compiled"] == began

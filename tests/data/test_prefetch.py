@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from onym.data.prefetch import Batch, Prefetcher
+from onym.data.batches import Batch
+from onym.data.prefetch import Prefetcher
 
 CPU = torch.device("cpu")
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from onym.train.display import Display, TrainStatus, _Block, trend
 from onym.train.plot import plot_losses
+from onym.train.state import TrainState
 from onym.units import format_clock, format_size
 
 
@@ -21,8 +22,8 @@ def shown(*, terminal: bool, width: int = 80) -> str:
         activity("Tokenising", 1, 2)
         activity.result = "[bold]2 documents"
     with display.training():
-        display.standing(TrainStatus(5, 10, 4.0), keep=False)
-        display.standing(TrainStatus(10, 10, 3.5, 3.75, 12345.6, 61), keep=True)
+        display.status(TrainStatus(TrainState(step=5), 10, 4.0), stays=False)
+        display.status(TrainStatus(TrainState(step=10, held_out=3.75), 10, 3.5, 12345.6, 61), stays=True)
     display.table([("kept", "runs/x [1] :key:"), ("held-out loss", "1.0")])
     return out.getvalue()
 
@@ -46,14 +47,14 @@ def test_a_terminal_gets_a_live_block() -> None:
 def block(width: int) -> list[str]:
     """What the live block shows at last."""
     full = TrainStatus(
-        *(1234, 20_000, 4.25, 4.1, 8152.0, 5025.0, 4.05, 1200, [4.4, 4.3, 4.35, 4.25], 8011.0, 0.38),
-        "the matmul rate measured here",
-        *(0.001, 1_250_000_000, "compiled in 10 s", time.monotonic() - 95, 1100, time.monotonic() - 20, 12, 1),
+        TrainState(step=1234, held_out=4.1, best=4.05, best_step=1200, skipped_steps=12, rollbacks=1),
+        *(20_000, 4.25, 8152.0, 5025.0, [4.4, 4.3, 4.35, 4.25], 8011.0, 0.38, "the matmul rate measured here"),
+        *(0.001, 1_250_000_000, "compiled in 10 s", time.monotonic() - 95, 1100, time.monotonic() - 20),
         sample="[the lamp] was the river\n" * 40,
     )
     out = io.StringIO()
     rendered = _Block()
-    rendered.standing = full
+    rendered.status = full
     Console(file=out, force_terminal=False, width=width, highlight=False, emoji=False).print(rendered)
     return out.getvalue().splitlines()
 
@@ -64,8 +65,8 @@ def test_the_block_fits_80_columns() -> None:
         "step 1,234 of 20,000  6%  1:35 so far  ETA 1:23:45",
         "loss 4.250 █▃▆▁ ↓  held-out 4.100  best 4.050 after step 1,200",
         "8,152 tokens/s in steps  mean 8,011  38% of the matmul rate measured here",
-        "1.2 GB memory  data wait 0.1%  compiled in 10 s  step 1,100 kept 0:20 ago",
-        "12 steps left out, 1 roll-backs",
+        "1.2 GB memory  data wait 0.1%  compiled in 10 s  step 1,100 saved 0:20 ago",
+        "12 steps skipped, 1 rollbacks",
     ]
     assert all(line.startswith("│ [the lamp]") or "│" in line for line in lines[6:])
     assert len(lines) == 9
@@ -84,7 +85,7 @@ def test_a_run_without_figures_has_a_block_too() -> None:
     console = Console(file=out, width=80)
     rendered = _Block()
     console.print(rendered)
-    rendered.standing = TrainStatus(0, 10, sample="\n")
+    rendered.status = TrainStatus(TrainState(), 10, sample="\n")
     console.print(rendered)
     assert "loss nan" in out.getvalue()
     assert trend([3.0, float("nan"), 3.0]).endswith("→")

@@ -12,12 +12,15 @@ import torch
 
 from onym import GPT
 from onym.checkpoint.retention import steps
+from onym.data.batches import Batch
 from onym.errors import StorageError
+from onym.train import evaluate, loop
+from onym.train.optimizer import step_unless
 from onym.train.options import OptimizationOptions
 from onym.train.precision import Compute
 from onym.train.run_folder import RunFolder
 from onym.train.spikes import TOO_MANY, SpikeDetector
-from onym.train.step import Batch, Result, Stepper
+from onym.train.step import Result, Stepper
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import Run
 
@@ -80,7 +83,7 @@ def test_a_step_that_a_gpu_leaves_out_changes_nothing(tiny: GPT, optimizer: str)
 
     for value, bad in ((1.0, False), (torch.nan, True), (1.0, False)):
         gradients(value)
-        stepper._step_unless(torch.tensor(bad))
+        step_unless(torch.tensor(bad), stepper.optimizers)
         if not bad:
             for each in waiting.optimizers:
                 each.step()
@@ -161,12 +164,12 @@ def test_spoilt_weights_are_rolled_back(onym: Run, book: Path, tmp_path: Path, s
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 steps in a row up to step 30 could not be applied" in done.stdout, "as is seen before it is measured"
     assert "back to step 20, and on without batches 20 to 29" in done.stdout
-    assert "weights that are not finite: 1 tensors, the first final_norm.weight" in done.stdout
+    assert "non-finite weights: 1 tensors, the first final_norm.weight" in done.stdout
     rows = metrics(tmp_path / "runs/book")
     *left_out, event = [row for row in rows if "event" in row]
-    assert [(row["event"], row["step"]) for row in left_out] == [("left-out", step) for step in range(25, 31)]
-    assert "6 steps whose loss or gradient was no good; 1 roll-backs" in done.stdout
-    assert event == {"event": "roll-back", "step": 20, "from": 30, "batches": [20, 10]}
+    assert [(row["event"], row["step"]) for row in left_out] == [("skipped-step", step) for step in range(25, 31)]
+    assert "6 steps whose loss or gradient was no good; 1 rollbacks" in done.stdout
+    assert event == {"event": "rollback", "step": 20, "from": 30, "batches": [20, 10]}
     assert [row["step"] for row in rows if "event" not in row] == list(range(0, 61, 5)), "no row is missing, none is twice"
     longer = onym("train", "--name", "book", "--steps", 65)
     assert longer.returncode == 0, longer.stderr
@@ -237,10 +240,10 @@ def test_a_roll_back_in_vain_goes_further_back(onym: Run, book: Path, tmp_path: 
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs/book"
     events = [row for row in metrics(run) if "event" in row]
-    assert [(row["step"], row["from"]) for row in events if row["event"] == "roll-back"] == [(40, 55), (20, 50)]
-    left_out = [row["step"] for row in events if row["event"] == "left-out"]
+    assert [(row["step"], row["from"]) for row in events if row["event"] == "rollback"] == [(40, 55), (20, 50)]
+    left_out = [row["step"] for row in events if row["event"] == "skipped-step"]
     assert left_out == [*range(46, 56), *range(41, 51)], "in the order in which it happened, none missing, none twice"
-    assert "20 steps whose loss or gradient was no good; 2 roll-backs" in done.stdout
+    assert "20 steps whose loss or gradient was no good; 2 rollbacks" in done.stdout
     assert [row["step"] for row in metrics(run) if "event" not in row] == list(range(0, 61, 5))
     assert "back to step 40, and on without batches 40 to 54" in done.stdout
     assert "back to step 20, and on without batches 20 to 64" in done.stdout
@@ -265,7 +268,7 @@ def test_what_does_not_get_better_ends_with_a_diagnosis(onym: Run, book: Path, t
     done = onym("train", "--data", book, *RUN)
     assert done.returncode == 2
     assert "Training has become unstable: 10 steps in a row up to step 30 could not be applied (loss nan" in done.stderr
-    assert "3 roll-backs to step 20 did not help. Lower --learning-rate" in done.stderr
+    assert "3 rollbacks to step 20 did not help. Lower --learning-rate" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert onym("verify", tmp_path / "runs/book").returncode == 0
 
@@ -274,31 +277,27 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(onym: Run, book: Pa
     poisoned(lambda step: True)
     done = onym("train", "--data", book, *RUN)
     assert done.returncode == 2
-    assert "no checkpoint was kept before" in done.stderr
+    assert "no checkpoint was saved before" in done.stderr
 
 
 def test_a_held_out_loss_that_is_no_number_is_told(
     onym: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onym.train import loop
-
-    plain, calls = loop.held_out_loss, iter((1.0, torch.nan, 1.0, 1.0))
-    monkeypatch.setattr(loop, "held_out_loss", lambda *given: plain(*given) * next(calls))
+    plain, calls = evaluate.held_out_loss, iter((1.0, torch.nan, 1.0, 1.0))
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda *given: plain(*given) * next(calls))
     done = onym("train", "--data", book, *RUN, "--keep-best")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "The held-out loss after step 30 is not a number; training goes on." in done.stdout
+    assert "The held-out loss after step 30 is not a number; training continues." in done.stdout
     assert [row["val_loss"] for row in metrics(tmp_path / "runs/book") if row["step"] == 30] == [None]
 
 
 def test_the_best_is_kept_wherever_it_was_measured(
     onym: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onym.train import loop
-
     losses = iter((5.0, 4.0, 1.0, 3.0, 2.0))
-    plain = loop.held_out_loss
-    monkeypatch.setattr(loop, "held_out_loss", lambda *given: next(losses, None) or plain(*given))
-    monkeypatch.setattr(loop.Trainer, "_prove", lambda self: None)  # of losses that are none
+    plain = evaluate.held_out_loss
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda *given: next(losses, None) or plain(*given))
+    monkeypatch.setattr(loop.Trainer, "prove", lambda self: None)  # of losses that are none
     done = onym(
         "train", "--data", book, *EAGER, "--steps", 20, "--eval-every", 5, "--save-every", 8, "--keep-best", "--keep-last", 1
     )
@@ -309,14 +308,12 @@ def test_the_best_is_kept_wherever_it_was_measured(
 def test_a_last_measurement_that_is_no_number_is_repeated(
     onym: Run, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onym.train import loop
-
-    plain, factors = loop.held_out_loss, [1.0, torch.nan]
-    monkeypatch.setattr(loop, "held_out_loss", lambda *given: plain(*given) * (factors.pop(0) if factors else 1.0))
+    plain, factors = evaluate.held_out_loss, [1.0, torch.nan]
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda *given: plain(*given) * (factors.pop(0) if factors else 1.0))
     done = onym("train", "--data", book, *EAGER, "--steps", 8)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same to the last bit" in done.stdout
-    monkeypatch.setattr(loop, "held_out_loss", lambda *given: torch.nan)
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda *given: torch.nan)
     done = onym("train", "--data", book, *EAGER, "--steps", 8, "--name", "other")
     assert done.returncode == 2
     assert "The held-out loss is not a number, so nothing shows that" in done.stderr
@@ -328,9 +325,9 @@ def test_what_was_pending_in_the_checkpoint_is_told_once(onym: Run, book: Path, 
     poisoned(lambda step: step == 18 or 30 < step <= 45)
     done = onym("train", "--data", book, *RUN, "--log-every", 15, "--eval-every", 60)
     assert done.returncode == 0, done.stdout + done.stderr
-    left_out = [row["step"] for row in metrics(tmp_path / "runs/book") if row.get("event") == "left-out"]
+    left_out = [row["step"] for row in metrics(tmp_path / "runs/book") if row.get("event") == "skipped-step"]
     assert sorted(left_out) == [18, *range(31, 46)]
-    assert "16 steps whose loss or gradient was no good; 1 roll-backs" in done.stdout
+    assert "16 steps whose loss or gradient was no good; 1 rollbacks" in done.stdout
 
 
 def test_a_full_disk_at_a_roll_back_does_not_end_training(
@@ -347,7 +344,7 @@ def test_a_full_disk_at_a_roll_back_does_not_end_training(
     monkeypatch.setattr(RunFolder, "keep_metrics", keep_metrics)
     done = onym("train", "--data", book, *RUN)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "The disk is full. Training goes on" in done.stdout
+    assert "The disk is full. Training continues" in done.stdout
     rows = metrics(tmp_path / "runs/book")
     assert [row["step"] for row in rows if "event" not in row] == list(range(0, 61, 5)), "no row is missing, none is twice"
     assert sum("event" in row for row in rows) == 7

@@ -135,7 +135,7 @@ def test_other_surroundings_are_told(onym: Run, book: Path, tmp_path: Path) -> N
     finally:
         torch.set_num_threads(threads)
     assert longer.returncode == 0, longer.stderr
-    assert "Not bit for bit as without the interruption, going on: machine was " in longer.stdout
+    assert "Not bitwise identical to a run without the interruption: machine was " in longer.stdout
     assert f"{threads} threads" in longer.stdout
     assert f"{threads + 1} threads" in longer.stdout
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from onym.train.dry_run import prepare
 from onym.train.options import OptimizationOptions
 from onym.train.precision import Compute
 from onym.train.step import Stepper
@@ -34,7 +35,7 @@ def test_weights_gradients_and_moments_are_fp32(tiny: torch.nn.Module) -> None:
     stepper = Stepper(tiny.train(), OptimizationOptions(), Compute(torch.device("cpu"), torch.bfloat16))  # type: ignore[arg-type]
     tokens = torch.randint(0, 101, (2, 33))
     batch = (tokens[:, :-1], tokens[:, 1:])
-    stepper.prepare(batch, [2], "off")
+    prepare(stepper, batch, [2], "off")
     stepper(batch, 1e-3, 0)
     assert {parameter.dtype for parameter in tiny.parameters()} == {torch.float32}
     kept = [value for optimizer in stepper.optimizers for state in optimizer.state.values() for value in state.values()]

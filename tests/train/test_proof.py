@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import onym as library
+from onym.data.batches import Batch
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import open_tokens
 from onym.errors import CheckpointError
@@ -21,7 +22,7 @@ from onym.train import loop
 from onym.train import proof as proof_module
 from onym.train.proof import Proof, prove
 from onym.train.sample import write_sample
-from onym.train.step import Batch, Result, Stepper
+from onym.train.step import Result, Stepper
 from tests.conftest import TINY_RUN, Run
 
 
@@ -92,7 +93,7 @@ def test_a_model_that_fits_no_single_process_is_kept_without_a_proof(
     monkeypatch.setattr(proof_module.sys, "executable", str(python))
     done = onym("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 10)
     assert done.returncode == 0, done.stderr
-    assert "Proof: left out: a fresh process has not the memory for all of the model beside the training" in done.stdout
+    assert "Proof: skipped: a fresh process has no memory for all of the model beside the training" in done.stdout
     assert re.search(r"proof +left out for want of memory; every byte of the file: .+ verify runs/book\n", done.stdout)
     assert "A sample" not in done.stdout
     library.open_checkpoint(tmp_path / "runs/book").verify()

@@ -16,7 +16,7 @@ import torch
 
 import onym as library
 from onym.train import distributed
-from onym.train.distributed import DistContext, _name_of_meeting, join
+from onym.train.distributed import DistContext, _rendezvous_id, join
 from onym.train.launch import free_port, workers
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, Run
@@ -135,7 +135,7 @@ def test_another_number_of_processes_goes_on_with_the_same_text(onym_process: Ru
     done = onym_process(*command, "--name", "x", "--processes", 1)
     assert done.returncode == 0, done.stderr
     assert "Changed since the run was started: --processes was 2, is 1" in done.stdout
-    assert "going on: processes was 2, is 1" in done.stdout
+    assert "without the interruption: processes was 2, is 1" in done.stdout
     last = [metrics(tmp_path / "runs" / name)[-1] for name in ("straight", "x")]
     assert last[1]["val_loss"] == pytest.approx(last[0]["val_loss"], abs=1e-4)
 
@@ -258,10 +258,10 @@ def test_one_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_alone_nothing_is_exchanged() -> None:
     alone = DistContext()
-    assert alone.largest(3) == 3
+    assert alone.max(3) == 3
     value = torch.tensor(2.0)
     assert alone.mean(value) is value
-    assert alone.in_turn(lambda: "x") == "x"
+    assert alone.local_rank0_first(lambda: "x") == "x"
 
 
 class _Silent:
@@ -280,20 +280,20 @@ class _Gone:
 @pytest.mark.parametrize("store", [_Silent(), _Gone()])
 def test_where_nobody_can_be_asked_the_first_of_each_machine_tells(store: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_ASKING_SECONDS", 0.05)
-    assert DistContext(2, 4, 0, store).tells()
-    assert not DistContext(3, 4, 1, store).tells()
+    assert DistContext(2, 4, 0, store).reports_error()
+    assert not DistContext(3, 4, 1, store).reports_error()
     monkeypatch.setenv(distributed.LAUNCHER, "1")
-    assert not DistContext(1, 2, 0, store).tells(), "the launcher does"
+    assert not DistContext(1, 2, 0, store).reports_error(), "the launcher does"
 
 
 def test_what_concerns_each_machine_is_told_once_on_each() -> None:
     store = torch.distributed.HashStore()
-    assert [DistContext(number, 4, number % 2, store).tells(on_each_machine=True) for number in (3, 2, 1)] == [
+    assert [DistContext(number, 4, number % 2, store).reports_error(on_each_machine=True) for number in (3, 2, 1)] == [
         True,
         False,
         True,
     ]
-    assert not DistContext(3, 4, 1, store).tells(), "it has been told"
+    assert not DistContext(3, 4, 1, store).reports_error(), "it has been told"
 
 
 def test_each_meeting_in_a_store_that_stays_has_a_name_of_its_own() -> None:
@@ -301,11 +301,11 @@ def test_each_meeting_in_a_store_that_stays_has_a_name_of_its_own() -> None:
     names = []
     for _ in range(3):
         with ThreadPoolExecutor(3) as pool:
-            names.append(set(pool.map(lambda number: _name_of_meeting(store, number, 3, 20), (2, 1, 0))))
+            names.append(set(pool.map(lambda number: _rendezvous_id(store, number, 3, 20), (2, 1, 0))))
     assert [len(name) for name in names] == [1, 1, 1]
     assert len(set.union(*names)) == 3
     with pytest.raises(RuntimeError, match="process 1 is not there"):
-        _name_of_meeting(store, 0, 3, 0.05)
+        _rendezvous_id(store, 0, 3, 0.05)
 
 
 _FAILING = """
@@ -314,18 +314,18 @@ from onym.errors import ConfigError, OnymError
 from onym.train.distributed import join
 ranks, _ = join("cpu", 60)
 def work():
-    if ranks.number == 1:
+    if ranks.rank == 1:
         raise ConfigError("this one cannot")
     return "done"
 try:
-    ranks.all_or_none(work)
+    ranks.on_all_ranks(work)
 except OnymError as error:
-    os.write(1, f"{ranks.number}: {error}\\n".encode())
-assert ranks.in_turn(lambda: ranks.number) == ranks.number
-assert ranks.largest(ranks.number) == 1
-if ranks.tells() != ranks.tells():
+    os.write(1, f"{ranks.rank}: {error}\\n".encode())
+assert ranks.local_rank0_first(lambda: ranks.rank) == ranks.rank
+assert ranks.max(ranks.rank) == 1
+if ranks.reports_error() != ranks.reports_error():
     os.write(1, b"told\\n")
-ranks.leave()
+ranks.close()
 """
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from onym import GPT
+from onym.data.batches import Batch
+from onym.train.dry_run import prepare
 from onym.train.options import OptimizationOptions
 from onym.train.precision import Compute
-from onym.train.step import Batch, Stepper
+from onym.train.step import Stepper
 from tests.conftest import TINY
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -20,7 +22,7 @@ CPU = Compute(torch.device("cpu"), torch.float32)
 def trained(micro_batch: int = 4, steps: int = 3, **options: object) -> Stepper:
     torch.manual_seed(0)
     stepper = Stepper(GPT(TINY), OptimizationOptions(**options), CPU)  # type: ignore[arg-type]
-    stepper.prepare(batch(0), [micro_batch], "off")
+    prepare(stepper, batch(0), [micro_batch], "off")
     for number in range(steps):
         stepper(batch(number), 1e-3, number)
     return stepper
@@ -43,7 +45,7 @@ def test_the_preparation_changes_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = torch.get_rng_state()
     stepper = Stepper(model, OptimizationOptions(), CPU)
-    stepper.prepare(batch(0), [4], "off")
+    prepare(stepper, batch(0), [4], "off")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(generator, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -85,6 +87,7 @@ def test_as_much_as_fits_goes_through_at_once() -> None:
     program = """
 import resource, torch
 from onym import GPT, GPTConfig
+from onym.train.dry_run import prepare
 from onym.train.options import OptimizationOptions
 from onym.train.precision import Compute
 from onym.train.step import Stepper
@@ -92,10 +95,10 @@ torch.set_num_threads(1)
 model = GPT(GPTConfig.preset("nano", vocab_size=20_000))
 stepper = Stepper(model, OptimizationOptions(), Compute(torch.device("cpu"), torch.float32))
 tokens = torch.zeros(128, 128, dtype=torch.int64)
-stepper.prepare((tokens[:1], tokens[:1]), [1], "off")  # what is allocated once
+prepare(stepper, (tokens[:1], tokens[:1]), [1], "off")  # what is allocated once
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
-stepper.prepare((tokens, tokens), [128, 64, 32, 16, 8, 4, 2, 1], "off")
+prepare(stepper, (tokens, tokens), [128, 64, 32, 16, 8, 4, 2, 1], "off")
 print(stepper.micro_batch)
 """
     if sys.platform != "linux":
@@ -110,7 +113,7 @@ def test_the_preparation_takes_the_memory_of_gradients_that_add_up(tiny: GPT, si
     """The second part goes through the model while the gradients of the first are there."""
     before: list[bool] = []
     tiny.register_forward_pre_hook(lambda *_: before.append(tiny.tok_emb.weight.grad is not None))
-    Stepper(tiny, OptimizationOptions(), CPU).prepare(batch(0), [size], "off")
+    prepare(Stepper(tiny, OptimizationOptions(), CPU), batch(0), [size], "off")
     assert before == [False, True][:passes]
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from onym.train.step import Batch, Result, Stepper
+from onym.data.batches import Batch
+from onym.train.step import Result, Stepper
 from tests.cli.test_train import EAGER, metrics, start
 from tests.conftest import Run
 

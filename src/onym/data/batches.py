@@ -17,7 +17,10 @@ from onym.data.order import window_numbers
 from onym.data.tokens import TokenStream
 from onym.errors import DataError
 
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets, both [sequences, context_length] int64."""
 IGNORED_TARGET = -100
+"""A target that does not count in the loss; the default of PyTorch's cross-entropy."""
 
 
 class TrainingBatches:

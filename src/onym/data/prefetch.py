@@ -11,9 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
-Batch = tuple[Tensor, Tensor]
+from onym.data.batches import Batch
 
 
 class Prefetcher:

@@ -13,17 +13,16 @@ training), and the caller chooses the compute dtype with ``torch.autocast``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from onym.gpt.config import GPTConfig
 from onym.gpt.head_loss import IGNORED_TARGET, chunk_rows, head_loss
+from onym.gpt.meta import no_values
 
 # Matrix units work on tiles: on an A100 a head of 50304 rows instead of 50257 trains 14 % faster (the book's ladder).
 HEAD_MULTIPLE = 64
@@ -107,24 +106,14 @@ class FeedForward(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
-class LayerNorm(nn.LayerNorm):
-    """One whose weights may be narrower than what comes in: those that are shared out may be rounded to compute with."""
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., emb] -> the same
-        if self.weight.dtype.itemsize >= x.dtype.itemsize:
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
-
-
 class Block(nn.Module):
     """Attention, then feed-forward, each normalised before and added to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(config.emb_dim, bias=config.bias)
+        self.norm1 = nn.LayerNorm(config.emb_dim, bias=config.bias)
         self.att = Attention(config, layer)
-        self.norm2 = LayerNorm(config.emb_dim, bias=config.bias)
+        self.norm2 = nn.LayerNorm(config.emb_dim, bias=config.bias)
         self.ff = FeedForward(config)
         self.drop_resid = nn.Dropout(config.drop_rate)
 
@@ -152,17 +141,6 @@ class Head(nn.Linear):
         return -(-self.out_features // HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """Leaves initialisation out: torch's own, on the meta device, begins by importing its compiler, which takes a second."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 class GPT(nn.Module):
     """A GPT-2.
 
@@ -183,7 +161,7 @@ class GPT(nn.Module):
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = LayerNorm(config.emb_dim, bias=config.bias)
+        self.final_norm = nn.LayerNorm(config.emb_dim, bias=config.bias)
         self.out_head = Head(config.emb_dim, config.vocab_size, bias=False)
         self.reset_parameters()
         if config.tie_embeddings:
@@ -192,31 +170,9 @@ class GPT(nn.Module):
 
     @classmethod
     def without_values(cls, config: GPTConfig) -> GPT:
-        """One on the meta device, of shapes alone: to be loaded into, or counted."""
-        with torch.device("meta"), _NothingDrawn():
+        """A model on the meta device: names and shapes without values, to load into or to count."""
+        with no_values():
             return cls(config)
-
-    def materialise(self, after_block: Callable[[Block], object], *, draw: bool = True) -> None:
-        """Give one without values the memory for them, block after block.
-
-        Args:
-            after_block: is given each block before the next one takes memory; to share it out, say.
-            draw: fill it with what ``GPT(config)`` would have begun with, in the same order from the same generator; else it
-                is to be written over.
-        """
-        for layer in self.modules() if draw else ():
-            if isinstance(layer, nn.Linear | nn.Embedding):  # draws values of its own when it is made, which are drawn over
-                layer.to_empty(device="cpu").reset_parameters()
-                layer.to_empty(device="meta")
-        for child in self.children():
-            for part in child if isinstance(child, nn.ModuleList) else (child,):
-                part.to_empty(device="cpu")
-                if draw:
-                    self.reset_parameters(part)
-                if isinstance(part, Block):
-                    after_block(part)
-        if self.config.tie_embeddings:
-            self.out_head.weight = self.tok_emb.weight
 
     def reset_parameters(self, part: nn.Module | None = None) -> None:
         """GPT-2's initialisation: N(0, 0.02), biases 0, and the layers that write to the residual stream scaled down by

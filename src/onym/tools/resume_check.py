@@ -25,6 +25,7 @@ from onym.checkpoint.snapshot import stored_generators, stored_values
 from onym.errors import RunError
 from onym.train.launch import workers
 from onym.train.run_folder import RunFolder
+from onym.train.state import KEY
 
 Told = Callable[[str, int, int], None]
 """What is being done, how much of it is done, and of how much (0: unknown)."""
@@ -143,8 +144,8 @@ def _compare(straight: RunFolder, killed: RunFolder, result: Comparison) -> None
                 result.differences.append(f"{name} in {file} is in one of them only")
             elif not torch.equal(_bytes(mine[name]), _bytes(theirs[name])):
                 result.differences.append(f"{name} in {file} differs")
-    values = [{k: v for k, v in stored_values(each)["progress"].items() if k not in _CLOCKS} for each in (one, other)]
-    _compare_values("progress", values[0], values[1], result)
+    values = [{k: v for k, v in stored_values(each)[KEY].items() if k not in _CLOCKS} for each in (one, other)]
+    _compare_values("the training state", values[0], values[1], result)
     generators = [stored_generators(each) for each in (one, other)]
     _compare_values("the random number generators", generators[0], generators[1], result)
     rows = [[{k: v for k, v in row.items() if k not in _CLOCKS} for row in run.read_metrics()] for run in (straight, killed)]

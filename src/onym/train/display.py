@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -23,6 +24,9 @@ from rich.text import Text
 
 from onym.units import format_clock, format_size
 
+if TYPE_CHECKING:
+    from onym.train.state import TrainState
+
 _SAMPLE_LINES = 3
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDE = 132  # columns from which the sample goes beside the figures
@@ -30,17 +34,14 @@ _WIDE = 132  # columns from which the sample goes beside the figures
 
 @dataclass
 class TrainStatus:
-    """How far training is, and how it does."""
+    """How far training is, and how fast."""
 
-    step: int
+    state: TrainState
     steps: int
     loss: float = math.nan
-    held_out: float = math.nan
     tokens_per_second: float = 0.0
     """Of the training steps alone."""
     seconds_left: float = math.nan
-    best: float = math.nan
-    best_step: int = -1
     losses: Sequence[float] = ()
     """The last training losses, for their trend."""
     mean_tokens_per_second: float = 0.0
@@ -53,53 +54,49 @@ class TrainStatus:
     compiled: str = ""
     began_at: float = 0.0
     """Of :func:`time.monotonic`."""
-    kept_step: int = -1
-    kept_at: float = 0.0
-    left_out: int = 0
-    roll_backs: int = 0
+    saved_step: int = -1
+    saved_at: float = 0.0
     sample: str = ""
 
     def __str__(self) -> str:
-        parts = [f"step {self.step:>{len(str(self.steps))}}/{self.steps}", f"loss {self.loss:.3f}"]
-        if self.held_out == self.held_out:
-            parts.append(f"held-out {self.held_out:.3f}")
+        parts = [f"step {self.state.step:>{len(str(self.steps))}}/{self.steps}", f"loss {self.loss:.3f}"]
+        if not math.isnan(self.state.held_out):
+            parts.append(f"held-out {self.state.held_out:.3f}")
         if self.tokens_per_second:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
-        if self.seconds_left == self.seconds_left:
+        if not math.isnan(self.seconds_left):
             parts.append(f"ETA {format_clock(self.seconds_left)}")
         return "  ".join(parts)
 
-    def facts(self, now: float) -> list[list[str]]:
-        """Lines of what is worth looking at, each of parts that stay together."""
-        steps = [f"step {self.step:,} of {self.steps:,}", f"{self.step / max(1, self.steps):.0%}"]
+    def lines(self, now: float) -> list[list[str]]:
+        """What the live block shows: lines of parts that stay together."""
+        state = self.state
+        steps = [f"step {state.step:,} of {self.steps:,}", f"{state.step / max(1, self.steps):.0%}"]
         if self.began_at:
             steps.append(f"{format_clock(now - self.began_at)} so far")
-        if self.seconds_left == self.seconds_left:
+        if not math.isnan(self.seconds_left):
             steps.append(f"ETA {format_clock(self.seconds_left)}")
         losses = [f"loss {self.loss:.3f} {trend(self.losses)}".rstrip()]
-        if self.held_out == self.held_out:
-            losses.append(f"held-out {self.held_out:.3f}")
-        if self.best == self.best:
-            losses.append(f"best {self.best:.3f} after step {self.best_step:,}")
-        speed = []
+        if not math.isnan(state.held_out):
+            losses.append(f"held-out {state.held_out:.3f}")
+        if not math.isnan(state.best):
+            losses.append(f"best {state.best:.3f} after step {state.best_step:,}")
+        speed, rest = [], [f"{format_size(self.memory)} memory"] if self.memory else []
         if self.tokens_per_second:
             speed = [f"{self.tokens_per_second:,.0f} tokens/s in steps", f"mean {self.mean_tokens_per_second:,.0f}"]
-            if self.utilisation:
-                speed.append(f"{self.utilisation:.0%} of {self.utilisation_of}")
-        rest = [f"{format_size(self.memory)} memory"] if self.memory else []
-        if self.tokens_per_second:
+            speed += [f"{self.utilisation:.0%} of {self.utilisation_of}"] if self.utilisation else []
             rest.append(f"data wait {self.share_waited:.1%}")
         if self.compiled:
             rest.append(self.compiled)
-        if self.kept_step >= 0:
-            rest.append(f"step {self.kept_step:,} kept {format_clock(now - self.kept_at)} ago")
+        if self.saved_step >= 0:
+            rest.append(f"step {self.saved_step:,} saved {format_clock(now - self.saved_at)} ago")
         return [line for line in (steps, losses, speed, rest) if line]
 
     @property
     def trouble(self) -> str:
-        """What went wrong on the way, and was mended."""
-        said = f"{self.left_out} steps left out" if self.left_out else ""
-        return f"{said}, {self.roll_backs} roll-backs" if self.roll_backs else said
+        """What went wrong so far, and was recovered from."""
+        skipped = f"{self.state.skipped_steps} steps skipped" if self.state.skipped_steps else ""
+        return f"{skipped}, {self.state.rollbacks} rollbacks" if self.state.rollbacks else skipped
 
 
 def trend(losses: Sequence[float], width: int = 16) -> str:
@@ -122,20 +119,20 @@ class _Block:
     """The live block; rendered anew at each refresh, so that times go on between two steps."""
 
     def __init__(self) -> None:
-        self.standing: TrainStatus | None = None
+        self.status: TrainStatus | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        standing, width = self.standing, options.max_width
-        if standing is None:
+        status, width = self.status, options.max_width
+        if status is None:
             return
         wide = width >= _WIDE
         column = width // 2 if wide else width
-        yield ProgressBar(total=max(1, standing.steps), completed=standing.step, width=width)
+        yield ProgressBar(total=max(1, status.steps), completed=status.state.step, width=width)
         yield Segment.line()
-        left = [Text("  ".join(_fitting(parts, column))) for parts in standing.facts(time.monotonic())]
-        if standing.trouble:
-            left.append(Text(standing.trouble, style="yellow"))
-        sample = " ".join(standing.sample.split())
+        left = [Text("  ".join(_fitting(parts, column))) for parts in status.lines(time.monotonic())]
+        if status.trouble:
+            left.append(Text(status.trouble, style="yellow"))
+        sample = " ".join(status.sample.split())
         lines = textwrap.wrap(sample, max(10, column - 4), max_lines=_SAMPLE_LINES, placeholder=" …") if sample else []
         right = [Text(f"│ {line}", style="dim") for line in lines]
         if wide:
@@ -174,7 +171,7 @@ class Display:
 
     @classmethod
     def silent(cls) -> Display:
-        """One that shows nothing, for a process that leaves talking to another."""
+        """A display that shows nothing, for ranks other than 0."""
         return cls(Console(file=io.StringIO(), quiet=True))
 
     def __init__(self, console: Console | None = None) -> None:
@@ -210,18 +207,18 @@ class Display:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The time in which :meth:`standing` is called."""
+        """The time in which :meth:`status` is called."""
         if not self.console.is_terminal:
             yield
             return
         with Live(self._block, console=self.console, transient=True, refresh_per_second=4):
             yield
 
-    def standing(self, standing: TrainStatus, *, keep: bool) -> None:
-        """Show how far training is; ``keep`` makes it a line that stays."""
-        self._block.standing = standing
-        if keep:
-            self.note(str(standing))
+    def status(self, status: TrainStatus, *, stays: bool) -> None:
+        """Show how far training is in the live block, and, where it ``stays``, as a line."""
+        self._block.status = status
+        if stays:
+            self.note(str(status))
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         """Facts with their names."""

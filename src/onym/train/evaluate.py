@@ -1,52 +1,89 @@
-"""The held-out loss: the same tokens in the same order each time, without compilation."""
+"""The held-out loss and a sample of text: the same tokens in the same order each time, without compilation."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import zip_longest
-
-from torch import nn
 
 from onym.compile.eager import without_compilation
 from onym.data.batches import IGNORED_TARGET, evaluation_batches
+from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TokenStream
+from onym.errors import CheckpointError
+from onym.gpt.gpt2 import GPT
 from onym.state.collectives import all_gather_object
 from onym.state.dtensor import any_sharded, reshard, without_gradients
+from onym.train.distributed import DistContext
 from onym.train.precision import Compute
+from onym.train.sample import write_sample
 
 
 def held_out_loss(
-    model: nn.Module,
+    model: GPT,
     stream: TokenStream,
-    context_length: int,
     batch_size: int,
     limit: int,
     compute: Compute,
-    share: tuple[int, int] = (0, 1),
+    ranks: DistContext = DistContext(),  # noqa: B008
 ) -> float:
     """Mean cross-entropy in nats a token over at most ``limit`` batches; NaN where the stream has nothing to predict.
 
-    Args:
-        share: of the batches, as (which process, of how many): each computes its own, and all have the result.
+    A collective: each rank computes its own batches. Forward passes of a sharded model are collective too, so evaluation is
+    padded to equal batch counts on all ranks.
     """
-    which, of_how_many = share
-    sums: list[tuple[float, int]] = []
+    sums: list[tuple[float, int]] = []  # of each batch: its loss, summed over its tokens, and their number
     was_training = model.training
     model.eval()
     sharded, number = any_sharded([model]), -1
     with without_gradients(sharded), compute.autocast(), without_compilation():
-        for number, (inputs, targets) in enumerate(evaluation_batches(stream, context_length, batch_size, limit)):
-            if number % of_how_many != which:
+        batches = evaluation_batches(stream, model.config.context_length, batch_size, limit)
+        for number, (inputs, targets) in enumerate(batches):
+            if number % ranks.world_size != ranks.rank:
                 continue
             counted = int((targets != IGNORED_TARGET).sum())
             loss = model(inputs.to(compute.device), targets.to(compute.device))
             sums.append((float(loss) * counted, counted))
-        if sharded and which > number % of_how_many:  # the others have one more, for which all are needed; it counts once
+        if sharded and ranks.rank > number % ranks.world_size:  # lower ranks have one batch more; this pass does not count
             model(inputs.to(compute.device), targets.to(compute.device))
     if sharded:
         reshard(model)
     model.train(was_training)
-    shares = all_gather_object(sums, collective=of_how_many > 1)
-    # In the batches' order, whoever computed them: the same bits as from one process.
-    gather_bf16 = [each for batches in zip_longest(*shares) for each in batches if each is not None]
-    total, tokens = sum(loss for loss, _ in gather_bf16), sum(count for _, count in gather_bf16)
+    gathered = all_gather_object(sums, collective=ranks.world_size > 1)
+    # Summed in the order of the batches, so that the result is bitwise identical with any number of ranks.
+    ordered = [each for round_ in zip_longest(*gathered) for each in round_ if each is not None]
+    total, tokens = sum(loss for loss, _ in ordered), sum(count for _, count in ordered)
     return total / tokens if tokens else float("nan")
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates the models of a run."""
+
+    tokenizer: Tokenizer
+    held_out: TokenStream
+    compute: Compute
+    ranks: DistContext
+    gathers_bf16: bool
+    """Whether a sharded model's blocks are all-gathered in bf16."""
+    sequences: int
+    """The most in an evaluation: the same text, however a batch is split."""
+
+    def loss(self, model: GPT, micro_batch: int) -> float:
+        """Held-out loss. A collective."""
+        return held_out_loss(model, self.held_out, micro_batch, self.sequences // micro_batch, self.compute, self.ranks)
+
+    def sample(self, model: GPT) -> str | None:
+        """A held-out document continued by the model, on rank 0; None on other ranks, and of weights that are not finite.
+
+        A collective where the model is sharded.
+        """
+        if not self.ranks.is_rank0 and not any_sharded([model]):
+            return None
+        try:
+            # Weights that are all-gathered in bf16 can be multiplied with bf16 alone.
+            with self.compute.autocast() if self.gathers_bf16 else nullcontext():
+                text = write_sample(model, self.tokenizer, self.held_out)
+        except CheckpointError:  # non-finite weights, which are reported elsewhere
+            return None
+        return text if self.ranks.is_rank0 else None

@@ -1,8 +1,8 @@
-"""Memory that a step frees is kept for the next one.
+"""On a CPU, memory that a step frees stays in the process for the next step.
 
-A training step on a CPU frees and takes the same large tensors again and again. The C library gives each large one back to the
-system, and the next one is new pages, which the system fills with zeros first, at a tenth of the memory's speed. A product
-whose result is such a tensor takes a third longer.
+A training step on a CPU frees and allocates the same large tensors again and again. The C library returns each large one to
+the system, and the next allocation gets new pages, which the kernel fills with zeros at a tenth of the memory's speed. A matrix
+product into such a tensor takes a third longer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _LARGE = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed, from now on; whether it can. It is glibc's to say, on Linux."""
+    """Make the C library retain freed memory from now on; returns whether it can (glibc on Linux)."""
     libc = _glibc()
     if libc is None:
         return False
     return bool(libc.mallopt(_MMAP_THRESHOLD, _LARGE)) and bool(libc.mallopt(_TRIM_THRESHOLD, _LARGE))
 
 
-def give_back_freed_memory() -> None:
-    """Give back what is free now: what compiling needed is not needed again."""
+def return_freed_memory() -> None:
+    """Return free memory to the system now: what compiling needed is not needed again."""
     gc.collect()
     libc = _glibc()
     if libc is not None:

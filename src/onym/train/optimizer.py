@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -40,13 +42,33 @@ def build_optimizers(model: GPT, options: OptimizationOptions) -> list[torch.opt
     return [*optimizers, torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)]
 
 
+@torch.no_grad()
+def step_unless(bad: Tensor, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Step where ``bad`` (0-d bool) is false. The device decides; nothing waits for it."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.AdamW):  # fused AdamW reads such a tensor, as it does that of a GradScaler
+            optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+            optimizer.step()
+            continue
+        # Muon does not: step, and restore the old values where the step was bad.
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not optimizer.state:  # Muon makes its momentum at the first step, as zeros
+            for parameter in parameters:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        live = [*parameters, *(optimizer.state[parameter]["momentum_buffer"] for parameter in parameters)]
+        before = [tensor.clone() for tensor in live]
+        optimizer.step()
+        for tensor, old in zip(live, before, strict=True):
+            tensor.copy_(torch.where(bad, old, tensor))
+
+
 class Average:
     """An exponential moving average of a model's weights, as a model of its own.
 
     Args:
-        model: a copy of the one whose weights are averaged, on the same device.
-        decay: the share that stays at each step; less in the first ones (``(1 + n) / (10 + n)``), or the average would remember
-            the random weights of the beginning for ``1 / (1 - decay)`` steps.
+        model: a copy of the model whose weights are averaged, on the same device.
+        decay: the share of the old average at each step; smaller in the first steps (``(1 + n) / (10 + n)``), because the
+            random initial weights would otherwise stay in the average for ``1 / (1 - decay)`` steps.
     """
 
     def __init__(self, model: GPT, decay: float) -> None:
@@ -55,11 +77,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, bad: Tensor) -> None:
-        """Take in the weights after a step, counted from 0; nothing where it was not applied, decided on the device.
-
-        Args:
-            bad: 0-d bool.
-        """
-        share = torch.where(bad, 0.0, 1 - min(self._decay, (1 + step) / (10 + step)))
+        """Take in the weights after a step, counted from 0. Where ``bad`` (0-d bool) is true, nothing changes."""
+        weight = torch.where(bad, 0.0, 1 - min(self._decay, (1 + step) / (10 + step)))
         for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-            local(mine).lerp_(local(theirs), share.to(local(mine).device))
+            local(mine).lerp_(local(theirs), weight.to(local(mine).device))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 """Of a metrics.jsonl."""
+PICTURES = (".png", ".svg", ".pdf")
+"""The endings that matplotlib can write."""
 
 TRAIN, HELD_OUT, RATE, EVENT = "#8fb3d9", "#c1440e", "#7a7a7a", "#d9a400"
 _COLOURS = ("#c1440e", "#1f6f8b", "#5a8f29", "#8a4fbf", "#b8860b", "#444444", "#d1669b", "#2f9e8f")

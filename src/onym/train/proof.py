@@ -103,7 +103,7 @@ def _open_and_measure(request: dict[str, object]) -> tuple[float, str]:
     tokens = open_tokens(Path(str(request["token_cache"])))
     assert tokens is not None, "the token cache is gone"
     batch_size, limit = int(str(request["batch_size"])), int(str(request["eval_batches"]))
-    loss = held_out_loss(model, tokens.held_out, model.config.context_length, batch_size, limit, compute)
+    loss = held_out_loss(model, tokens.held_out, batch_size, limit, compute)
     text = checkpoint.text(TOKENIZER)
     assert text is not None
     tokenizer = Tokenizer.from_json(text)

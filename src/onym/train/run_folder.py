@@ -22,6 +22,7 @@ from onym.errors import RunError, storage_error
 from onym.storage.local import replace_file
 from onym.train.options import TrainOptions, flag
 
+DESCRIPTION, METRICS = "run.json", "metrics.jsonl"
 RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 
 CHANGEABLE = {
@@ -57,7 +58,7 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         """One JSON object a row."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     def require_writable(self) -> None:
         """Fail now rather than after the text was read.
@@ -90,7 +91,7 @@ class RunFolder:
         Raises:
             RunError: the file is damaged.
         """
-        path = self.path / "run.json"
+        path = self.path / DESCRIPTION
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             TrainOptions.from_dict(values["options"])
@@ -108,7 +109,7 @@ class RunFolder:
         if not self.writes:
             return
         text = json.dumps({"status": status, **facts, "options": options.to_dict()}, indent=2) + "\n"
-        replace_file(self.path / "run.json", text)
+        replace_file(self.path / DESCRIPTION, text)
 
     def keep_tokenizer(self, text: str) -> None:
         """Write the tokenizer beside the run's description, as every checkpoint has it too."""

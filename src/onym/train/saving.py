@@ -1,115 +1,131 @@
-"""Checkpoints of a run that goes on whatever the disk says."""
+"""Checkpoints of a run that continues whatever the disk answers: a checkpoint that cannot be written is reported, not fatal."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from onym.checkpoint.checkpointer import Checkpointer
 from onym.checkpoint.retention import step_folder
-from onym.checkpoint.snapshot import stored_values
+from onym.checkpoint.snapshot import stored_objects
 from onym.errors import CheckpointError, StorageError
+from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
 from onym.state.collectives import broadcast_from_rank0
 from onym.train.display import Display
-
-State = Callable[[], tuple[dict[str, Any], dict[str, str]]]
-"""What is to be kept, and further texts by file name; asked for only when it is."""
+from onym.train.state import KEY, TrainState
+from onym.train.step import Stepper
 
 
 class CheckpointSaver:
-    """Keeps steps, and tells which were not kept.
+    """Saves and restores a run.
 
     Args:
-        together: whether all processes have to take part in keeping a step, because each has a share of it.
+        folder: of the checkpoints, as it is shown.
+        stepper: holds the model, its optimizers and the rest of what a step changes.
+        tokenizer: the text of its tokenizer.json, which each checkpoint holds.
     """
 
-    def __init__(self, checkpointer: Checkpointer, folder: Path, display: Display, *, collective: bool = False) -> None:
-        self._checkpointer, self._folder, self._display, self._collective = checkpointer, folder, display, collective
-        self.kept_step = -1
-        """The last step that was kept, or is being written."""
-        self.kept_at = 0.0
+    def __init__(self, checkpointer: Checkpointer, folder: Path, display: Display, stepper: Stepper, tokenizer: str) -> None:
+        self._checkpointer, self._folder, self._display = checkpointer, folder, display
+        self._stepper, self._tokenizer = stepper, tokenizer
+        self._collective = stepper.sharding is not None  # each rank writes its shards
+        self.saved_step = -1
+        """The newest step that is saved, or being written."""
+        self.saved_at = 0.0
         """When, of :func:`time.monotonic`."""
         self.checkpoint: Path | None = None
         """Its folder."""
 
-    def keep(self, step: int, state: State, metrics: dict[str, float]) -> None:
-        """Keep a step, if it is a new one. What cannot be kept is told, and training goes on."""
-        self.settle()  # what the last one says, rather than in the place of this one
-        try:
-            self._save(step, state, metrics)
-        except (StorageError, CheckpointError) as error:
-            self._not_kept(error)
+    @property
+    def newest_step(self) -> int | None:
+        """The newest step in the folder."""
+        return max(self._checkpointer.steps, default=None)
 
-    def settle(self) -> None:
-        """Wait for what is being written, and tell if it was not."""
+    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Save a step, if it is a new one; a failure is reported, and training continues."""
+        self.wait()  # a failure of the checkpoint before is reported as that
+        try:
+            self._save(state, metrics)
+        except (StorageError, CheckpointError) as error:
+            self._report_failure(error)
+
+    def wait(self) -> None:
+        """Wait for the background save, and report its failure."""
         try:
             self._checkpointer.wait()
         except (StorageError, CheckpointError) as error:
-            self._not_kept(error)
-        self.kept_step = broadcast_from_rank0(
-            lambda: self.kept_step, self._collective
-        )  # the first one writes, so it alone knows
+            self._report_failure(error)
+        self.saved_step = broadcast_from_rank0(lambda: self.saved_step, self._collective)  # rank 0 alone knows of a failure
 
-    def keep_for_sure(self, step: int, state: State, metrics: dict[str, float]) -> None:
-        """Keep the last step, and wait until it is on the disk.
+    def save_durably(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Save the last step, and wait until it is durable.
 
         Raises:
-            StorageError, CheckpointError: it cannot be kept.
+            StorageError, CheckpointError: it cannot be saved.
         """
-        self.keep(step, state, metrics)
-        self.settle()
-        if self.kept_step != step:  # once more, with the reason if it fails again
-            self._save(step, state, metrics)
+        self.save(state, metrics)
+        self.wait()
+        if self.saved_step != state.step:  # a second attempt, whose failure is raised
+            self._save(state, metrics)
             self._checkpointer.wait()
 
-    def to_go_back_to(self, tried: Sequence[int]) -> Checkpoint | None:
-        """The newest good checkpoint before those that were tried in vain; the oldest again where there is none before it."""
-        found = None
+    def restore(self, checkpoint: Checkpoint) -> TrainState:
+        """Restore model, optimizers and random number generators; returns the rest."""
+        stored = stored_objects(checkpoint)  # of another precision it may have no gradient scaler
+        objects = {name: each for name, each in self._stepper.state.items() if name in stored}
+        self._checkpointer.restore_from(checkpoint, objects)
+        state = TrainState.of(checkpoint)
+        self.saved_step, self.checkpoint = state.step, checkpoint.path
+        return state
+
+    def rollback_target(self, tried: Sequence[int]) -> Checkpoint | None:
+        """The newest good checkpoint before those that did not help; the oldest of them where there is none before it."""
+        target = None
         for step in reversed([step for step in self._checkpointer.steps if not tried or step <= min(tried)]):
             try:
                 checkpoint = self._checkpointer.open(step)
                 checkpoint.verify()
-                if _is_good(checkpoint):
-                    found = checkpoint
-                    if step not in tried:
-                        break
             except CheckpointError:
                 continue
-        return found
+            if _is_good(checkpoint):
+                target = checkpoint
+                if step not in tried:
+                    break
+        return target
 
     def archive_steps(self) -> None:
-        """Put aside what is newer than the step that was gone back to: a process that is killed now shall not begin there."""
+        """Rename the steps after the restored one to aside-…: a process that is started later must not continue from them."""
         try:
             self._checkpointer.archive_steps()
         except StorageError as error:
             self._display.warn(str(error))
 
-    def _save(self, step: int, state: State, metrics: dict[str, float]) -> None:
-        if self.kept_step == step:
+    def _save(self, state: TrainState, metrics: dict[str, float]) -> None:
+        if self.saved_step == state.step:
             return
-        objects, texts = state()
-        self._checkpointer.save(step, objects, metrics, files=texts)
+        objects = {**self._stepper.state, KEY: state.to_dict()}
+        self._checkpointer.save(state.step, objects, metrics, files={TOKENIZER: self._tokenizer})
         while self._checkpointer.notes:
             self._display.warn(self._checkpointer.notes.pop(0))
-        self.kept_step, self.kept_at, self.checkpoint = step, time.monotonic(), step_folder(self._folder, step)
+        self.saved_step, self.saved_at = state.step, time.monotonic()
+        self.checkpoint = step_folder(self._folder, state.step)
 
-    def _not_kept(self, error: Exception) -> None:
-        self.kept_step = -1
+    def _report_failure(self, error: Exception) -> None:
+        self.saved_step = -1
         try:
-            found = self._checkpointer.steps
+            steps = self._checkpointer.steps
         except StorageError:  # the folder itself cannot be reached
-            found = []
-        self.checkpoint = step_folder(self._folder, found[-1]) if found else None
-        left = f"step {found[-1]} is the newest that is kept" if found else "no step is kept yet"
+            steps = []
+        self.checkpoint = step_folder(self._folder, steps[-1]) if steps else None
+        newest = f"step {steps[-1]} is the newest that is saved" if steps else "no step is saved yet"
         self._display.fail(
-            f"A checkpoint was not kept: {error} Training goes on, and tries again when the next is due; {left}."
+            f"A checkpoint was not saved: {error} Training continues, and tries again when the next is due; {newest}."
         )
 
 
 def _is_good(checkpoint: Checkpoint) -> bool:
-    """Whether a run can go back there: its weights are finite, and its last step was applied."""
+    """Whether a run can go back to it: its weights are finite, and its last step was applied."""
     weights = checkpoint.model.state().values()
-    return not stored_values(checkpoint)["progress"].get("streak") and all(bool(each.isfinite().all()) for each in weights)
+    return not TrainState.of(checkpoint).streak and all(bool(each.isfinite().all()) for each in weights)

@@ -49,7 +49,7 @@ class StopRequest:
         self._longest, self._looked_at = max(self._longest, now - self._looked_at), now
         if not self.exit_code and self._ends is not None and now + self._longest + self.reserve >= self._ends:
             self.exit_code, self.reason = TIME_IS_UP, "the --time-limit is reached"
-        agreed = self._ranks.largest(self.exit_code)
+        agreed = self._ranks.max(self.exit_code)
         if agreed and agreed != self.exit_code:
             self.exit_code = agreed
             self.reason = "the --time-limit is reached" if agreed == TIME_IS_UP else _reason(agreed - 128)
@@ -69,7 +69,7 @@ class StopRequest:
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
         if not self.exit_code:
             self.exit_code, self.reason = 128 + number, _reason(number)
-        if self._ranks.first:
+        if self._ranks.is_rank0:
             print(f"\nFinishing the step and keeping it{again}.", file=sys.stderr, flush=True)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -27,24 +27,13 @@ class Tracker(Protocol):
     """Where rows of metrics.jsonl go, besides that file."""
 
     def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take rows; one with an ``event`` is not a measurement."""
+        """Take rows; one with an ``event`` has no figures."""
 
     def sample(self, step: int, text: str) -> None:
         """Take a sample of what the model writes."""
 
     def close(self) -> None:
-        """Write what is held back."""
-
-
-class _Nowhere:
-    def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        pass
-
-    def sample(self, step: int, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        """Flush."""
 
 
 class _TensorBoard:
@@ -58,7 +47,7 @@ class _TensorBoard:
 
     def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
-            for name, value in _measured(row).items():
+            for name, value in _figures(row).items():
                 self._writer.add_scalar(name, value, row["step"])
 
     def sample(self, step: int, text: str) -> None:
@@ -86,7 +75,7 @@ class _WeightsAndBiases:
 
     def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
-            if found := _measured(row):
+            if found := _figures(row):
                 self._run.log(found, step=row["step"])
 
     def sample(self, step: int, text: str) -> None:
@@ -97,7 +86,7 @@ class _WeightsAndBiases:
 
 
 def require_tracker(name: TrackerName | None) -> None:
-    """See that the library is there, before anything is done.
+    """Check that the library is installed, before anything is done.
 
     Raises:
         ConfigError: it is not.
@@ -106,11 +95,11 @@ def require_tracker(name: TrackerName | None) -> None:
         raise ConfigError(f"--track {name} needs its library: pip install 'onym[{name}]'.")
 
 
-def make_tracker(name: TrackerName | None, folder: Path, options: Mapping[str, Any], first_step: int) -> Tracker:
-    """Begin to track a run, or to go on with it.
+def make_tracker(name: TrackerName, folder: Path, options: Mapping[str, Any], first_step: int) -> Tracker:
+    """Begin to track a run, or continue to.
 
     Args:
-        name: None for nowhere.
+        name: of the library.
         folder: the run's; TensorBoard's files go into it.
         options: shown with the run.
         first_step: what is there of later steps is replaced.
@@ -118,8 +107,6 @@ def make_tracker(name: TrackerName | None, folder: Path, options: Mapping[str, A
     Raises:
         ConfigError: the library does not begin.
     """
-    if name is None:
-        return _Nowhere()
     try:
         if name == "tensorboard":
             return _TensorBoard(folder, options, first_step)
@@ -132,5 +119,5 @@ def make_tracker(name: TrackerName | None, folder: Path, options: Mapping[str, A
         ) from error
 
 
-def _measured(row: Mapping[str, Any]) -> dict[str, float]:
+def _figures(row: Mapping[str, Any]) -> dict[str, float]:
     return {} if "event" in row else {name: row[field] for field, name in _NAMES.items() if row.get(field) is not None}

@@ -28,11 +28,13 @@ import torch
 from torch import nn
 
 from onym.compile.in_place import compile_in_place
+from onym.data.batches import Batch
 from onym.gpt.config import GPTConfig
 from onym.gpt.gpt2 import GPT
+from onym.train.dry_run import prepare
 from onym.train.options import DataOptions, OptimizationOptions
 from onym.train.precision import choose_compute
-from onym.train.step import Batch, Stepper
+from onym.train.step import Stepper
 
 PRESET = "nano"
 _STEPS = 30
@@ -139,13 +141,13 @@ def _try(request: dict[str, str]) -> None:
     tokens = torch.randint(config.vocab_size, (options.batch_size, config.context_length + 1), device=compute.device)
     batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     plain = Stepper(GPT(config).to(compute.device), options, compute)
-    plain.prepare(batch, [options.batch_size], "off")
+    prepare(plain, batch, [options.batch_size], "off")
     (eager,) = _step_seconds([plain], batch)
     _tell(eager_seconds=eager)
     if not found.compiled:
         return
     fast = Stepper(GPT(config).to(compute.device), options, compute)
-    compilation, _ = fast.prepare(batch, [options.batch_size], "whole")
+    compilation, _ = prepare(fast, batch, [options.batch_size], "whole")
     if not compilation.compiled:
         _tell(works=False, reason=compilation.reason)
         return

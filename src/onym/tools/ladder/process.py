@@ -31,21 +31,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from onym.compile.in_place import compile_in_place
+from onym.data.batches import Batch
 from onym.errors import is_out_of_memory
 from onym.gpt.config import GPTConfig
 from onym.gpt.gpt2 import GPT
 from onym.tools.ladder.model import LadderModel, Parts
+from onym.train.dry_run import prepare
 from onym.train.metering import memory_in_use
 from onym.train.options import OptimizationOptions
 from onym.train.precision import choose_compute
 from onym.train.step import Stepper
 
 Technique = Literal["mask", "tf32", "fused", "pinned", "bf16", "norm", "attention", "compile", "padding", "batch", "onym"]
-Batch = tuple[Tensor, Tensor]  # inputs and targets, both [sequences, context_length] int64
 
 OUT_OF_MEMORY = "out of memory: lower --batch-size or --context-length"
 _BATCHES = 4  # of random tokens, used in turn
@@ -245,7 +245,7 @@ def _onym_step(setting: Setting) -> Callable[[Batch, int], object]:
     def moved(batch: Batch) -> Batch:
         return batch[0].to(compute.device), batch[1].to(compute.device)
 
-    stepper.prepare(moved(_batches(setting)[0]), [setting.batch_size], "whole")
+    prepare(stepper, moved(_batches(setting)[0]), [setting.batch_size], "whole")
     return lambda batch, number: stepper(moved(batch), options.learning_rate, number)
 
 
