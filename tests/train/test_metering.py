@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import mmap
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from onym import GPT
-from onym.train.metering import Meter, memory_in_use, peak_of, training_flops_per_token
+from onym.train.metering import Meter, documented_peak, memory_in_use, peak_of, training_flops_per_token
 from onym.train.precision import Compute
 from tests.conftest import TINY
 
@@ -31,6 +32,24 @@ def test_the_peak_is_measured_where_it_is_not_documented() -> None:
     peak = peak_of(CPU)
     assert 1e8 < peak.flops < 1e14
     assert peak.source == "the matmul rate measured here"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model"),
+    [
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40", None),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ],
+)
+def test_a_gpu_is_known_by_its_exact_model(gpu: str, model: str | None) -> None:
+    peak = documented_peak(gpu)
+    assert (peak.source if peak else None) == (f"{model}'s documented peak" if model else None)
 
 
 def test_memory_is_what_is_resident() -> None:

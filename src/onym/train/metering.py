@@ -3,6 +3,7 @@ machine could do."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from onym.gpt.config import GPTConfig
 from onym.train.precision import Compute
 
-# Dense bf16 and fp16 products a second, from the vendor's data sheets.
+# Dense bf16 and fp16 operations a second, from the vendor's data sheets; the more exact name before the shorter one.
 _DOCUMENTED = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -108,9 +109,13 @@ def peak_of(compute: Compute) -> Peak:
 
 
 def documented_peak(gpu: str) -> Peak | None:
-    """What the vendor says of a GPU, by the name that torch gives it; None where it is not known here."""
+    """What the vendor documents of a GPU, by the name that torch gives it; None where it is not known here.
+
+    >>> documented_peak("NVIDIA L4").source, documented_peak("NVIDIA L40")
+    ("L4's documented peak", None)
+    """
     for known, flops in _DOCUMENTED.items():
-        if known in gpu:
+        if re.search(rf"\b{known}\b", gpu):
             return Peak(flops, f"{known}'s documented peak")
     return None
 
