@@ -4,51 +4,64 @@ The library, in one screen. Every function takes a model as it is, plain, compil
 model's own. The command line is ``onym --help``.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from onym.api import load, load_model, open_checkpoint, save
-from onym.checkpoint.checkpointer import Checkpointer, Restored
-from onym.errors import OnymError
-from onym.gpt.config import GPTConfig
-from onym.gpt.gpt2 import GPT
-from onym.gpt.registry import register_architecture
-from onym.names.mismatch import MismatchError
-from onym.names.wrappers import register_wrapper, unwrap
-from onym.state.model import LoadReport, load_state_dict, state_dict
-from onym.state.optimizer import OptimizerReport, load_optimizer_state, optimizer_state
-
 if TYPE_CHECKING:
-    from onym.checkpoint.dcp import DCPReader, DCPWriter
+    from onym.api import load as load
+    from onym.api import load_model as load_model
+    from onym.api import open_checkpoint as open_checkpoint
+    from onym.api import save as save
+    from onym.checkpoint.checkpointer import Checkpointer as Checkpointer
+    from onym.checkpoint.checkpointer import Restored as Restored
+    from onym.checkpoint.dcp import DCPReader as DCPReader
+    from onym.checkpoint.dcp import DCPWriter as DCPWriter
+    from onym.convert.registry import register_format as register_format
+    from onym.errors import OnymError as OnymError
+    from onym.gpt.config import GPTConfig as GPTConfig
+    from onym.gpt.gpt2 import GPT as GPT
+    from onym.names.mismatch import MismatchError as MismatchError
+    from onym.names.wrappers import register_wrapper as register_wrapper
+    from onym.names.wrappers import unwrap as unwrap
+    from onym.state.architectures import register_architecture as register_architecture
+    from onym.state.model import LoadReport as LoadReport
+    from onym.state.model import load_state_dict as load_state_dict
+    from onym.state.model import state_dict as state_dict
+    from onym.state.optimizer import OptimizerReport as OptimizerReport
+    from onym.state.optimizer import load_optimizer_state as load_optimizer_state
+    from onym.state.optimizer import optimizer_state as optimizer_state
 
-__all__ = [
-    "Checkpointer",
-    "DCPReader",
-    "DCPWriter",
-    "GPT",
-    "GPTConfig",
-    "LoadReport",
-    "MismatchError",
-    "OptimizerReport",
-    "OnymError",
-    "Restored",
-    "load",
-    "load_model",
-    "load_optimizer_state",
-    "load_state_dict",
-    "open_checkpoint",
-    "optimizer_state",
-    "register_architecture",
-    "register_wrapper",
-    "save",
-    "state_dict",
-    "unwrap",
-]
+_WHERE = {
+    "api": ("load", "load_model", "open_checkpoint", "save"),
+    "checkpoint.checkpointer": ("Checkpointer", "Restored"),
+    "checkpoint.dcp": ("DCPReader", "DCPWriter"),
+    "convert.registry": ("register_format",),
+    "errors": ("OnymError",),
+    "gpt.config": ("GPTConfig",),
+    "gpt.gpt2": ("GPT",),
+    "names.mismatch": ("MismatchError",),
+    "names.wrappers": ("register_wrapper", "unwrap"),
+    "state.architectures": ("register_architecture",),
+    "state.model": ("LoadReport", "load_state_dict", "state_dict"),
+    "state.optimizer": ("OptimizerReport", "load_optimizer_state", "optimizer_state"),
+}
+_MODULE_OF = {name: f"onym.{module}" for module, names in _WHERE.items() for name in names}
+
+__all__ = [*_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    """These need torch.distributed.checkpoint, which takes a while to import, and is not needed by anything else."""
-    if name in ("DCPReader", "DCPWriter"):
-        from onym.checkpoint import dcp
+    """Import a public name at its first use: ``onym --help`` needs no torch, and the library needs no GPT."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return getattr(dcp, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return version("onym")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

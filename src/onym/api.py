@@ -6,7 +6,6 @@ The three practices, as functions: keep the original module's state (``save``), 
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import OrderedDict
@@ -20,17 +19,17 @@ from torch import nn
 
 from onym.convert.opening import open_any, warn_of
 from onym.convert.translation import format_of, translated
+from onym.convert.write import config_json
 from onym.errors import CheckpointError, ConfigError
 from onym.format.manifest import CONFIG, MODEL
 from onym.format.reader import Checkpoint
 from onym.format.tensors import TensorFile
 from onym.format.writer import write_folder, write_pth, write_safetensors
-from onym.gpt.config import GPTConfig
-from onym.gpt.registry import build_model, describe_model
 from onym.names.diagnose import diagnose
 from onym.names.match import recover_names
 from onym.names.mismatch import MismatchError, compare
 from onym.names.wrappers import AVERAGE_COUNTER, require_module, unwrap
+from onym.state.architectures import build_model, describe_model
 from onym.state.model import DtypePolicy, LoadReport, describe, full_state_dict, load_state_dict, materialise_meta, state_dict
 from onym.storage.object_store import as_path
 
@@ -74,7 +73,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     elif path.suffix in (".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".onnx", ".gguf", ".npz"):
         raise ConfigError(f"A model cannot be saved as '{path.suffix}': end the path in .safetensors, .pth, or / for a folder.")
     else:
-        texts = {CONFIG: _config_json(config)} if config is not None else {}
+        texts = {CONFIG: config_json(config)} if config is not None else {}
         write_folder(path, {MODEL: state}, texts, architecture=architecture)
 
 
@@ -144,7 +143,7 @@ def load_model(
     >>> load_model("model.safetensors").config.vocab_size
     100
     """
-    checkpoint = _found(path, step, part=part, n_heads=n_heads)
+    checkpoint = _found(path, step, part=part, settings={"n_heads": n_heads})
     warn_of(checkpoint)
     return load_checkpoint(checkpoint, device=device, compile=compile)
 
@@ -176,7 +175,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu
             raise CheckpointError(origin.problem)
         if origin is not None and origin.not_ours is not None:
             raise CheckpointError(
-                f"'{checkpoint.path}' is {origin.kind}, of which no onym.GPT can be built: {origin.not_ours}. Build "
+                f"'{checkpoint.path}' is {origin.kind}, of which no model can be built here: {origin.not_ours}. Build "
                 "its own model and use onym.load(path, into=model), or write it as plain safetensors (onym convert)."
             )
         raise CheckpointError(
@@ -234,32 +233,36 @@ def _load_into(
 
 
 def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) -> TensorFile:
-    """The tensors to load: as they are stored where they fit so, and otherwise in the model's layout, where both are GPTs."""
-    if checkpoint.origin is None:
+    """The tensors to load: as they are stored where they fit, else in the model's layout, where both formats are registered."""
+    origin = checkpoint.origin
+    if origin is None:
         return checkpoint.model
-    raw: TensorFile = checkpoint.origin.contents.tensors
+    raw: TensorFile = origin.contents.tensors
     renamed = recover_names(raw.names, known)
     fits = {renamed.get(name, name) for name in raw.names} - {AVERAGE_COUNTER} == known.keys() - {AVERAGE_COUNTER}
-    if fits or checkpoint.origin.shape is None:
+    if fits or origin.config is None:
         return raw
+    if set(checkpoint.model.names) == known.keys():
+        _require_same_computation(checkpoint, model)
+        return checkpoint.model
     shapes = {name: tuple(value.shape) for name, value in known.items() if isinstance(value, torch.Tensor)}
     format = format_of(shapes)
-    if format is None or (
-        format is checkpoint.origin.format and not checkpoint.origin.dropped and len(raw.names) >= len(known)
-    ):
+    if format is None or format.architecture != origin.format.architecture:
         return raw
-    config: GPTConfig = checkpoint.origin.shape
-    live = getattr(unwrap(model), "config", None)
-    if isinstance(live, GPTConfig):
-        _require_same_computation(checkpoint, config, live)
-    return translated(checkpoint.model, config, format, shapes)
+    if format is origin.format and not origin.dropped and len(raw.names) >= len(known):
+        return raw
+    _require_same_computation(checkpoint, model)
+    return translated(checkpoint.model, format, shapes)
 
 
-def _require_same_computation(checkpoint: Checkpoint, stored: GPTConfig, live: GPTConfig) -> None:
-    """What no tensor's shape shows."""
-    sure = not checkpoint.origin.notes and checkpoint.origin.problem is None
-    for name in ("n_heads", "gelu") if sure else ("gelu",):
-        if (was := getattr(stored, name)) != (now := getattr(live, name)):
+def _require_same_computation(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse settings that no tensor's shape shows, where both sides state them."""
+    architecture, live = describe_model(unwrap(model))
+    origin = checkpoint.origin
+    if live is None or architecture != origin.format.architecture:
+        return
+    for name in origin.format.hidden:
+        if name not in origin.assumed and (was := origin.config[name]) != (now := live[name]):
             raise ConfigError(
                 f"'{checkpoint.path}' was trained with {name}={was}, and this model computes with {name}={now}: its values "
                 "would load, and mean something else. Build the model with that, or use onym.load_model(path)."
@@ -297,10 +300,10 @@ def _found(
     *,
     verify: bool = True,
     part: str | None = None,
-    n_heads: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """The checkpoint that a path means; tells of damaged ones that were passed over."""
-    found = open_any(_path(path), step, verify=verify, part=part, n_heads=n_heads)
+    found = open_any(_path(path), step, verify=verify, part=part, settings=settings)
     for skipped, reason in found.skipped:
         warnings.warn(f"Passed over '{skipped}': {reason}", stacklevel=3)
     return found.checkpoint
@@ -310,7 +313,3 @@ def _path(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) and not hasattr(path, "joinpath"):
         raise ConfigError(f"This is a {type(path).__name__}, not a path: the model comes first in save, the path in load.")
     return as_path(path)
-
-
-def _config_json(config: dict[str, Any]) -> str:
-    return json.dumps(config, indent=2) + "\n"

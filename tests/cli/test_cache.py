@@ -53,45 +53,45 @@ def contents(cache: Path) -> dict[str, bytes]:
 
 
 def test_it_says_where_it_is_and_what_for(onym: Run, folder: Path) -> None:
-    listed = onym("cache").stdout
+    listed = onym("tools", "cache").stdout
     assert str(folder.parent) in listed.replace("\n", "")
     assert f"*  {folder.name}" in listed
     assert "just now" in listed
-    result = told(onym, "cache")
+    result = told(onym, "tools", "cache")
     assert result["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert result["this_machine"] == {"key": folder.name, "about": facts()}
     assert [(each["key"], each["this_machine"], each["about"]) for each in result["keys"]] == [(folder.name, True, facts())]
 
 
 def test_of_an_empty_cache_it_says_that_it_is_empty(onym: Run) -> None:
-    assert "Nothing is there yet" in onym("cache").stdout
-    assert told(onym, "cache")["keys"] == []
-    assert told(onym, "cache", "clear") == {"bytes": 0, "in_use": []}
-    done = onym("cache", "export", "x.tar.gz")
+    assert "Nothing is there yet" in onym("tools", "cache").stdout
+    assert told(onym, "tools", "cache")["keys"] == []
+    assert told(onym, "tools", "cache", "clear") == {"bytes": 0, "in_use": []}
+    done = onym("tools", "cache", "export", "x.tar.gz")
     assert done.returncode == 2
     assert "There is no compiled code of this machine" in done.stderr
 
 
 def test_what_was_exported_comes_back(onym: Run, folder: Path, tmp_path: Path) -> None:
     before = contents(folder)
-    assert told(onym, "cache", "export", "moved.tar.gz")["files"] == 3, "locks stay where they are"
-    assert told(onym, "cache", "clear")["bytes"] == sum(map(len, before.values()))
+    assert told(onym, "tools", "cache", "export", "moved.tar.gz")["files"] == 3, "locks stay where they are"
+    assert told(onym, "tools", "cache", "clear")["bytes"] == sum(map(len, before.values()))
     assert not folder.exists()
-    assert told(onym, "cache", "import", "moved.tar.gz", "--i-trust-it")["added"] == 2, "about.json is there already"
+    assert told(onym, "tools", "cache", "import", "moved.tar.gz", "--i-trust-it")["added"] == 2, "about.json is there already"
     assert contents(folder) == {name: content for name, content in before.items() if "locks" not in name}
     assert {path.stat().st_mode & 0o077 for path in folder.rglob("*.so")} == {0}
 
 
 def test_what_is_there_already_stays(onym: Run, folder: Path) -> None:
-    assert onym("cache", "export", "moved.tar.gz").returncode == 0
+    assert onym("tools", "cache", "export", "moved.tar.gz").returncode == 0
     (folder / "aa/code.so").write_bytes(b"newer")
     (folder / "fxgraph/bb/entry").unlink()
-    assert told(onym, "cache", "import", "moved.tar.gz", "--i-trust-it")["added"] == 1
+    assert told(onym, "tools", "cache", "import", "moved.tar.gz", "--i-trust-it")["added"] == 1
     assert (folder / "aa/code.so").read_bytes() == b"newer"
 
 
 def test_without_trust_nothing_is_read(onym: Run, folder: Path) -> None:
-    done = onym("cache", "import", "absent.tar.gz")
+    done = onym("tools", "cache", "import", "absent.tar.gz")
     assert done.returncode == 2
     assert "would run with your rights" in done.stderr
     assert "--i-trust-it" in done.stderr
@@ -102,7 +102,7 @@ def test_without_trust_nothing_is_read(onym: Run, folder: Path) -> None:
 def test_code_for_another_machine_is_refused_with_what_differs(onym: Run, folder: Path, tmp_path: Path, fact: str) -> None:
     key = folder.name
     pack(tmp_path / "x.tar.gz", about(**{fact: "quite another"}), entry(f"{key}/aa/new.so"))
-    done = onym("cache", "import", "x.tar.gz", "--i-trust-it")
+    done = onym("tools", "cache", "import", "x.tar.gz", "--i-trust-it")
     assert done.returncode == 2
     assert f"another machine, {fact}: 'quite another' there, " in done.stderr
     assert not (folder / "aa/new.so").exists()
@@ -135,7 +135,7 @@ def test_a_hostile_archive_changes_nothing(onym: Run, folder: Path, tmp_path: Pa
     entries, says = HOSTILE[what]
     pack(tmp_path / "x.tar.gz", *entries(folder.name))
     before = contents(tmp_path)
-    done = onym("cache", "import", "x.tar.gz", "--i-trust-it")
+    done = onym("tools", "cache", "import", "x.tar.gz", "--i-trust-it")
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -150,22 +150,22 @@ def test_an_archive_that_would_fill_the_disk_is_refused_before_it_does(
     pack(tmp_path / "x.tar.gz", about(), entry(f"{folder.name}/aa/zeros", bytes(20 << 20)))
     assert (tmp_path / "x.tar.gz").stat().st_size < 1 << 20
     before = contents(folder)
-    done = onym("cache", "import", "x.tar.gz", "--i-trust-it")
+    done = onym("tools", "cache", "import", "x.tar.gz", "--i-trust-it")
     assert done.returncode == 2
     assert "larger than 10 MiB" in done.stderr
     assert contents(folder) == before
     monkeypatch.setattr(cache, "LIMIT_BYTES", 1 << 30)
     monkeypatch.setattr(archive, "_MOST_FILES", 1)
-    assert onym("cache", "import", "x.tar.gz", "--i-trust-it").returncode == 2
+    assert onym("tools", "cache", "import", "x.tar.gz", "--i-trust-it").returncode == 2
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.3, 0.999])
 def test_an_archive_that_was_cut_off_changes_nothing(onym: Run, folder: Path, tmp_path: Path, cut: float) -> None:
-    assert onym("cache", "export", "x.tar.gz").returncode == 0
+    assert onym("tools", "cache", "export", "x.tar.gz").returncode == 0
     whole = (tmp_path / "x.tar.gz").read_bytes()
     (tmp_path / "x.tar.gz").write_bytes(whole[: int(len(whole) * cut)])
     before = contents(folder)
-    done = onym("cache", "import", "x.tar.gz", "--i-trust-it")
+    done = onym("tools", "cache", "import", "x.tar.gz", "--i-trust-it")
     assert done.returncode == 2
     assert "Nothing was imported" in done.stderr
     assert contents(folder) == before
@@ -174,16 +174,16 @@ def test_an_archive_that_was_cut_off_changes_nothing(onym: Run, folder: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("export",), "onym cache export needs a file"),
-        (("import",), "onym cache import needs a file"),
-        (("list", "x"), "onym cache list takes no file"),
-        (("clear", "x"), "onym cache clear takes no file"),
+        (("export",), "onym tools cache export needs a file"),
+        (("import",), "onym tools cache import needs a file"),
+        (("list", "x"), "onym tools cache list takes no file"),
+        (("clear", "x"), "onym tools cache clear takes no file"),
         (("import", "absent.tar.gz", "--i-trust-it"), "read the archive"),
         (("export", "absent/x.tar.gz"), "write the compiled code"),
     ],
 )
 def test_bad_input_is_a_sentence(onym: Run, folder: Path, arguments: tuple[str, ...], says: str) -> None:
-    done = onym("cache", *arguments)
+    done = onym("tools", "cache", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""``onym convert`` and ``onym repair``, as they are typed, and the stories that they are there for."""
+"""``onym convert``, as it is typed, and the stories that they are there for."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_i_trained_with_torch_compile_and_model_pth_wont_load(onym_process: Run,
     torch.save(compiled.state_dict(), tmp_path / "model.pth")
     with pytest.raises(RuntimeError, match="Missing key"):
         peers.book(vocab_size=280).load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
-    done = onym_process("repair", tmp_path / "model.pth")
+    done = onym_process("convert", tmp_path / "model.pth", "--in-place")
     assert done.returncode == 0, done.stderr
     assert "_orig_mod. in 47 names" in done.stdout
     done = onym_process("generate", tmp_path / "model.pth", "--prompt", "some words", "--max-new-tokens", "5", "--seed", "1")
@@ -90,7 +90,7 @@ def test_a_file_of_nanogpt_and_a_folder_of_transformers_are_compared(onym: Run, 
 def test_inspect_and_verify_know_them(onym: Run, tmp_path: Path) -> None:
     torch.save({"model_state_dict": torch.compile(peers.book()).state_dict(), "epoch": 3}, tmp_path / "model.pth")
     text = onym("inspect", "model.pth").stdout
-    for said in ("the book's GPTModel", "_orig_mod. in 47 names", "\n  _orig_mod\n", "as ours", "onym repair"):
+    for said in ("the book's GPTModel", "_orig_mod. in 47 names", "\n  _orig_mod\n", "as ours", "--in-place"):
         assert said in text, said
     everything = told(onym, "inspect", "model.pth")
     assert everything["found"]["rules"] == {"renamed": 23, "joined": 3}  # type: ignore[index]
@@ -112,8 +112,8 @@ def test_inspect_and_verify_know_them(onym: Run, tmp_path: Path) -> None:
     [
         (("model.pth", "model.pth"), "something at 'model.pth' already"),
         (("absent", "x"), "nothing at 'absent'"),
-        (("model.pth", "x", "--to", "huggingfase"), "no layout 'huggingfase' (did you mean 'huggingface'?)"),
-        (("model.pth", "x.bin"), "'.bin' does not say which layout is wanted"),
+        (("model.pth", "x", "--to", "huggingfase"), "no format 'huggingfase' (did you mean 'huggingface'?)"),
+        (("model.pth", "x.bin"), "'.bin' does not say which format is wanted"),
         (("model.pth", "x", "--to", "book"), "end 'x' in .pth or .pt"),
         (("model.pth", "x.pth", "--drop", "gelu"), "keeps every tensor as it is"),
         (("model.pth", "x", "--to", "huggingface", "--shard-size", "big"), "'big' is no size"),

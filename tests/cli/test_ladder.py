@@ -1,4 +1,4 @@
-"""``onym ladder``, run as a user runs it."""
+"""``onym tools ladder``, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = ("--preset", "nano", "--vocab-size", 300, "--context-length", 32, "--batc
 def test_every_rung_has_a_figure_or_a_reason(onym: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "_TURN", 0.01)  # turns shorter and fewer than good figures need
     monkeypatch.setattr(ladder, "_MOST_PAIRS", 3)
-    done = onym("ladder", *TINY, "--device", "cpu", "--minutes", 6, "--out", "here")
+    done = onym("tools", "ladder", *TINY, "--device", "cpu", "--minutes", 6, "--out", "here")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     head = next(number for number, line in enumerate(lines) if line.startswith("rung "))
@@ -54,7 +54,7 @@ def test_every_rung_has_a_figure_or_a_reason(onym: Run, tmp_path: Path, monkeypa
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-u", "-m", "onym", "ladder", *map(str, TINY), "--device", "cpu", "--minutes", "1"]
+    command = [sys.executable, "-u", "-m", "onym", "tools", "ladder", *map(str, TINY), "--device", "cpu", "--minutes", "1"]
     # A shell's background ignores Ctrl-C, and so would the command where the tests run there.
     listens = f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
     process = subprocess.Popen(
@@ -106,7 +106,7 @@ def children(parent: int) -> list[int]:
 )
 def test_a_wrong_option_is_one_sentence(onym: Run, tmp_path: Path, arguments: tuple[object, ...], says: str) -> None:
     (tmp_path / "file").touch()
-    done = onym("ladder", *arguments)
+    done = onym("tools", "ladder", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""``onym runs`` and ``onym plot``: what there is, and how it compares."""
+"""``onym runs``: what there is, and how it compares."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_runs_are_listed_with_what_became_of_them(onym: Run, book: Path, two: Pa
     done = onym("runs")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["run", "status", "step", "held-out", "best", "tokens/s", "kept"]
+    assert lines[0].split() == ["run", "status", "step", "held-out", "best", "tokens/s", "saved"]
     assert [line.split()[0] for line in lines[1:]] == ["broken", "night", "second", "first"], "the newest first"
     assert "run.json is damaged" in lines[1]
     assert lines[2].split()[1] == "killed"
@@ -44,20 +44,22 @@ def test_runs_are_listed_with_what_became_of_them(onym: Run, book: Path, two: Pa
 
 def test_runs_are_compared_in_one_picture(onym: Run, two: Path, tmp_path: Path) -> None:
     for output, begins in (("losses.png", b"\x89PNG"), ("x.svg", b"<?xml"), ("x.pdf", b"%PDF")):
-        done = onym("plot", "first", two / "second", "--output", output, "--x", "steps")
+        done = onym("runs", "first", two / "second", "--plot", output, "--x", "steps")
         assert done.returncode == 0, done.stderr
         assert (tmp_path / output).read_bytes().startswith(begins)
-    assert [line.split()[:2] for line in done.stdout.splitlines()[1:3]] == [["first", "20"], [str(two / "second"), "20"]]
+    lines = done.stdout.splitlines()
+    assert [line.split()[:3] for line in lines[1:3]] == [["first", "finished", "20/20"], ["second", "finished", "20/20"]]
+    assert lines[3] == "Drawn: x.pdf"
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("runs", "gone"), "There is no folder 'gone'"),
+        (("runs", "gone"), "There is no run or folder 'gone'"),
         (("runs", "."), "There are no runs in '.'"),
-        (("plot", "frist"), "There is no run 'frist' (did you mean 'first'?)"),
-        (("plot", "first", "--output", "x.doc"), "--output ends with .png, .svg, .pdf"),
-        (("plot", "empty"), "has measured nothing yet"),
+        (("runs", "frist", "--plot", "x.png"), "There is no run or folder 'frist' (did you mean 'first'?)"),
+        (("runs", "first", "--plot", "x.doc"), "--plot takes a file that ends with .png, .svg, .pdf"),
+        (("runs", "empty", "--plot", "x.png"), "has no metrics yet"),
     ],
 )
 def test_what_is_not_there_is_said(onym: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 
 import onym
 from onym.convert.opening import open_any
-from onym.convert.write import TARGETS, convert
+from onym.convert.registry import targets
+from onym.convert.write import convert
 from onym.data.tokenizer import Tokenizer
 from onym.errors import CheckpointError, ConfigError, StorageError
 from tests.convert import peers
@@ -171,7 +172,7 @@ def test_theirs_to_ours_and_back_gives_equal_tensors(tmp_path: Path, build: obje
     model: nn.Module = build()  # type: ignore[operator]
     to = {peers.book: "book", peers.book_fast: "book-fast", peers.huggingface: "huggingface"}[build]
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
-    convert(tmp_path / "theirs.pth", tmp_path / "ours", to="onym", n_heads=4)
+    convert(tmp_path / "theirs.pth", tmp_path / "ours", to="onym", settings={"n_heads": 4})
     end = tmp_path / ("back" if to == "huggingface" else "back.pth")
     convert(tmp_path / "ours", end, to=to)
     if to == "huggingface":
@@ -234,7 +235,7 @@ def test_anybodys_to_ours_and_back_is_the_identity(
         model.save_pretrained(source)  # type: ignore[operator]
     else:
         torch.save({"model": model.state_dict(), "model_args": said} if said else model.state_dict(), source)
-    convert(source, folder / "ours", to="onym", n_heads=size["heads"])
+    convert(source, folder / "ours", to="onym", settings={"n_heads": size["heads"]})
     convert(folder / "ours", end, to=to)
     if to == "huggingface":
         from transformers import AutoModelForCausalLM
@@ -341,7 +342,7 @@ def test_nothing_is_replaced_and_a_dry_run_writes_nothing(tmp_path: Path) -> Non
     with pytest.raises(StorageError, match=r"something at '.*there' already"):
         convert(tmp_path / "ours.safetensors", tmp_path / "there")
     before = sorted(tmp_path.iterdir())
-    for to in TARGETS:
+    for to in targets():
         end = tmp_path / ("x.pth" if to in ("book", "book-fast", "pth", "nanogpt") else "x")
         report = convert(
             tmp_path / "ours.safetensors", end, to=to, dry_run=True, drop=["gelu", "head"] if to == "nanogpt" else ()
@@ -456,7 +457,7 @@ def test_every_kind_of_tensor_goes_through_plainly(tmp_path: Path) -> None:
 
     loaded = load_file(tmp_path / "y.safetensors")
     assert all(torch.equal(value, loaded[name]) for name, value in state.items())
-    with pytest.raises(CheckpointError, match="is no GPT that is known here"):
+    with pytest.raises(CheckpointError, match="is not a gpt that is known here"):
         convert(tmp_path / "x.ckpt", tmp_path / "z", to="huggingface")
     assert open_any(tmp_path / "y.safetensors").checkpoint.model.shapes.keys() == loaded.keys()
 

@@ -27,7 +27,7 @@ def test_after_200_steps_compiled_bf16_is_within_a_hundredth_of_eager_fp32(onym_
     for measure in ("train_loss", "val_loss"):
         assert ends["fp32"][measure] < 5.5, "it has learnt, from 6.9 on, so agreement means something"
         assert ends["bf16"][measure] == pytest.approx(ends["fp32"][measure], rel=0.01)
-    assert onym_process("plot", "runs/bf16", "runs/fp32", "--output", "both.png").returncode == 0
+    assert onym_process("runs", "runs/bf16", "runs/fp32", "--plot", "both.png").returncode == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -53,7 +53,7 @@ CHOSEN = RUNS if IN_FULL else {name: RUNS[name] for name in SAMPLE}
 @pytest.mark.parametrize("options", CHOSEN.values(), ids=CHOSEN)
 def test_kills_change_nothing(onym_process: Run, book: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
     kills = 50 if IN_FULL else 2
-    done = onym_process("check-resume", "--kills", kills, "--folder", tmp_path / "both", "--data", book, *options)
+    done = onym_process("tools", "check-resume", "--kills", kills, "--folder", tmp_path / "both", "--data", book, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The same to the last bit" in done.stdout
     killed = re.search(r"after (\d+) kills", done.stdout)
@@ -87,7 +87,7 @@ def test_what_differs_is_found(onym: Run, book: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_before_anything_is_trained(
     onym: Run, book: Path, tmp_path: Path, options: tuple[object, ...], says: str
 ) -> None:
-    done = onym("check-resume", "--data", book, *EAGER, *options)
+    done = onym("tools", "check-resume", "--data", book, *EAGER, *options)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

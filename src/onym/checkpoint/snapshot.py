@@ -24,7 +24,7 @@ from onym.format.reader import Checkpoint
 from onym.format.safetensors import dtype_name
 from onym.format.sharded_tensor import Part, Table
 from onym.format.writer import Box
-from onym.gpt.registry import describe_model
+from onym.state.architectures import describe_model
 from onym.names.mismatch import compare
 from onym.names.wrappers import unwrap
 from onym.state.collectives import all_gather_object, get_rank, get_world_size, raise_on_all_ranks

@@ -1,4 +1,4 @@
-"""``onym check-resume``: whether a run of these options continues exactly, tried out here."""
+"""``onym tools check-resume``: whether a run of these options continues exactly, tried out here."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import random
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from onym.cli.train import parse_options
+from onym.cli.arguments import CheckResumeArguments
+from onym.cli.parsing import parse_options
 from onym.errors import ConfigError
 from onym.tools.resume_check import compare_killed
 from onym.train.display import Display
@@ -20,26 +18,9 @@ from onym.train.launch import can_find_workers
 _SHOWN = 12
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Train straight, and again with SIGKILLs at random moments, and compare every tensor and every row of metrics bit by bit.
-    Of several processes (--processes) one of them is killed each time.
-
-    All options of onym train but --name and --runs-dir go after these (onym train --help). Choose few --steps, and
-    --save-every such that there are several checkpoints. Exit code 0: the same bits; 1: not the same.
-    """
-
-    kills: int = 5
-    """How often the second run is killed, at most."""
-    kill_seed: int | None = None
-    """Of the moments; another one each time where it is not given."""
-    folder: Path | None = None
-    """Where both runs are kept afterwards; without it they are deleted if they are the same."""
-
-
-def run(arguments: list[str]) -> int:
-    """``onym check-resume``."""
-    ours, options = tyro.cli(_Arguments, prog="onym check-resume", args=arguments, return_unknown_args=True)
+def run(given: tuple[CheckResumeArguments, list[str]]) -> int:
+    """``onym tools check-resume``."""
+    ours, options = given
     if ours.kills < 1:
         raise ConfigError(f"--kills must be at least 1, not {ours.kills}.")
     for argument in options:

@@ -6,78 +6,75 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 
-from onym.cli.report import as_step, counted, print_facts, print_heading, print_json
-from onym.convert.write import TARGETS, Report, convert
+from onym.cli.arguments import ConvertArguments
+from onym.cli.report import as_step, print_facts, print_heading, print_json
+from onym.convert.repair import repair
+from onym.convert.write import Report, convert
 from onym.data.tokenizer import Tokenizer
 from onym.errors import ConfigError
-from onym.train.display import Display, size
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """Write a checkpoint in another layout, read the result back, and compare every tensor. Nothing is replaced."""
-
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC", help_behavior_hint="")]
-    """A run, a checkpoint, or anything of another program's: model.pth, ckpt.pt, a folder of transformers …"""
-    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST", help_behavior_hint="")]
-    """A file or folder that is not there yet."""
-    to: Annotated[str | None, tyro.conf.arg(metavar="|".join(TARGETS), help_behavior_hint="(default: as DST ends)")] = None
-    """The layout. safetensors and pth keep the source's own, under clean names."""
-    part: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model)")] = None
-    """Of a file with several models, which: state_dict_ema, say."""
-    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: the newest good one)")] = "latest"
-    """Of a run, which step."""
-    n_heads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: heads of size 64)")] = None
-    """Attention heads, where the source does not say."""
-    vocab_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: as it is)")] = None
-    """Leave out the rows of the vocabulary from here on: 50257 takes the padding off a 50304."""
-    shard_size: Annotated[str | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="(default: one file)")] = None
-    """Several .safetensors files of at most this size with an index: 5GB, say."""
-    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME", help_behavior_hint="(default: the source's)")] = None
-    """A tokenizer.json or hub name to put beside the weights."""
-    drop: Annotated[str, tyro.conf.arg(metavar="WORD,…", help_behavior_hint="(default: refuse)")] = ""
-    """What to do without that DST cannot hold, by the words that the refusal says."""
-    dry_run: bool = False
-    """Say what would be done, and write nothing."""
-    json: bool = False
-    """One JSON object instead."""
+from onym.train.display import Display
+from onym.units import format_size, parse_size, plural
 
 
-def run(arguments: list[str]) -> int:
+def run(given: ConvertArguments) -> int:
     """``onym convert``."""
-    given = tyro.cli(_Arguments, prog="onym convert", args=arguments)
+    if given.in_place:
+        return _repair(given)
+    if not given.destination:
+        raise ConfigError("Name what to write, as in onym convert SRC DST, or give --in-place to repair SRC itself.")
     with Display(Console(stderr=True)).activity("Conversion") as activity:
         written = 0
 
         def progress(count: int) -> None:
             nonlocal written
             written += count
-            activity(f"{size(written)} written", 0, 0)
+            activity(f"{format_size(written)} written", 0, 0)
 
         report = convert(
             given.source,
             given.destination,
             to=given.to,
             part=given.part,
-            n_heads=given.n_heads,
+            settings={"n_heads": given.n_heads},
             vocab_size=given.vocab_size,
-            shard_bytes=_bytes(given.shard_size),
+            shard_bytes=None if given.shard_size is None else parse_size(given.shard_size, "--shard-size"),
             tokenizer=Tokenizer.load(given.tokenizer).to_json() if given.tokenizer else None,
             drop=[word for word in given.drop.split(",") if word],
             dry_run=given.dry_run,
             progress=progress,
             step=as_step(given.step),
         )
-        activity.result = size(report.bytes)
+        activity.result = format_size(report.bytes)
     print_json(dataclasses.asdict(report)) if given.json else _say(report, dry_run=given.dry_run)
+    return 0
+
+
+def _repair(given: ConvertArguments) -> int:
+    """Repair names and index of the source itself."""
+    options = ("to", "part", "n_heads", "vocab_size", "shard_size", "tokenizer", "drop")
+    others = [name for name in options if getattr(given, name) != getattr(ConvertArguments("", ""), name)]
+    if given.destination or others:
+        other = "a DST" if given.destination else "--" + others[0].replace("_", "-")
+        raise ConfigError(f"--in-place changes names and index of SRC alone: it takes no {other.removeprefix('a ')}.")
+    with Display(Console(stderr=True)).activity("Repair"):
+        done = repair(given.source, dry_run=given.dry_run)
+    if given.json:
+        print_json(dataclasses.asdict(done))
+        return 0
+    wrappers = ", ".join(f"{segment}. in {count}" for segment, count in done.wrappers.items())
+    print_heading(f"{done.path}{' (nothing was written: --dry-run)' if given.dry_run else ''}")
+    print_facts(
+        {
+            "found": done.kind,
+            "wrappers": f"{wrappers} names" if wrappers else None,
+            "done": done.done,
+            "compared": f"{plural(done.compared, 'tensor')}, bitwise identical" if done.compared else None,
+        }
+    )
     return 0
 
 
@@ -90,10 +87,10 @@ def _say(report: Report, *, dry_run: bool) -> None:
             "done": ", ".join(f"{word} {count}" for word, count in report.rules.items()) or "nothing: every tensor as it was",
             "left out": "; ".join(_some(report.dropped)) or None,
             "not used": ", ".join(_some(report.unused)) or None,
-            "result": f"{counted(report.tensors, 'tensor')}, {size(report.bytes)}",
+            "result": f"{plural(report.tensors, 'tensor')}, {format_size(report.bytes)}",
             "compared": None
             if dry_run
-            else f"{counted(report.compared, 'tensor')} read back, equal bit for bit"
+            else f"{plural(report.compared, 'tensor')} read back, equal bit for bit"
             + (f"; logits {report.logits:.1g} apart" if report.logits is not None else ""),
         }
     )
@@ -130,12 +127,3 @@ def _next(report: Report) -> str:
     if report.to in ("book", "book-fast", "pth"):
         return f'Load it: model.load_state_dict(torch.load("{report.destination}", weights_only=True))'
     return f"Look at it: onym inspect {path}"
-
-
-def _bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
-    if found is None or found[2].upper() not in _UNITS or not float(found[1]):
-        raise ConfigError(f"--shard-size {text!r} is no size: give a number with KB, MB or GB, as 5GB.")
-    return int(float(found[1]) * _UNITS[found[2].upper()])

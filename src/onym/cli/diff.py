@@ -7,19 +7,20 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
-from onym.cli.report import as_step, checkpoints_folder, counted, print_heading, print_json, print_table, shown
+from onym.cli.arguments import DiffArguments
+from onym.cli.report import as_step, checkpoints_folder, print_heading, print_json, print_table, shown
 from onym.convert.opening import open_any
 from onym.format.manifest import MODEL
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import as_bytes
 from onym.names.match import recover_names
 from onym.storage import object_store
+from onym.units import plural
 
 DIFFERENT = 1
 
@@ -28,25 +29,8 @@ _PIECE = 1 << 22  # values that are widened at a time
 _VALUE = "value"  # what a module stores of its own making: no tensor
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Compare two models: equal weights, or which names, shapes, dtypes and values differ. Exit code 1 where they do."""
-
-    a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A", help_behavior_hint="")]
-    """A run, a checkpoint, a model folder or a file."""
-    b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B", help_behavior_hint="")]
-    """What it is compared with."""
-    step_a: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: latest)")] = "latest"
-    """Where A is a run, which step."""
-    step_b: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: latest)")] = "latest"
-    """Where B is a run, which step."""
-    json: bool = False
-    """One JSON object instead."""
-
-
-def run(arguments: list[str]) -> int:
+def run(given: DiffArguments) -> int:
     """``onym diff``."""
-    given = tyro.cli(_Arguments, prog="onym diff", args=arguments)
     pair = []
     for path, step in ((given.a, given.step_a), (given.b, given.step_b)):
         checkpoints_folder(object_store.as_path(path))  # where a storage cannot be reached, says so
@@ -262,7 +246,7 @@ def _print_values(told: Mapping[str, Any]) -> None:
     values = sorted(told["values"].items(), key=lambda item: -item[1]["relative"])
     verb = "has" if len(values) == 1 else "have"
     more = " Those that differ most:" if len(values) > _SHOWN else ""
-    print_heading(f"{counted(len(values), 'tensor')} {verb} other values, {told['equal_tensors']} are equal.{more}")
+    print_heading(f"{plural(len(values), 'tensor')} {verb} other values, {told['equal_tensors']} are equal.{more}")
     titles = ("", "relative L2", "largest", "values changed")
     rows = [titles, *(_gap_row(name, gap) for name, gap in values[:_SHOWN])]
     print_table([*rows, _gap_row("all tensors of both", told["total"])])

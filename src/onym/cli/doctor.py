@@ -1,45 +1,26 @@
-"""``onym doctor``: this machine, the settings for it, and what is wrong with it."""
+"""``onym tools doctor``: this machine, the settings for it, and what is wrong with it."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
-from onym.cli.report import counted, print_facts, print_heading, print_json
+from onym.cli.arguments import DoctorArguments
+from onym.cli.report import print_facts, print_heading, print_json
 from onym.tools.doctor import machine as find
 from onym.tools.doctor.diagnosis import Diagnosis, Machine, choose_precision, diagnose
 from onym.tools.doctor.disk import Disk, look_at
 from onym.tools.doctor.trial import Trial, try_compiling
-from onym.train.display import Display, size
-from onym.train.options import DataOptions, RunOptions
+from onym.train.display import Display
 from onym.train.precision import choose_compute, computes_in_bf16
+from onym.units import format_size, plural
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Look at this machine: what it can do, measured; the settings that suit it, and what each is worth; what is wrong, and its
-    remedy. Takes about a minute, and leaves nothing behind. Exit code 1 if there is a problem that matters."""
-
-    runs_dir: Path = RunOptions().runs_dir
-    """Folder of all runs, as for train."""
-    cache_dir: Path = field(default_factory=lambda: DataOptions().cache_dir)
-    """Where tokenised text is kept, as for train."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
-    quick: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Leave out what takes longer than a second or so: trying torch.compile, and all but a glance at the disks."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """One JSON object instead."""
-
-
-def run(arguments: list[str]) -> int:
-    """``onym doctor``."""
-    given = tyro.cli(_Arguments, prog="onym doctor", args=arguments)
+def run(given: DoctorArguments) -> int:
+    """``onym tools doctor``."""
     # With --json, standard output is for the object alone: in a terminal, how far it is goes to the other stream.
     display = Display(Console(stderr=True, quiet=not sys.stderr.isatty()) if given.json else None)
     machine = examine(given.runs_dir, given.cache_dir, given.device, display, quick=given.quick)
@@ -100,17 +81,17 @@ def examine(runs_dir: Path, cache_dir: Path, device: str, display: Display, *, q
 def _print(machine: Machine, diagnosis: Diagnosis) -> None:
     versions, cores, memory = machine.versions, machine.cores, machine.memory
     may = f", {cores.quota:g} of them allowed" if cores.quota is not None else ""
-    limited = f", {size(memory.limit)} allowed" if memory.limit is not None else ""
-    held = "not told by this system" if memory.total is None else size(memory.total)
-    free = f", {size(memory.available)} available" if memory.available is not None else ""
-    copied = f"; copies {size(machine.copied_per_second)} a second" if machine.copied_per_second else ""
+    limited = f", {format_size(memory.limit)} allowed" if memory.limit is not None else ""
+    held = "not told by this system" if memory.total is None else format_size(memory.total)
+    free = f", {format_size(memory.available)} available" if memory.available is not None else ""
+    copied = f"; copies {format_size(machine.copied_per_second)} a second" if machine.copied_per_second else ""
     extras = [f"{name} {version or '-'}" for name, version in versions.extras.items()]
     print_heading("This machine")
     print_facts(
         {
             "system": f"{versions.system}, Python {versions.python}, torch {versions.torch}",
-            "processor": f"{cores.processor}, {counted(cores.allowed, 'core')} of {cores.logical}{may}; torch computes with "
-            + counted(cores.threads, "thread"),
+            "processor": f"{cores.processor}, {plural(cores.allowed, 'core')} of {cores.logical}{may}; torch computes with "
+            + plural(cores.threads, "thread"),
             "memory": f"{held}{free}{limited}{copied if machine.device == 'cpu' else ''}",
             "GPU": _gpus(machine) + (copied if machine.device != "cpu" else ""),
             "products": f"{_rates(machine.rates)} (on {machine.device})",
@@ -137,7 +118,8 @@ def _gpus(machine: Machine) -> str:
         f", {gpu.documented_flops / 1e12:.0f} TFLOP/s documented" if gpu.documented_flops else "" for gpu in machine.gpus
     ]
     told = [
-        f"{gpu.name} ({size(gpu.memory)}, {gpu.capability}{flops})" for gpu, flops in zip(machine.gpus, documented, strict=True)
+        f"{gpu.name} ({format_size(gpu.memory)}, {gpu.capability}{flops})"
+        for gpu, flops in zip(machine.gpus, documented, strict=True)
     ]
     return f"{', '.join(told)}; driver {machine.driver or 'not told'}, torch for CUDA {machine.versions.cuda}"
 
@@ -149,7 +131,7 @@ def _rates(rates: dict[str, float]) -> str:
 def _speed(disk: Disk) -> str:
     if disk.bytes_per_second is None:
         return disk.trouble or "no room to try"
-    return f"{disk.kind}, {size(disk.free)} free, {size(disk.bytes_per_second)} a second"
+    return f"{disk.kind}, {format_size(disk.free)} free, {format_size(disk.bytes_per_second)} a second"
 
 
 def _tried(trial: Trial) -> str:

@@ -6,20 +6,17 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from onym.checkpoint.retention import pins, step_folder, steps
+from onym.cli.arguments import InspectArguments
 from onym.cli.convert import found_facts
 from onym.cli.report import (
-    age,
     as_step,
     bytes_of,
     checkpoints_folder,
-    counted,
     print_facts,
     print_heading,
     print_json,
@@ -34,28 +31,13 @@ from onym.format.safetensors import dtype_called
 from onym.format.tensors import TensorFile
 from onym.storage import object_store
 from onym.storage.lock import LEASE, holder, lock
-from onym.train.display import size
+from onym.units import format_age, format_size, plural
 
 _VALUE = "value"  # what a module stores of its own making: no tensor
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Say what a file or folder is: a run, a checkpoint, a model folder, a .safetensors or .pth file. Reads headers only."""
-
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-    """A path, or a remote one (s3://…)."""
-    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: the run's list of steps)")] = ""
-    """Of a run, one step: its number, the name it is pinned under, or latest."""
-    part: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model)")] = None
-    """Of a file with several models, which."""
-    json: bool = False
-    """One JSON object instead."""
-
-
-def run(arguments: list[str]) -> int:
+def run(given: InspectArguments) -> int:
     """``onym inspect``."""
-    given = tyro.cli(_Arguments, prog="onym inspect", args=arguments)
     path = object_store.as_path(given.path)
     directory = checkpoints_folder(path)
     if directory is not None and not given.step:
@@ -141,7 +123,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": sum(total["parameters"] for total in totals[main].values()),
         "totals": totals,
         "tensors": files,
-        "found": origin.told() if origin is not None else None,
+        "found": origin.summary() if origin is not None else None,
     }
 
 
@@ -172,7 +154,7 @@ def _totals(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int
 
 
 def _print_run(told: Mapping[str, Any]) -> None:
-    print_heading(f"{told['path']}: a run with {counted(len(told['steps']), 'checkpoint')}")
+    print_heading(f"{told['path']}: a run with {plural(len(told['steps']), 'checkpoint')}")
     rows = [("step", "written", "size", "identity", "")]
     for step in told["steps"]:
         notes = [f"{name} {value:.6g}" for name, value in step.get("metrics", {}).items()]
@@ -180,7 +162,15 @@ def _print_run(told: Mapping[str, Any]) -> None:
         if "damaged" in step:
             rows.append((str(step["step"]), "?", "?", "?", ", ".join(["damaged: see onym verify", *notes])))
         else:
-            rows.append((str(step["step"]), age(step["time"]), size(step["bytes"]), step["identity"][:12], ", ".join(notes)))
+            rows.append(
+                (
+                    str(step["step"]),
+                    format_age(step["time"]),
+                    format_size(step["bytes"]),
+                    step["identity"][:12],
+                    ", ".join(notes),
+                )
+            )
     if told["steps"]:
         print_table(rows)
     writer = told["writer"]
@@ -196,12 +186,12 @@ def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     facts = {
         "step": None if told["step"] is None else str(told["step"]),
         "metrics": ", ".join(f"{name} {value:.6g}" for name, value in told["metrics"].items()),
-        "size": f"{size(told['bytes'])}, {counted(told['parameters'], 'parameter')}",
+        "size": f"{format_size(told['bytes'])}, {plural(told['parameters'], 'parameter')}",
         "identity": told["identity"] or "none: it holds no hashes (what onym.save writes as .safetensors does)",
         "goes on from": f"step {parent.get('step')}, {str(parent.get('identity'))[:12]}" if parent else None,
         "architecture": told["architecture"],
         "config": ", ".join(f"{name}={value}" for name, value in (told["config"] or {}).items()),
-        "written": f"{about['time']} ({age(about['time'])}) on {about.get('host')}" if about.get("time") else None,
+        "written": f"{about['time']} ({format_age(about['time'])}) on {about.get('host')}" if about.get("time") else None,
         "versions": ", ".join(f"{name} {about[name]}" for name in ("onym", "torch", "python") if name in about),
         "git": None if about.get("git") is None else str(about["git"]),
     }
@@ -209,13 +199,13 @@ def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         facts |= _found_facts(told["found"], told["config"])
     print_facts(facts)
     for file, tensors in told["tensors"].items():
-        held = f" ({size(told['files'][file])})" if file in told["files"] else ""
+        held = f" ({format_size(told['files'][file])})" if file in told["files"] else ""
         totals = [
-            (f"{total['parameters']:,} {dtype}", "" if total["bytes"] is None else f"({size(total['bytes'])})")
+            (f"{total['parameters']:,} {dtype}", "" if total["bytes"] is None else f"({format_size(total['bytes'])})")
             for dtype, total in told["totals"][file].items()
         ]
         alone = f", {' '.join(totals[0])}" if len(totals) == 1 else ""
-        print_heading(f"{file}{held}: {counted(len(tensors), 'tensor')}{alone}")
+        print_heading(f"{file}{held}: {plural(len(tensors), 'tensor')}{alone}")
         if not alone:
             print_table(totals)
         if file in (checkpoint.model.path.name, checkpoint.path.name):
@@ -224,7 +214,7 @@ def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
             print_table(tree(said, ties))
     for file, count in told["files"].items():
         if file not in told["tensors"]:
-            print_heading(f"{file} ({size(count)})", style="")
+            print_heading(f"{file} ({format_size(count)})", style="")
 
 
 def _found_facts(found: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, str | None]:
@@ -237,7 +227,7 @@ def _found_facts(found: Mapping[str, Any], config: Mapping[str, Any] | None) -> 
     elif found["not_ours"] or found["problem"]:
         facts["as ours"] = f"no: {found['not_ours'] or found['problem']}"
     if found["wrappers"]:
-        facts["next"] = "onym repair takes the wrappers out of its names, in a file; of a folder, onym convert writes it anew"
+        facts["next"] = "onym convert PATH --in-place removes the wrappers from its names; a folder: onym convert SRC DST"
     return facts | {"note": " ".join(found["notes"]) or None}
 
 

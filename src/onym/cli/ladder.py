@@ -1,26 +1,26 @@
-"""``onym ladder``: what each technique for faster training is worth on this machine."""
+"""``onym tools ladder``: what each technique for faster training is worth on this machine."""
 
 from __future__ import annotations
 
 import json
 import math
 import textwrap
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from onym.cli.arguments import LadderArguments
 from onym.cli.report import print_json, print_table
 from onym.errors import ConfigError, storage_error
 from onym.gpt.config import GPTConfig
 from onym.storage.local import replace_file
 from onym.tools.ladder.ladder import BOOK_VOCABULARY, CPU_VOCABULARY, Figure, Ladder, climb
-from onym.train.display import Display, clock, size
+from onym.train.display import Display
 from onym.train.plot import plot_ladder
 from onym.train.precision import choose_compute
+from onym.units import format_clock, format_size
 
 _HEADINGS = ("rung", "tokens/s", "×", "total", "memory", "util", "A100", "×")
 _PAYS = 1.03  # a factor below it is within what a shared machine's noise can be
@@ -28,39 +28,8 @@ _PAYS = 1.03  # a factor below it is within what a shared machine's noise can be
 _Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")]
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Measure what each technique for faster training is worth on this machine: the book's ladder, a rung at a time.
-
-    Each rung adds one technique to those below it and is measured in turns with the rung before. Beside it stands what the book
-    measured on an A100. Those that cannot apply here say why.
-    """
-
-    preset: Annotated[
-        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: gpt2-small on a GPU, mini elsewhere)")
-    ] = None
-    """Shape of the model: nano, micro, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl."""
-    context_length: _Int = None
-    """Tokens in a sequence."""
-    batch_size: int = 8
-    """Sequences in a step; the rung with a larger batch takes four times as many."""
-    vocab_size: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: GPT-2's 50257; for mini without a GPU 12241)")
-    ] = None
-    """Rows of the embedding and of the head."""
-    minutes: float = 8.0
-    """Within which it ends; less time makes noisier figures, or leaves rungs out."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("ladder")
-    """Where ladder.png and ladder.json are put."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """One JSON object instead of the table; how far it is goes to standard error."""
-
-
-def run(arguments: list[str]) -> int:
-    """``onym ladder``."""
-    given = tyro.cli(_Arguments, prog="onym ladder", args=arguments)
+def run(given: LadderArguments) -> int:
+    """``onym tools ladder``."""
     for name in ("batch_size", "minutes"):
         value = getattr(given, name)
         if not (value > 0 and math.isfinite(value)):
@@ -106,7 +75,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _show(ladder: Ladder, given: _Arguments, preset: str, display: Display) -> None:
+def _show(ladder: Ladder, given: LadderArguments, preset: str, display: Display) -> None:
     rows = [_cells(figure) for figure in ladder.figures]
     display.note("")
     if display.console.is_terminal:
@@ -134,7 +103,7 @@ def _show(ladder: Ladder, given: _Arguments, preset: str, display: Display) -> N
             80,
         )
     )
-    display.note(f"Drawn: {given.out / 'ladder.png'}; figures: {given.out / 'ladder.json'} ({clock(ladder.seconds)})")
+    display.note(f"Drawn: {given.out / 'ladder.png'}; figures: {given.out / 'ladder.json'} ({format_clock(ladder.seconds)})")
     if (gain := ladder.largest_gain) is not None:
         display.note(f"The largest gain here is {gain.title}: {gain.factor:.2f} times the rung before.")
     display.note(f"Next: {_next_command(ladder, given, preset)}", style="bold")
@@ -146,7 +115,7 @@ def _cells(figure: Figure) -> tuple[str, ...]:
         _whole(figure.tokens_per_second),
         _factor(figure.factor),
         _factor(figure.total),
-        "-" if figure.memory_bytes is None else size(figure.memory_bytes),
+        "-" if figure.memory_bytes is None else format_size(figure.memory_bytes),
         "-" if figure.utilisation is None else f"{figure.utilisation:.0%}",
         _whole(figure.a100_tokens_per_second),
         _factor(figure.a100_factor),
@@ -161,7 +130,7 @@ def _factor(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _next_command(ladder: Ladder, given: _Arguments, preset: str) -> str:
+def _next_command(ladder: Ladder, given: LadderArguments, preset: str) -> str:
     """``onym train`` at this shape, with what pays here and without what does not."""
     words = ["onym train", f"--preset {preset}"]
     if given.context_length is not None:

@@ -1,8 +1,10 @@
 """``onym``: picks the command, and turns errors into one sentence and an exit code.
 
-Exit codes: 0 done; 1 the answer is no (``verify``: damaged; ``diff``: different; ``doctor``: there is a problem that matters);
-2 something of the user's is in the way (said in a sentence on standard error). Of ``train``, stopped with everything kept: 130
-by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by its ``--time-limit``.
+Exit codes: 0 done; 1 the answer is no (``verify``: damaged; ``diff``: different; ``tools doctor``: a problem that matters);
+2 the user's input or surroundings are at fault (one sentence on standard error). ``train`` that stopped with everything saved:
+130 by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by its ``--time-limit``.
+
+Arguments are parsed before anything slow is imported: help pages and mistyped options are answered without torch.
 """
 
 from __future__ import annotations
@@ -13,30 +15,32 @@ import io
 import os
 import sys
 import threading
-from importlib.metadata import version
 from typing import NoReturn
 
 from onym.errors import LESS_MEMORY, ConfigError, OnymError, ReportedElsewhere, is_out_of_memory, nearest
 
 INTERRUPTED = 130
 
-# Each command is a module here with a function `run(arguments) -> exit code`; only the one that is called is imported.
 _COMMANDS = {
-    "doctor": "look at this machine: what it can do, which settings suit it, what is wrong",
-    "train": "train a GPT on text, and keep it under its own names",
-    "check-resume": "try out whether a run of these options, killed at random, ends with the same bits",
+    "train": "train a GPT on text",
     "generate": "continue a text with a trained GPT",
-    "runs": "list the runs in a folder: how far each is, and how well it does",
-    "plot": "draw the losses of several runs into one picture",
-    "ladder": "measure what each technique for faster training is worth on this machine",
-    "inspect": "say what a file or folder is: steps, tensors, configuration, where it comes from",
-    "verify": "read every byte of a run, a checkpoint or a file, and check it",
+    "runs": "list runs: how far each is, and how well it does; draw their losses",
+    "inspect": "show what a file or folder is: steps, tensors, configuration, origin",
+    "verify": "read and check every byte of a run, a checkpoint or a file",
     "diff": "compare two models: equal, or what differs and by how much",
-    "convert": "write a checkpoint in another layout: transformers', nanoGPT's, the book's, plain files",
-    "repair": "mend a file in place whose names or index are wrong",
-    "prune": "delete checkpoints that need not stay, or pin one so that it does",
-    "cache": "list, move or delete the compiled code that is kept for the next start",
+    "convert": "write a checkpoint in another format, or repair one in place",
+    "prune": "delete checkpoints that are no longer needed, or pin one",
+    "tools": "examine this machine, measure techniques, prove exact resume, manage compiled code",
 }
+
+_TOOLS = {
+    "doctor": "examine this machine: what it can do, the best settings, what is wrong",
+    "ladder": "measure what each technique for faster training gains on this machine",
+    "check-resume": "kill a run at random moments, resume it, and compare every bit",
+    "cache": "list, move or delete compiled code that is cached for the next start",
+}
+
+_COMPLETION = "--install-completion"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,22 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? rather than nothing at all
     try:
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(_overview())
-            return 0
-        if arguments[0] in ("-V", "--version"):
-            print(f"onym {version('onym')}")
-            return 0
-        command = arguments[0]
-        if command not in _COMMANDS:
-            raise ConfigError(f"There is no command {command!r}{nearest(command, _COMMANDS)}: see onym --help.")
-        code: int = importlib.import_module(f"onym.cli.{command.replace('-', '_')}").run(arguments[1:])
+        code = _dispatch(arguments)
         sys.stdout.flush()
         return code
     except ReportedElsewhere:
         return 2
     except OnymError as error:
-        print(f"onym: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):  # all ranks have the same arguments
+            print(f"onym: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -80,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
 def program() -> NoReturn:
     """The command, as a process of its own.
 
-    One of several that trained together leaves before Python takes torch down, which aborts now and then on a busy machine when
-    all is done ("terminate called without an active exception", torch 2.13.0): a thread of gloo's outlives Python.
+    A rank of several leaves before Python takes torch down: that aborts now and then on a busy machine after all work is done
+    ("terminate called without an active exception", torch 2.13.0), because a thread of gloo outlives Python.
     """
     code = main()
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -94,13 +90,52 @@ def program() -> NoReturn:
     os._exit(code)
 
 
-def _overview() -> str:
-    width = max(map(len, _COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in _COMMANDS.items())
+def _dispatch(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help", "help"):
+        print(_overview("onym", _COMMANDS))
+        return 0
+    if first in ("-V", "--version"):
+        from onym import __version__
+
+        print(f"onym {__version__}")
+        return 0
+    if first == _COMPLETION:
+        from onym.cli.completion import install_completion
+
+        print(install_completion(arguments[1:]))
+        return 0
+    if first == "tools":
+        if not arguments[1:] or arguments[1] in ("-h", "--help", "help"):
+            print(_overview("onym tools", _TOOLS))
+            return 0
+        return _run("onym tools", _TOOLS, arguments[1:])
+    return _run("onym", _COMMANDS, arguments)
+
+
+def _run(program: str, commands: dict[str, str], arguments: list[str]) -> int:
+    """Parse the arguments of one command, and only then import its module."""
+    command, *rest = arguments
+    if command not in commands:
+        other = f" (onym tools {command} is one)" if command in _TOOLS else nearest(command, commands)
+        raise ConfigError(f"There is no command {command!r}{other}: see {program} --help.")
+    from onym.cli.parsing import parse
+
+    given = parse(f"{program} {command}", command, rest)
+    code: int = importlib.import_module(f"onym.cli.{command.replace('-', '_')}").run(given)
+    return code
+
+
+def _overview(program: str, commands: dict[str, str]) -> str:
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in commands.items())
+    if program != "onym":
+        return f"usage: {program} COMMAND [options]\n\n{lines}\n\n{program} COMMAND --help shows the options of one."
     return (
         "Onym: train a GPT at compiled speed; keep the model, not its wrappers.\n\n"
-        f"usage: onym COMMAND [options]\n\n{commands}\n\n"
-        "onym COMMAND --help tells the options of one. To begin: onym train"
+        f"usage: onym COMMAND [options]\n\n{lines}\n\n"
+        f"onym COMMAND --help shows the options of one. onym {_COMPLETION} completes them in your shell.\n"
+        "To begin: onym train"
     )
 
 

@@ -5,49 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from onym.checkpoint.retention import Retention, metrics_of, pin, prune, step_folder, steps, unpin
+from onym.cli.arguments import PruneArguments
 from onym.cli.report import bytes_of, checkpoints_folder, print_json, print_table
 from onym.errors import CheckpointError, ConfigError, nearest
 from onym.storage import object_store
 from onym.storage.lock import Lease
-from onym.train.display import size
+from onym.units import format_size
 
 INCOMPLETE = 2
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Delete the checkpoints of a run that need not stay, once the newest was read back; or pin one so that it stays."""
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
-    """The run, or the folder with its steps."""
-    keep_last: Annotated[int, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 3)")] = 3
-    """How many of the newest stay."""
-    keep_every: Annotated[int, tyro.conf.arg(metavar="K", help_behavior_hint="(default: none)")] = 0
-    """Those stay whose step is a multiple of this."""
-    keep_best: Annotated[str, tyro.conf.arg(metavar="METRIC[:max]", help_behavior_hint="(default: none)")] = ""
-    """The one with the lowest value of a metric stays, or with :max the highest."""
-    dry_run: bool = False
-    """Only say what would be deleted, and why the others stay."""
-    pin: Annotated[int, tyro.conf.arg(metavar="STEP", help_behavior_hint="")] = -1
-    """Keep this step whatever comes, under the name that --as gives it; nothing is deleted."""
-    as_: Annotated[str, tyro.conf.arg(name="as", metavar="NAME", help_behavior_hint="")] = ""
-    """The name for --pin; the step is found by it, as in onym generate RUN --step NAME."""
-    unpin: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Take a pin away; nothing is deleted."""
-    json: bool = False
-    """One JSON object instead."""
-
-
-def run(arguments: list[str]) -> int:
+def run(given: PruneArguments) -> int:
     """``onym prune``."""
-    given = tyro.cli(_Arguments, prog="onym prune", args=arguments)
     path = object_store.as_path(given.run)
     directory = checkpoints_folder(path)
     if directory is None or not steps(directory):
@@ -73,15 +46,15 @@ def run(arguments: list[str]) -> int:
         rows = [("step", "size", "", "")]
         for step, reason in reasons.items():
             fate = "stays" if reason else "would go" if given.dry_run else "deleted" if step in gone else "is still there"
-            rows.append((str(step), size(sizes[step]), fate, reason or ""))
+            rows.append((str(step), format_size(sizes[step]), fate, reason or ""))
         print_table(rows)
-        print(f"{size(freed)} would be freed; nothing was deleted." if given.dry_run else f"{size(freed)} freed.")
+        print(f"{format_size(freed)} would be freed; nothing was deleted." if given.dry_run else f"{format_size(freed)} freed.")
     for note in notes:
         print(f"onym: {note}", file=sys.stderr)
     return INCOMPLETE if notes else 0
 
 
-def _change_pins(given: _Arguments, directory: Path) -> None:
+def _change_pins(given: PruneArguments, directory: Path) -> None:
     if (given.pin >= 0) != bool(given.as_):
         raise ConfigError("--pin takes a step and --as its name: give both, as in --pin 1000 --as before-lr-drop.")
     if given.unpin and given.as_:

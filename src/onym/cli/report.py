@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-import time
-from calendar import timegm
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,23 +71,6 @@ def print_facts(facts: Mapping[str, str | None]) -> None:
         for number, line in enumerate(textwrap.wrap(value or "", _WIDTH, break_long_words=False, break_on_hyphens=False)):
             rows.append(("" if number else name, line))
     print_table(rows)
-
-
-def counted(count: int, what: str) -> str:
-    """``3 tensors``, ``1 tensor``."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def age(written: str | None) -> str:
-    """How long ago a time of a manifest was, in words."""
-    try:
-        seconds = time.time() - timegm(time.strptime(written or "", "%Y-%m-%dT%H:%M:%SZ"))
-    except ValueError:
-        return "?"
-    for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
-        if seconds >= length:
-            return f"{counted(int(seconds // length), unit)} ago"
-    return "just now"
 
 
 def bytes_of(path: Path) -> int:

@@ -5,28 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from onym.checkpoint.retention import step_folder, steps
-from onym.cli.report import age, print_json, print_table, shown
-from onym.errors import ConfigError, OnymError, StorageError
+from onym.cli.arguments import RunsArguments
+from onym.cli.report import print_json, print_table, shown
+from onym.errors import ConfigError, OnymError, StorageError, nearest
 from onym.storage.lock import writer_of
 from onym.train.options import RunOptions
-from onym.train.run_folder import RUNNING, RunFolder
+from onym.train.plot import PICTURES, Rows, plot_runs
+from onym.train.run_folder import DESCRIPTION, METRICS, RUNNING, RunFolder
+from onym.units import format_age
 
 _WIDEST_NAME = 24
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """List the runs in a folder, the newest first."""
-
-    folder: tyro.conf.Positional[Path] = RunOptions().runs_dir
-    """Where they are."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """One JSON object instead."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +37,58 @@ class Row:
     """When the newest checkpoint was written, UTC."""
 
 
-def run(arguments: list[str]) -> int:
+def run(given: RunsArguments) -> int:
     """``onym runs``."""
-    given = tyro.cli(_Arguments, prog="onym runs", args=arguments)
-    if not given.folder.is_dir():
-        raise ConfigError(f"There is no folder '{given.folder}': onym train makes one, or name the --runs-dir it was given.")
-    try:
-        found = [path for path in given.folder.iterdir() if (path / "run.json").is_file()]
-        found.sort(key=lambda path: (path / "run.json").stat().st_mtime, reverse=True)
-    except OSError as error:
-        raise StorageError(f"Could not look into '{given.folder}': {error.strerror}.") from error
-    if not found:
-        raise ConfigError(f"There are no runs in '{given.folder}': onym train makes one, or name another folder.")
-    rows = [row_of(RunFolder(path)) for path in found]
+    if given.plot is not None and given.plot.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--plot takes a file that ends with {', '.join(PICTURES)}, not '{given.plot}'.")
+    folders = [folder for name in given.runs or (str(RunOptions().runs_dir),) for folder in _runs_at(name)]
+    if given.plot is not None:
+        plot_runs({folder.path.name: _metrics(folder) for folder in folders}, given.plot, given.x)
+    rows = [row_of(folder) for folder in folders]
     if given.json:
         print_json({"runs": [asdict(row) for row in rows]})
     else:
-        print_table([("run", "status", "step", "held-out", "best", "tokens/s", "kept"), *map(_cells, rows)], indent="")
+        print_table([("run", "status", "step", "held-out", "best", "tokens/s", "saved"), *map(_cells, rows)], indent="")
+        if given.plot is not None:
+            print(f"Drawn: {given.plot}")
     return 0
+
+
+def _runs_at(name: str) -> list[RunFolder]:
+    """The run of this path or name, or the runs in this folder, the newest first."""
+    standard = RunOptions().runs_dir
+    for path in (Path(name), standard / name):
+        if (path / DESCRIPTION).is_file() or (path / METRICS).is_file():
+            return [RunFolder(path)]
+    folder = Path(name)
+    if not folder.is_dir():
+        known = [path.name for path in standard.iterdir()] if standard.is_dir() else []
+        raise ConfigError(
+            f"There is no run or folder '{name}'{nearest(folder.name, known)}: onym train makes one, or name its --runs-dir."
+        )
+    try:
+        found = [path for path in folder.iterdir() if (path / DESCRIPTION).is_file()]
+        found.sort(key=lambda path: (path / DESCRIPTION).stat().st_mtime, reverse=True)
+    except OSError as error:
+        raise StorageError(f"Could not look into '{folder}': {error.strerror}.") from error
+    if not found:
+        raise ConfigError(f"There are no runs in '{folder}': onym train makes one, or name another folder.")
+    return [RunFolder(path) for path in found]
+
+
+def _metrics(folder: RunFolder) -> Rows:
+    rows = folder.read_metrics()
+    if not rows:
+        raise ConfigError(f"The run '{folder.path}' has no metrics yet, so there is nothing to draw.")
+    return rows
 
 
 def row_of(folder: RunFolder) -> Row:
     """What is known about a run."""
     try:
         about = folder.description()
-        assert about is not None
+        if about is None:
+            return Row(folder.path.name, "run.json is missing")
         rows = [row for row in folder.read_metrics() if "event" not in row]
         kept = steps(folder.checkpoints)
     except OnymError:
@@ -107,5 +124,5 @@ def _cells(row: Row) -> tuple[str, ...]:
         "-" if row.held_out is None else f"{row.held_out:.3f}",
         "-" if row.best is None else f"{row.best:.3f} @{row.best_step}",
         "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-        "-" if row.kept is None else age(row.kept).removesuffix(" ago"),
+        "-" if row.kept is None else format_age(row.kept).removesuffix(" ago"),
     )

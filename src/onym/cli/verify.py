@@ -6,40 +6,25 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from onym.checkpoint.retention import find_checkpoint, step_folder, steps
+from onym.cli.arguments import VerifyArguments
 from onym.cli.report import as_step, bytes_of, checkpoints_folder, print_heading, print_json, shown
 from onym.convert.opening import is_ours, open_any
 from onym.errors import CheckpointError
 from onym.format.reader import read_checkpoint
 from onym.storage import object_store
-from onym.train.display import size
+from onym.units import format_size
 
 DAMAGED = 1
 
 _EVERY_BYTE, _ZIP, _STRUCTURE = "every byte", "checksums of the zip", "structure"
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Read every byte and check it: of a run, all its steps. Exit code 1 and a list where something is damaged."""
-
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-    """A run, a checkpoint, a model folder or a file; also a remote one (s3://…)."""
-    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: all)")] = ""
-    """Of a run, one step alone."""
-    json: bool = False
-    """One JSON object instead."""
-
-
-def run(arguments: list[str]) -> int:
+def run(given: VerifyArguments) -> int:
     """``onym verify``."""
-    given = tyro.cli(_Arguments, prog="onym verify", args=arguments)
     wanted = _wanted(object_store.as_path(given.path), given.step)
     results = []
     for number, (step, path) in enumerate(wanted, 1):
@@ -103,7 +88,7 @@ def _progress(path: Path, which: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    line = f"reading {which}: {shown(path)} ({size(bytes_of(path)) if path.exists() else '?'}) …"
+    line = f"reading {which}: {shown(path)} ({format_size(bytes_of(path)) if path.exists() else '?'}) …"
     line = line[: shutil.get_terminal_size().columns - 1]  # one that went on below could not be wiped away
     print(line, end="", file=sys.stderr, flush=True)
     try:

@@ -1,15 +1,28 @@
-"""What a format says of itself: how it is recognised, which of its tensors are which of ours, what its settings mean."""
+"""The registry of formats: what a model family tells the library of its files.
+
+A format is a table of (their name, our name, transformation), with how it is recognised and what its settings mean. A family
+registers its formats from outside (:func:`register_format`); the library knows none by itself.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from onym.convert.mapping import Rule, Shape
+from torch import Tensor
+
+from onym.convert.mapping import Recipe, Rule, Shape, View
 from onym.convert.sources import Contents
-from onym.gpt.config import GPTConfig
+from onym.errors import ConfigError
+from onym.format.reader import Checkpoint
+from onym.format.tensors import TensorFile
+from onym.names.families import load_families
+
+Config = Mapping[str, Any]
+"""A model's configuration as plain JSON values."""
 
 
 @dataclass(frozen=True)
@@ -26,50 +39,233 @@ class NamedShapes:
         return list(self.shapes)
 
     def shape(self, *names: str) -> Shape | None:
-        """Of the first of these that is there."""
+        """The shape of the first of these that exists."""
         return next((self.shapes[name] for name in names if name in self.shapes), None)
 
     def has(self, pattern: str) -> bool:
-        """Whether a whole name matches a regular expression."""
+        """Whether a regular expression matches a full name."""
         return any(re.fullmatch(pattern, name) for name in self.shapes)
+
+
+@dataclass
+class Origin:
+    """How a checkpoint of another program was understood."""
+
+    contents: Contents
+    clean: TensorFile
+    """Its tensors as they are, under names without wrappers."""
+    format: Format | None = None
+    """None where no registered format matches."""
+    why: str = ""
+    """By what the format was recognised."""
+    wrappers: dict[str, int] = field(default_factory=dict)
+    """Segments that wrappers had added to names, and to how many."""
+    rules: dict[str, int] = field(default_factory=dict)
+    """What was done to tensors: renamed, transposed, joined ..."""
+    dropped: list[str] = field(default_factory=list)
+    """Tensors that hold nothing learned: masks, counters."""
+    unused: list[str] = field(default_factory=list)
+    """Tensors that the format has no place for."""
+    notes: list[str] = field(default_factory=list)
+    """What was assumed, in sentences."""
+    assumed: set[str] = field(default_factory=set)
+    """Fields of the configuration that were assumed, because neither settings nor shapes say them."""
+    not_ours: str | None = None
+    """Which part of it the architecture does not have."""
+    problem: str | None = None
+    """Why it cannot be the model that it seems to be: something is missing or contradicts itself."""
+    config: Config | None = None
+    """Of a complete model, its configuration."""
+
+    @property
+    def kind(self) -> str:
+        """In words, whose format it is and how it is stored."""
+        return f"{self.format.title}, {self.contents.kind}" if self.format else self.contents.kind
+
+    def renamed(self) -> dict[str, str]:
+        """Stored names that wrappers had changed -> names without wrappers."""
+        recipes = self.clean.recipes if isinstance(self.clean, View) and self.clean is not self.contents.tensors else {}
+        return {recipe.sources[0]: name for name, recipe in recipes.items() if recipe.sources != (name,)}
+
+    def summary(self) -> dict[str, Any]:
+        """For ``--json`` and reports."""
+        return {
+            "format": self.format.name if self.format else None,
+            "kind": self.kind,
+            "why": self.why,
+            "wrappers": self.wrappers,
+            "rules": self.rules,
+            "dropped": len(self.dropped),
+            "unused": self.unused,
+            "further": self.contents.further,
+            "notes": self.notes,
+            "not_ours": self.not_ours,
+            "problem": self.problem,
+        }
 
 
 @dataclass(frozen=True)
 class Stated:
     """What a format's own settings say of the model."""
 
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of a GPTConfig."""
+    config: Config = field(default_factory=dict)
+    """Fields of our configuration."""
     source: str = ""
-    """Where that stands, as ``config.json``."""
+    """Where they are stated, as ``config.json``."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Our field -> what they call it."""
     not_ours: str | None = None
-    """Where the settings ask for another model than a GPT-2, which part."""
+    """Which part the architecture does not have, where the settings ask for one."""
+
+
+Understand = Callable[[Origin, TensorFile, Stated, Config], "tuple[TensorFile, Config] | None"]
+"""(origin, tensors under clean names, stated settings, settings given by the user) -> our tensors and their configuration.
+
+None after setting ``origin.not_ours``. Raises a CheckpointError where something is missing or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A model that is being written in a format."""
+
+    checkpoint: Checkpoint
+    tensors: TensorFile
+    """Under our names."""
+    config: Config
+    tokenizer: str | None
+    """The text of its ``tokenizer.json``."""
+    texts: Mapping[str, str]
+    """The texts beside the weights of a source of the same format, which are preserved."""
+    notes: list[str]
+    """Sentences for the report."""
+    used: set[str]
+    """Further entries of the source that the result holds."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a format is written. Everything has a default that does nothing."""
+
+    container: Literal["pth", "folder"] = "pth"
+    """A file of ``torch.save``, or a folder of .safetensors files."""
+    settings: tuple[str, ...] = ()
+    """Fields of the configuration that its files cannot state: they have to be given again when one is opened."""
+    lacks: Callable[[Config], dict[str, str]] = lambda config: {}
+    """What it cannot hold of a model: a word for ``--drop``, and a sentence."""
+    without: Callable[[TensorFile, Config, Collection[str]], tuple[TensorFile, Config]] | None = None
+    """The model without what these words name; required where ``lacks`` returns any."""
+    added: Callable[[Config, str], dict[str, Recipe]] = lambda config, dtype: {}
+    """Tensors that it has and our model has not, as biases of zeros, from the configuration and the weights' dtype."""
+    omitted: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    """Its tensors that are not stored, as a tied head."""
+    pickle: Callable[[Writing, OrderedDict[str, Tensor]], Any] = lambda writing, weights: weights
+    """What its file of ``torch.save`` holds, from the weights under its names."""
+    texts: Callable[[Writing], dict[str, str]] = lambda writing: {}
+    """The files beside the weights of a folder, by name."""
+    note: Callable[[Config], str | None] = lambda config: None
+    """A sentence that the user should know."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One layout of somebody's GPT."""
+    """One program's layout of a model: its names, and how they become those of an architecture that is registered here.
+
+    ``name``, ``title``, ``recognise``, ``architecture``, ``rules`` and ``config`` suffice for most.
+    """
 
     name: str
     """For ``--to`` and reports."""
     title: str
     """In a sentence: "nanoGPT's GPT"."""
     recognise: Callable[[NamedShapes], str | None]
-    """By what it is known, in words; None where it is not this one."""
+    """By what it is recognised, in words; None where it is another one."""
+    architecture: str | None = None
+    """The name given to :func:`onym.register_architecture`; None for models that are recognised and never built here."""
     rules: tuple[Rule, ...] = ()
-    """Their tensors and ours. None where the architecture is another one."""
-    stated: Callable[[NamedShapes], Stated] = lambda found: Stated()
+    """The table, read in both directions."""
+    config: Callable[[NamedShapes], Config] = lambda named: {}
+    """The configuration that the shapes and settings imply."""
+    stated: Callable[[NamedShapes], Stated] = lambda named: Stated()
+    """What the format's settings say."""
+    understand: Understand | None = None
+    """In place of the general way (rules, then ``config``), for a format whose files need more."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors that hold nothing learned: masks."""
     prefix: str = ""
     """A segment that all its names may have or lack."""
     not_ours: str | None = None
-    """Which part of the architecture a GPT-2 does not have, where that is sure from the layout."""
-    always_tied: bool = False
-    """Whether its model has one matrix for both ends, whatever a file holds."""
-    lacks: Callable[[GPTConfig], dict[str, str]] = lambda config: {}
-    """What it cannot hold of a model: a word for ``--drop``, and a sentence."""
-    biases: Callable[[GPTConfig], list[str]] = lambda config: []
-    """The modules that need a bias there and have none here; zeros do not change what they compute."""
+    """Which part of it the architecture does not have, where the layout alone proves that."""
+    hidden: tuple[str, ...] = ()
+    """Fields of the configuration that change the computation and show in no shape: they are compared before loading."""
+    extra: Callable[[str, Shape, str], Recipe | None] = lambda name, shape, dtype: None
+    """A tensor of a live model in this layout that our model has not, made from its name, shape and dtype."""
+    target: Target | None = None
+    """How it is written; None for a format that is only read."""
+
+    def __repr__(self) -> str:
+        return f"<format {self.name}>"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the library may ask of an architecture beyond its formats."""
+
+    architecture: str
+    outputs: Callable[[TensorFile, Config], Tensor] | None = None
+    """The model's outputs for some fixed input, to compare before and after a conversion."""
+    crop_vocabulary: Callable[[TensorFile, Config, int], tuple[TensorFile, Config]] | None = None
+    """The model with fewer rows in its vocabulary."""
+
+
+_FORMATS: dict[str, Format] = {}
+_FAMILIES: dict[str, Family] = {}
+RESERVED = ("safetensors", "pth", "onym")
+"""Names that ``--to`` knows besides formats."""
+
+
+def register_format(known: Format) -> None:
+    """Let :func:`onym.load`, :func:`onym.load_model` and ``onym convert`` read and write another layout of a model family.
+
+    Registering a name again replaces that format, so that a notebook cell can be run twice.
+
+    Raises:
+        ConfigError: the name is taken by Onym itself, or the format has rules and no architecture.
+
+    >>> from onym.convert.mapping import same
+    >>> register_format(Format("old-line", "the old Line", lambda named: "w and b" if named.names == ["w", "b"] else None,
+    ...     architecture="line", rules=(same("w", "line.weight"), same("b", "line.bias")),
+    ...     config=lambda named: {"width": named.shapes["w"][1]}))
+    """
+    if known.name in RESERVED:
+        raise ConfigError(f"A format cannot be called {known.name!r}, which onym convert --to has already: take another name.")
+    if known.rules and known.architecture is None:
+        raise ConfigError(f"The format {known.name!r} has rules: say which architecture they lead to.")
+    _FORMATS[known.name] = known
+
+
+def register_family(family: Family) -> None:
+    """Let conversions of an architecture compare outputs and crop vocabularies."""
+    _FAMILIES[family.architecture] = family
+
+
+def formats() -> list[Format]:
+    """All formats, in the order in which they are tried: the newest registration last."""
+    load_families()
+    return list(_FORMATS.values())
+
+
+def family_of(architecture: str | None) -> Family | None:
+    """What is registered for an architecture."""
+    load_families()
+    return _FAMILIES.get(architecture or "")
+
+
+def targets() -> list[str]:
+    """What can be written: registered formats, the tensors as they are in one of two files, and Onym's own folder."""
+    return [*(known.name for known in formats() if known.target is not None), *RESERVED]
+
+
+def listed(items: Iterable[Any]) -> str:
+    """The first three, in a sentence."""
+    items = list(items)
+    return ", ".join(map(str, items[:3])) + (" ..." if len(items) > 3 else "")

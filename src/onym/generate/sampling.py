@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from onym.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,6 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
         beyond = probability.cumsum(dim=-1) - probability >= sampling.top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
     try:
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+        return logits.softmax(dim=-1).multinomial(1, generator=generator).squeeze(-1)
     except RuntimeError as error:
-        raise CheckpointError("The model's output is not a number: its weights are spoilt; take an earlier step.") from error
+        raise CheckpointError("The model's output is not a number: its weights are non-finite; take an earlier step.") from error

@@ -1,89 +1,49 @@
 """Why a file and a model differ: the likely causes, each with its remedy.
 
 Each known cause is a function that looks for its own signs in what has not been explained yet. What it recognises is taken off
-the list, so that one cause is not told twice under other names, and it is told the earlier the more it explains.
+the list, so that no cause is reported twice under other names. A cause is reported earlier the more it explains.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from difflib import SequenceMatcher
+from collections import Counter
+from collections.abc import Iterable
 
+from onym.names.case import Case
 from onym.names.match import recover_names
-from onym.names.mismatch import Cause, Described, Differences, clip, compare, listed
-from onym.names.wrappers import AVERAGE_COUNTER, wrapper_prefixes
+from onym.names.mismatch import Cause, Described, Differences, listed
+from onym.names.structure import CAUSES
+from onym.names.wrappers import wrapper_prefixes
 
 
 def diagnose(differences: Differences, stored: Described, model: Described) -> list[Cause]:
     """The likely causes, those that explain most first."""
-    case = _Case(differences, stored, model)
+    case = Case(differences, stored, model)
     _optimizer_file(case)
     _nested(case)
     if not case.causes:
         _wrapper_prefixes(case)
         _task_prefix(case)
-        renamed = list(case.causes)  # they come first: the others are told in the model's own names
+        renamed = list(case.causes)  # they come first: the others are reported under the model's names
         case.causes.clear()
-        for recognise in _RECOGNISERS:
-            recognise(case)
+        for look_for in CAUSES:
+            look_for(case)
         case.causes.sort(key=lambda cause: -cause.explains)
         case.causes[:0] = renamed
     return case.causes
 
 
-class _Case:
-    """The differences that are not explained yet, and the causes found so far."""
-
-    def __init__(self, differences: Differences, stored: Described, model: Described) -> None:
-        self.all, self.stored, self.model = differences, dict(stored), model
-        self.causes: list[Cause] = []
-        self._take(differences)
-
-    def _take(self, differences: Differences) -> None:
-        self.missing, self.unexpected = dict.fromkeys(differences.missing), dict.fromkeys(differences.unexpected)
-        self.shapes, self.dtypes = dict(differences.shapes), dict(differences.dtypes)
-
-    def found(self, text: str, names: Iterable[str], *, structural: bool = False) -> None:
-        """A cause that explains these names."""
-        explained = set(names)
-        self.causes.append(Cause(text, len(explained), structural))
-        for name in explained:
-            self.missing.pop(name, None)
-            self.unexpected.pop(name, None)
-            self.shapes.pop(name, None)
-
-    def rename(self, text: str, renames: Mapping[str, str]) -> None:
-        """A cause that other names explain: go on as if the file had the model's."""
-        self.causes.append(Cause(text, len(renames)))
-        self.stored = {renames.get(name, name): value for name, value in self.stored.items()}
-        again = compare(self.stored, self.model)
-        keep = set(self.missing), {renames.get(name, name) for name in self.unexpected}
-        self._take(
-            Differences(
-                [name for name in again.missing if name in keep[0]],
-                [name for name in again.unexpected if name in keep[1]],
-                again.shapes,
-                again.dtypes if self.all.dtypes or not self.all.shapes else {},
-            )
-        )
-
-
-# --- causes that another name explains ---
-
-
 _OPTIMIZER = "This is the state of an optimizer, not of a model: give the model's (of a checkpoint, model.safetensors)."
 
 
-def _optimizer_file(case: _Case) -> None:
+def _optimizer_file(case: Case) -> None:
     slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "step", "row_var", "col_var", "variance", "sum")
     theirs = [name for name in case.unexpected if name.startswith(tuple(f"state.{slot}." for slot in slots))]
     if theirs and len(theirs) > len(case.stored) / 2:
         case.found(_OPTIMIZER, theirs)
 
 
-def _nested(case: _Case) -> None:
+def _nested(case: Case) -> None:
     if not case.stored:
         case.found("Nothing is stored: the file, or the dict, is empty.", case.missing)
     if not case.unexpected or any(kind != "value" for _, kind in case.stored.values()):
@@ -99,7 +59,7 @@ def _nested(case: _Case) -> None:
         )
 
 
-def _wrapper_prefixes(case: _Case) -> None:
+def _wrapper_prefixes(case: Case) -> None:
     renames = recover_names(case.stored, case.model)
     if not renames:
         return
@@ -110,7 +70,7 @@ def _wrapper_prefixes(case: _Case) -> None:
     case.rename(
         f"Stored names contain {_and(f'`{segment}.`' for segment in added)}: they were saved from a wrapped model "
         f"({_and(dict.fromkeys(_WRAPPER_WORDS.get(segment, 'a wrapper') for segment in added))}). "
-        "onym.load(path, into=model) puts such names right.",
+        "onym.load(path, into=model) renames them.",
         renames,
     )
 
@@ -125,7 +85,7 @@ _WRAPPER_WORDS = {
 }
 
 
-def _task_prefix(case: _Case) -> None:
+def _task_prefix(case: Case) -> None:
     for longer, shorter, stored_is_longer in ((case.unexpected, case.missing, True), (case.missing, case.unexpected, False)):
         votes: Counter[str] = Counter()
         for name in longer:
@@ -156,454 +116,6 @@ def _task_prefix(case: _Case) -> None:
             )
             case.rename(text, {name: prefix + name for name in shorter})
         return
-
-
-# --- causes in what is left under the model's names ---
-
-
-def _average_counter(case: _Case) -> None:
-    if AVERAGE_COUNTER in case.unexpected:
-        case.found(
-            f"`{AVERAGE_COUNTER}` is the counter of an AveragedModel (EMA, SWA), whose averaged weights these are: load "
-            "into an "
-            "AveragedModel, or save onym.unwrap(averaged).",
-            [AVERAGE_COUNTER],
-        )
-    elif AVERAGE_COUNTER in case.missing:
-        case.found(
-            f"This model is an AveragedModel and the file is of a plain one, without `{AVERAGE_COUNTER}`: load into "
-            "onym.unwrap(model).",
-            [AVERAGE_COUNTER],
-        )
-
-
-def _adapters(case: _Case) -> None:
-    for names, others, whose, remedy in (
-        (case.unexpected, case.missing, "Stored", "merge them into the weights before saving (peft: merge_and_unload)"),
-        (case.missing, case.unexpected, "This model", "load the plain weights before adding the adapters"),
-    ):
-        lora = [name for name in names if re.search(r"(^|[._])lora(_|\.[AB]\b)|(^|\.)adapter", name)]
-        # What they are added to has one step more: peft's base_layer, the book's linear.
-        moved = [name for name in names if re.sub(r"\.(base_layer|linear)\.", ".", name) in others]
-        if lora:
-            text = f"{whose} with LoRA or adapter parameters ({clip(lora[0])}): {remedy}."
-            case.found(text, [*lora, *moved, *(re.sub(r"\.(base_layer|linear)\.", ".", name) for name in moved)])
-
-
-def _quantised(case: _Case) -> None:
-    leaves = (
-        r"(^|\.)(qweight|qzeros|scales|g_idx|SCB|(nested_)?absmax|quant_map|quant_state(\..*)?|zero_points?|_packed_params)$"
-    )
-    for names, whose in ((case.unexpected, "Stored"), (case.missing, "This model is")):
-        signs = [name for name in names if re.search(leaves, name)]
-        if signs:
-            case.found(
-                f"{whose} quantised ({clip(signs[0])}): such weights load only into a model quantised in the same way; "
-                "dequantise "
-                "them first.",
-                signs,
-            )
-
-
-def _causal_mask(case: _Case) -> None:
-    def is_mask(name: str, shape: tuple[int, ...]) -> bool:
-        leaf = name.rpartition(".")[2]
-        square = len(shape) in (2, 4) and shape[-1:] == shape[-2:-1]
-        return leaf == "masked_bias" or (leaf in ("mask", "causal_mask", "tril", "attn_mask", "bias") and square)
-
-    stored = [name for name in case.unexpected if is_mask(name, case.stored[name][0])]
-    if stored:
-        case.found(
-            f"{len(stored)} stored tensors are causal masks ({clip(stored[0])}), which this model computes: leave them "
-            "out, or "
-            "pass strict=False.",
-            stored,
-        )
-    live = [name for name in case.missing if is_mask(name, case.model[name][0])]
-    if live:
-        case.found(
-            f"{len(live)} of the model's tensors are causal masks ({clip(live[0])}), which were not stored: "
-            "strict=False leaves "
-            "them as the model built them.",
-            live,
-        )
-    resized = [name for name, (was, now) in case.shapes.items() if is_mask(name, was) and is_mask(name, now)]
-    if resized:
-        was, now = case.shapes[resized[0]]
-        case.found(
-            f"Stored with causal masks for a context of {was[-1]}, this model has {now[-1]}: build it with a context of "
-            f"{was[-1]}.",
-            resized,
-            structural=True,
-        )
-
-
-_SPLIT = (
-    ("W_query", "W_key", "W_value"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("to_q", "to_k", "to_v"),
-    ("wq", "wk", "wv"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("q", "k", "v"),
-)
-_FUSED = (
-    "qkv",
-    "c_attn",
-    "qkv_proj",
-    "Wqkv",
-    "wqkv",
-    "query_key_value",
-    "in_proj",
-    "in_proj_weight",
-    "in_proj_bias",
-    "attn_qkv",
-)
-
-
-def _fused_attention(case: _Case) -> None:
-    for theirs, ours, stored_is_split in ((case.unexpected, case.missing, True), (case.missing, case.unexpected, False)):
-        triple = next((t for t in _SPLIT if all(any(part in name.split(".") for name in theirs) for part in t)), None)
-        fused = [name for name in ours if set(name.split(".")) & set(_FUSED)]
-        if triple is None or not fused:
-            continue
-        split = [name for name in theirs if set(name.split(".")) & set(triple)]
-        one = next(segment for segment in fused[0].split(".") if segment in _FUSED)
-        parts = ", ".join(triple)
-        if stored_is_split:
-            text = (
-                f"Stored with queries, keys and values apart ({parts}), this model has them in one matrix ({one}): join "
-                "each three "
-                "with torch.cat, in that order, or load into the class that was saved."
-            )
-        else:
-            text = (
-                f"Stored with queries, keys and values in one matrix ({one}), this model has them apart ({parts}): "
-                "split each with "
-                "chunk(3), or load into the class that was saved."
-            )
-        case.found(text, [*split, *fused])
-        return
-
-
-def _batch_norm(case: _Case) -> None:
-    for names, whose, other in ((case.unexpected, "Stored", "this model has"), (case.missing, "This model is", "the file has")):
-        statistics = [name for name in names if re.search(r"(^|\.)(running_mean|running_var|num_batches_tracked)$", name)]
-        if statistics:
-            case.found(
-                f"{whose} with BatchNorm ({clip(statistics[0])}) where {other} another norm, or none that keeps "
-                "statistics: weights "
-                "of the one mean nothing in the other.",
-                statistics,
-            )
-
-
-def _norm_names(case: _Case) -> None:
-    for theirs, ours, text in (
-        (
-            case.unexpected,
-            case.missing,
-            "Stored LayerNorms have `scale` and `shift` where this model's have `weight` and `bias`",
-        ),
-        (
-            case.missing,
-            case.unexpected,
-            "Stored LayerNorms have `weight` and `bias` where this model's have `scale` and `shift`",
-        ),
-    ):
-        names = []
-        for name in theirs:
-            parent, _, leaf = name.rpartition(".")
-            other = f"{parent}.{ {'scale': 'weight', 'shift': 'bias'}.get(leaf, '') }".lstrip(".")
-            if leaf in ("scale", "shift") and other in ours:
-                names += [name, other]
-        if names:
-            case.found(f"{text}: the same values under other names, so rename them.", names)
-
-
-def _head(case: _Case) -> None:
-    def is_head(name: str) -> bool:
-        return bool(re.search(r"(^|\.)(out_head|lm_head|head|output|decoder|embed_out)\.weight$", name))
-
-    def elsewhere(name: str, names: Iterable[str]) -> bool:
-        """Whether something of the same parent has another name: a LoRA layer, say."""
-        parent = name.removesuffix("weight")
-        return any(other.startswith(parent) and other != name for other in names)
-
-    stored = [name for name in case.unexpected if is_head(name) and not elsewhere(name, case.all.missing)]
-    if len(stored) == 1 and case.stored[stored[0]][0] in _embedding_shapes(case.stored):
-        case.found(
-            f"Stored with an output head ({stored[0]}) that this model does not have: build the model with a head, or, "
-            "where it "
-            "equals the token embedding (tied), leave it out.",
-            stored,
-        )
-    live = [name for name in case.missing if is_head(name) and not elsewhere(name, case.all.unexpected)]
-    if len(live) == 1 and case.model[live[0]][0] in _embedding_shapes(case.stored):
-        case.found(
-            f"Stored without an output head ({live[0]}): it was tied to the token embedding. Tie it in this model too, "
-            "or give it "
-            "the embedding's values.",
-            live,
-        )
-
-
-def _embedding_shapes(described: Described) -> set[tuple[int, ...]]:
-    return {shape for name, (shape, _) in described.items() if len(shape) == 2 and _TOKENS.search(name)}
-
-
-_TOKENS = re.compile(r"(^|\.)(tok_emb|token_emb\w*|wte|embed_tokens|embed|embedding|word_embeddings|emb)\.weight$")
-_OUTPUT = re.compile(r"(^|\.)(out_head|lm_head|head|score|classifier|output|embed_out|fc)\.(weight|bias)$")
-_POSITIONS = re.compile(r"(^|[._])(pos(ition(al|s)?)?|wpe)(\.|_emb|_enc|$)")
-
-
-def _layers(case: _Case) -> None:
-    stored, model = _numbered(case.stored), _numbered(case.model)
-    container = max(model, key=lambda name: len(model[name]), default=None)
-    if container is None or container not in stored or stored[container] == model[container]:
-        return
-    was, now = len(stored[container]), len(model[container])
-    odd = stored[container] ^ model[container]
-    names = [
-        name
-        for name in (*case.missing, *case.unexpected)
-        if name.startswith(f"{container}.") and name.removeprefix(f"{container}.").partition(".")[0] in odd
-    ]
-    if not names:
-        return
-    fewer = min(stored[container], model[container], key=len)
-    if was != now and fewer != {str(number) for number in range(len(fewer))}:
-        side = "the file" if was < now else "this model"
-        lacking = sorted(odd, key=int)
-        text = f"Of the blocks in {container}, {side} lacks {listed(lacking)}: a part of the file may be missing."
-    elif was != now:
-        text = f"Stored with {was} blocks, this model has {now}: build it with n_layers={was} ({container})."
-    else:
-        text = f"The blocks of {container} are numbered otherwise in the file ({listed(sorted(odd))}): renumber them."
-    case.found(text, names, structural=True)
-
-
-def _numbered(described: Iterable[str]) -> dict[str, set[str]]:
-    """By container of numbered parts: the numbers."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for name in described:
-        if match := re.match(r"(.*?)\.(\d+)\.", f".{name}"):
-            found[match.group(1)[1:]].add(match.group(2))
-    return found
-
-
-def _vocabulary(case: _Case) -> None:
-    rows = {
-        name: (was[0], now[0])
-        for name, (was, now) in case.shapes.items()
-        if len(was) == len(now)
-        and len(was) in (1, 2)
-        and was[0] != now[0]
-        and was[1:] == now[1:]
-        and not _POSITIONS.search(name)
-    }
-    tokens = {name: sizes for name, sizes in rows.items() if _TOKENS.search(name) or _OUTPUT.search(name)}
-    for was, now in dict.fromkeys(tokens.values()):
-        names = [name for name, sizes in tokens.items() if sizes == (was, now)]
-        if not any(_TOKENS.search(name) for name in names):
-            text = f"Stored with {was} outputs ({clip(names[0])}), this model has {now}: another number of classes?"
-            case.found(text, [name for name in names if _OUTPUT.search(name)], structural=True)
-            continue
-        small, large = sorted((was, now))
-        multiple = next((m for m in (128, 64, 32, 16, 8) if large == -(-small // m) * m and 2 * small > large), None)
-        if multiple is not None:
-            which = "the stored one" if large == was else "this model's"
-            text = (
-                f"Stored with a vocabulary of {was}, this model has {now}: {which} is padded to a multiple of "
-                f"{multiple}. Build the "
-                f"model with vocab_size={was}, or {'drop the last rows' if large == was else 'add rows of zeros'}."
-            )
-        else:
-            text = f"Stored with a vocabulary of {was}, this model has {now}: build it with vocab_size={was}."
-        case.found(text, names, structural=True)
-
-
-def _context(case: _Case) -> None:
-    for name, (was, now) in list(case.shapes.items()):
-        if _POSITIONS.search(name) and len(was) == len(now) and was[1:] == now[1:]:
-            case.found(
-                f"Stored for a context of {was[0]} tokens, this model has {now[0]}: build it with context_length={was[0]}.",
-                [name],
-                structural=True,
-            )
-
-
-def _transposed(case: _Case) -> None:
-    names = [
-        name
-        for name, (was, now) in case.shapes.items()
-        if len(was) == 2
-        and was == now[::-1]
-        and f"{name.removesuffix('weight')}bias" not in case.shapes  # of its output's size
-    ]
-    if names:
-        was, now = case.shapes[names[0]]
-        case.found(
-            f"{len(names)} matrices are transposed ({clip(names[0])}: {list(was)} stored, {list(now)} in the model), as from "
-            "GPT-2's Conv1D: load value.T for them, and for the square ones of the same layers, whose shapes cannot show it.",
-            names,
-        )
-
-
-def _width(case: _Case) -> None:
-    """Whatever shapes are left, if most of them differ by the same two numbers."""
-    pairs: Counter[tuple[int, int]] = Counter()
-    for was, now in case.shapes.values():
-        if len(was) == len(now):
-            pairs.update({(a, b) for a, b in zip(was, now, strict=True) if a != b})
-    if not pairs:
-        return
-    (was_wide, now_wide), count = pairs.most_common(1)[0]
-    names = [name for name, shapes in case.shapes.items() if _scaled(*shapes, was_wide, now_wide)]
-    embedded = any(_TOKENS.search(name) and case.shapes[name][0][-1] == was_wide for name in names)
-    if embedded:
-        text = f"Stored with a width of {was_wide}, this model has {now_wide}: build it with emb_dim={was_wide}."
-        case.found(text, names, structural=True)
-    elif count > 1:
-        text = f"{count} sizes are {was_wide} in the file and {now_wide} in this model ({clip(names[0])}): build it as it was."
-        case.found(text, names, structural=True)
-
-
-def _scaled(was: tuple[int, ...], now: tuple[int, ...], was_wide: int, now_wide: int) -> bool:
-    """Whether every size that differs does so by the ratio of the widths."""
-    return len(was) == len(now) and all(a == b or a * now_wide == b * was_wide for a, b in zip(was, now, strict=True))
-
-
-def _biases(case: _Case) -> None:
-    for names, described, text in (
-        (case.unexpected, case.stored, "Stored with biases that this model does not have"),
-        (case.missing, case.model, "Stored without biases that this model has"),
-    ):
-        weights = {name: f"{name.removesuffix('bias')}weight" for name in names if re.search(r"(^|\.)bias$", name)}
-        biases = [name for name, weight in weights.items() if weight in described]
-        fitting = [name for name in biases if weights[name] not in names]
-        if fitting:
-            option = (
-                "qkv_bias=" + str(names is case.unexpected) if ".qkv." in fitting[0] or "W_query" in fitting[0] else "bias=…"
-            )
-            case.found(f"{text} ({clip(fitting[0])}): build it the same way ({option}).", fitting)
-
-
-def _near_misses(case: _Case) -> None:
-    """Names that differ in one segment, the same in all of them or a misspelling, and have equal shapes."""
-    holes: dict[tuple[str, ...], str] = {}
-    for name in case.missing:
-        for index, segments in _with_holes(name):
-            holes.setdefault((str(index), *segments), name)
-    pairs: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    for name in case.unexpected:
-        for index, segments in _with_holes(name):
-            twin = holes.get((str(index), *segments))
-            if twin is not None and case.stored[name][0] == case.model[twin][0]:
-                pairs[name.split(".")[index], twin.split(".")[index]].append((name, twin))
-    for (theirs, ours), found in sorted(pairs.items(), key=lambda item: -len(item[1])):
-        names = [(stored, live) for stored, live in found if stored in case.unexpected and live in case.missing]
-        close = SequenceMatcher(None, theirs.lower(), ours.lower()).ratio() >= 0.6
-        if not names or theirs.isdigit() or not (close or len(names) >= 3):
-            continue
-        example = f"{clip(names[0][0])} for {clip(names[0][1])}"
-        more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
-        case.found(
-            f"Stored `{theirs}` where this model has `{ours}` ({example}{more}), of the same shape: rename it in one of "
-            "the two.",
-            [name for pair in names for name in pair],
-        )
-
-
-def _with_holes(name: str) -> Iterable[tuple[int, list[str]]]:
-    segments = name.split(".")
-    return ((index, [*segments[:index], "", *segments[index + 1 :]]) for index in range(len(segments)))
-
-
-def _known_layouts(case: _Case) -> None:
-    """No name in common, and nothing that explains most of it: say whose names they are."""
-    explained = sum(cause.explains for cause in case.causes)
-    if explained * 2 > len(case.model) or any(name in case.model for name in case.stored) or not case.stored:
-        return
-    case.causes.clear()
-    layouts = {
-        "transformers' GPT-2 and of nanoGPT": r"(^|\.)h\.\d+\.attn\.c_attn\.weight$",
-        "the book's GPTModel": r"trf_blocks\.\d+\.att\.W_query\.weight$",
-        "the book's optimised GPTModel, and of onym.GPT": r"trf_blocks\.\d+\.att\.qkv\.weight$",
-        "a Llama": r"layers\.\d+\.self_attn\.q_proj\.weight$",
-    }
-    whose = next((whose for whose, sign in layouts.items() if any(re.search(sign, name) for name in case.stored)), None)
-    text = f"They have the names of {whose}." if whose else "They are of another class of model."
-    case.found(f"Not one stored name is one of this model's. {text} Build the class that was saved.", ())
-
-
-def _parts(case: _Case) -> None:
-    """One side is a part of the other."""
-    if case.all.shapes or len(case.model) == len(case.all.missing):
-        return
-    if case.unexpected and not case.causes and not case.all.missing:
-        case.found(
-            f"All of this model's tensors are stored, and {len(case.unexpected)} more: the file is of a larger model. "
-            "strict=False "
-            "leaves those out.",
-            case.unexpected,
-        )
-    elif case.missing and not case.all.unexpected and (not case.causes or len(case.missing) > len(case.model) / 4):
-        fitting = len(case.model) - len(case.all.missing)
-        case.found(
-            f"What is stored fits, but is {fitting} of the {len(case.model)} tensors: one shard of several, or a part "
-            "of the model? "
-            "strict=False leaves the others as they are.",
-            case.missing,
-        )
-
-
-def _dtypes(case: _Case) -> None:
-    if not case.all.dtypes:
-        return
-    not_tensors = [name for name, kinds in case.all.dtypes.items() if "value" in kinds]
-    if not_tensors:
-        one = "stored" if case.all.dtypes[not_tensors[0]][0] == "value" else "the model's"
-        text = f"{len(not_tensors)} {one} values are no tensors ({clip(not_tensors[0])}): make them so, with torch.from_numpy."
-        case.found(text, not_tensors)
-        return
-    packed = [name for name, (was, _) in case.all.dtypes.items() if was in ("int8", "uint8")]
-    kinds = Counter(case.all.dtypes.values()).most_common(1)[0][0]
-    if packed:
-        case.found(
-            f"Stored as {case.all.dtypes[packed[0]][0]} ({clip(packed[0])}): quantised weights, to be dequantised first.",
-            packed,
-        )
-    elif case.all.missing or case.all.unexpected or case.all.shapes:
-        text = f'Stored as {kinds[0]}, this model is {kinds[1]}: dtype="cast" converts while loading (not floats to integers).'
-        case.found(text, ())
-    else:
-        case.found(
-            f'Only dtypes differ: stored as {kinds[0]}, this model is {kinds[1]}. Pass dtype="cast" to convert while loading.',
-            case.all.dtypes,
-        )
-
-
-_RECOGNISERS: tuple[Callable[[_Case], None], ...] = (
-    _average_counter,
-    _adapters,
-    _quantised,
-    _batch_norm,
-    _layers,
-    _causal_mask,
-    _fused_attention,
-    _norm_names,
-    _head,
-    _vocabulary,
-    _context,
-    _transposed,
-    _width,
-    _biases,
-    _near_misses,
-    _known_layouts,
-    _dtypes,
-    _parts,
-)
 
 
 def _and(words: Iterable[str]) -> str:

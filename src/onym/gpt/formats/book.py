@@ -6,9 +6,12 @@ chapters' model) or is not (in the one with a KV cache). The file is a bare stat
 
 from __future__ import annotations
 
-from onym.convert.mapping import joined, same
-from onym.convert.registry import Format, NamedShapes
+from onym.convert.mapping import Recipe, joined, same
+from onym.convert.registry import Config, Format, NamedShapes, Target
 from onym.gpt.config import GPTConfig
+from onym.gpt.formats.biases import biases, extra, mask
+from onym.gpt.formats.dropping import without
+from onym.gpt.formats.understand import HEAD_SIZE, HIDDEN, as_gpt
 
 _QKV = ("W_query", "W_key", "W_value")
 MASK = "trf_blocks.{n}.att.mask"
@@ -21,16 +24,34 @@ def _recognise(found: NamedShapes) -> str | None:
     return f"att.W_query, scale and shift{', a mask in each layer' if masks else ', no masks'}"
 
 
-def lacks(config: GPTConfig) -> dict[str, str]:
+def lacks(config: Config) -> dict[str, str]:
     """What the book's models cannot hold."""
-    if config.gelu != "tanh":
+    if config["gelu"] != "tanh":
         return {"gelu": "the book's model computes GELU's tanh form, and this model was trained with the exact one"}
     return {}
 
 
-def biases(config: GPTConfig) -> list[str]:
+def needed_biases(config: GPTConfig) -> list[str]:
     """Its layers always have a bias, query, key and value excepted."""
     return [] if config.bias else ["norm1", "att.proj", "norm2", "ff.layers.0", "ff.layers.2", "final_norm"]
+
+
+def heads_note(config: Config) -> str | None:
+    """The book's files do not state the number of heads."""
+    heads = config["n_heads"]
+    if heads * HEAD_SIZE == config["emb_dim"]:
+        return None
+    return (
+        f"The book's files do not say how many heads a model has: give n_heads={heads} where it is loaded "
+        f"(here --n-heads {heads})."
+    )
+
+
+def _added(values: Config, dtype: str) -> dict[str, Recipe]:
+    config = GPTConfig.from_dict(values)
+    one = mask(config.context_length)
+    masks = {MASK.replace("{n}", str(layer)): one for layer in range(config.n_layers)}
+    return {**biases(config, BOOK.rules, needed_biases(config), dtype), **masks}
 
 
 BOOK = Format(
@@ -57,6 +78,9 @@ BOOK = Format(
         same("out_head.weight", "out_head.weight"),
     ),
     ignored=(r"trf_blocks\.\d+\.att\.mask",),
-    lacks=lacks,
-    biases=biases,
+    architecture="gpt",
+    understand=as_gpt,
+    hidden=HIDDEN,
+    extra=extra,
+    target=Target(settings=("n_heads",), lacks=lacks, without=without, added=_added, note=heads_note),
 )

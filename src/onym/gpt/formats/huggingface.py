@@ -6,15 +6,16 @@ are buffers (``attn.bias``, ``attn.masked_bias``). Source: transformers' modelin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from onym.convert.mapping import Rule, same, transposed
-from onym.convert.registry import Format, NamedShapes, Stated
+from onym.convert.mapping import Recipe, Rule, same, transposed
+from onym.convert.registry import Config, Format, NamedShapes, Stated, Target, Writing
 from onym.convert.sources import as_json
 from onym.data.tokenizer import END_OF_TEXT, Tokenizer
 from onym.format.manifest import parse_json
 from onym.gpt.config import GPTConfig
+from onym.gpt.formats.biases import biases, extra
+from onym.gpt.formats.understand import HIDDEN, OURS, as_gpt
 
 FIELDS = {
     "n_layers": "n_layer",
@@ -28,8 +29,6 @@ FIELDS = {
 """Our field -> theirs in ``config.json``."""
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf", "gelu_python": "erf"}
 """Their ``activation_function`` -> our ``gelu``."""
-OURS = "onym"
-"""The entry of ``config.json`` with our own configuration, where we wrote it."""
 
 
 def _recognise(found: NamedShapes) -> str | None:
@@ -66,7 +65,7 @@ def _stated(found: NamedShapes) -> Stated:
 _MODULES = ("norm1", "att.proj", "norm2", "ff.layers.0", "ff.layers.2", "final_norm")
 
 
-def _biases(config: GPTConfig) -> list[str]:
+def _needed_biases(config: GPTConfig) -> list[str]:
     return ([] if config.qkv_bias else ["att.qkv"]) + ([] if config.bias else list(_MODULES))
 
 
@@ -74,43 +73,21 @@ def _both(change: Any, theirs: str, ours: str) -> tuple[Rule, Rule]:
     return change(f"{theirs}.weight", f"{ours}.weight"), same(f"{theirs}.bias", f"{ours}.bias")
 
 
-HUGGINGFACE = Format(
-    name="huggingface",
-    title="transformers' GPT-2",
-    recognise=_recognise,
-    rules=(
-        same("transformer.wte.weight", "tok_emb.weight"),
-        same("transformer.wpe.weight", "pos_emb.weight"),
-        *_both(same, "transformer.h.{n}.ln_1", "trf_blocks.{n}.norm1"),
-        *_both(transposed, "transformer.h.{n}.attn.c_attn", "trf_blocks.{n}.att.qkv"),
-        *_both(transposed, "transformer.h.{n}.attn.c_proj", "trf_blocks.{n}.att.proj"),
-        *_both(same, "transformer.h.{n}.ln_2", "trf_blocks.{n}.norm2"),
-        *_both(transposed, "transformer.h.{n}.mlp.c_fc", "trf_blocks.{n}.ff.layers.0"),
-        *_both(transposed, "transformer.h.{n}.mlp.c_proj", "trf_blocks.{n}.ff.layers.2"),
-        *_both(same, "transformer.ln_f", "final_norm"),
-        same("lm_head.weight", "out_head.weight"),
-    ),
-    stated=_stated,
-    ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
-    prefix="transformer",
-    biases=_biases,
-)
+def _added(values: Config, dtype: str) -> dict[str, Recipe]:
+    config = GPTConfig.from_dict(values)
+    return biases(config, HUGGINGFACE.rules, _needed_biases(config), dtype)
 
 
 _KEPT = ("pad_token_id", "embd_pdrop", "attn_pdrop", "initializer_range", "use_cache", "task_specific_params")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
-def texts(config: GPTConfig, tokenizer: str | None, dtype: str, theirs: Mapping[str, str]) -> dict[str, str]:
+def _texts(writing: Writing) -> dict[str, str]:
     """The files beside the weights, by name; ``config.json`` last.
 
-    Args:
-        config: of the model.
-        tokenizer: the text of its ``tokenizer.json``, if it has one.
-        dtype: of its weights.
-        theirs: the texts of the folder that the model comes from, where it was one of transformers already: what they say
-            besides is kept, but for the names of code (``auto_map``).
+    What the texts of a source of transformers' own state besides is preserved, but for the names of code (``auto_map``).
     """
+    config, tokenizer, theirs = GPTConfig.from_dict(writing.config), writing.tokenizer, writing.texts
     end, special = None, END_OF_TEXT
     said = parse_json(theirs.get("config.json", "{}"), "config.json")
     said = said if isinstance(said, dict) else {}
@@ -118,8 +95,8 @@ def texts(config: GPTConfig, tokenizer: str | None, dtype: str, theirs: Mapping[
     if "tokenizer_config.json" in files and tokenizer is not None:
         files["tokenizer.json"] = tokenizer
     elif tokenizer is not None:
-        found = Tokenizer.from_json(tokenizer)
-        end, special = found.end_of_text, found.end_of_text_token
+        known = Tokenizer.from_json(tokenizer)
+        end, special = known.end_of_text, known.end_of_text_token
         files["tokenizer.json"] = tokenizer
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length}
         files["tokenizer_config.json"] = as_json({**about, "bos_token": special, "eos_token": special, "unk_token": special})
@@ -141,8 +118,40 @@ def texts(config: GPTConfig, tokenizer: str | None, dtype: str, theirs: Mapping[
             "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
             "layer_norm_epsilon": 1e-5,
             **ends,
-            "torch_dtype": dtype,
+            "torch_dtype": writing.tensors.dtypes["tok_emb.weight"],
             OURS: values,
         }
     )
     return files
+
+
+HUGGINGFACE = Format(
+    name="huggingface",
+    title="transformers' GPT-2",
+    recognise=_recognise,
+    rules=(
+        same("transformer.wte.weight", "tok_emb.weight"),
+        same("transformer.wpe.weight", "pos_emb.weight"),
+        *_both(same, "transformer.h.{n}.ln_1", "trf_blocks.{n}.norm1"),
+        *_both(transposed, "transformer.h.{n}.attn.c_attn", "trf_blocks.{n}.att.qkv"),
+        *_both(transposed, "transformer.h.{n}.attn.c_proj", "trf_blocks.{n}.att.proj"),
+        *_both(same, "transformer.h.{n}.ln_2", "trf_blocks.{n}.norm2"),
+        *_both(transposed, "transformer.h.{n}.mlp.c_fc", "trf_blocks.{n}.ff.layers.0"),
+        *_both(transposed, "transformer.h.{n}.mlp.c_proj", "trf_blocks.{n}.ff.layers.2"),
+        *_both(same, "transformer.ln_f", "final_norm"),
+        same("lm_head.weight", "out_head.weight"),
+    ),
+    stated=_stated,
+    ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+    prefix="transformer",
+    architecture="gpt",
+    understand=as_gpt,
+    hidden=HIDDEN,
+    extra=extra,
+    target=Target(
+        container="folder",
+        added=_added,
+        omitted=lambda config: ("lm_head.weight",) if config["tie_embeddings"] else (),
+        texts=_texts,
+    ),
+)

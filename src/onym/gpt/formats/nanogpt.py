@@ -6,14 +6,22 @@ GELU is the exact one, and ``bias=False`` takes the biases of the norms too. Sou
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from onym.convert.mapping import same
-from onym.convert.registry import Format, NamedShapes, Stated
+from onym.convert.mapping import Recipe, same
+from onym.convert.registry import Config, Format, NamedShapes, Stated, Target, Writing
+from onym.format.manifest import OPTIMIZER
+from onym.format.reader import Checkpoint
 from onym.gpt.config import GPTConfig
+from onym.gpt.formats.biases import biases, extra
+from onym.gpt.formats.dropping import without
+from onym.gpt.formats.understand import HIDDEN, as_gpt
+from onym.gpt.gpt2 import GPT
 
 _LAYER = {
     "ln_1": "norm1",
@@ -51,20 +59,72 @@ def _stated(found: NamedShapes) -> Stated:
     return Stated(config, "model_args", ARGUMENTS)
 
 
-def _lacks(config: GPTConfig) -> dict[str, str]:
+def _lacks(config: Config) -> dict[str, str]:
     lacks = {}
-    if config.gelu != "erf":
+    if config["gelu"] != "erf":
         lacks["gelu"] = "nanoGPT computes GELU exactly, and this model was trained with its tanh form"
-    if not config.tie_embeddings:
+    if not config["tie_embeddings"]:
         lacks["head"] = "nanoGPT's head is always its embedding, and this model has a head of its own"
     return lacks
 
 
-def _biases(config: GPTConfig) -> list[str]:
+def _added(values: Config, dtype: str) -> dict[str, Recipe]:
     """nanoGPT has all biases or none."""
+    config = GPTConfig.from_dict(values)
     if config.bias == config.qkv_bias:
-        return []
-    return ["att.qkv"] if config.bias else [*(name for name in _LAYER.values() if name != "att.qkv"), "final_norm"]
+        return {}
+    others = [*(name for name in _LAYER.values() if name != "att.qkv"), "final_norm"]
+    return biases(config, NANOGPT.rules, ["att.qkv"] if config.bias else others, dtype)
+
+
+def _checkpoint(writing: Writing, weights: OrderedDict[str, Tensor]) -> dict[str, Any]:
+    """The content of a ``ckpt.pt`` that nanoGPT resumes from; with AdamW's moments, where the source has them."""
+    config = GPTConfig.from_dict(writing.config)
+    every = config.bias or config.qkv_bias
+    model = GPT.without_values(GPTConfig.from_dict({**writing.config, "bias": every, "qkv_bias": every}))
+    names = [name for name, _ in model.named_parameters()]
+    saved = _saved_moments(writing.checkpoint, names)
+    state: dict[int, dict[str, Tensor]] = {}
+    if saved is not None:
+        ordered = [name for group in parameter_order(names) for name in group]
+        for number, name in enumerate(ordered):
+            state[number] = {slot: saved[0][f"{slot}.{name}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
+            state[number]["step"] = state[number]["step"].to(torch.float32)
+        writing.used.update((OPTIMIZER, "optimizer"))
+        writing.notes.append("The optimizer's moments are in it.")
+    else:
+        writing.notes.append("Its optimizer starts afresh: the source has no moments of AdamW.")
+    writing.used.update(("iter_num", "best_val_loss", "model_args"))
+    origin, manifest = writing.checkpoint.origin, writing.checkpoint.manifest
+    values = origin.contents.values if origin is not None else {}
+    step = manifest.step if manifest is not None else values.get("iter_num")
+    best = values.get("best_val_loss", 1e9)
+    return {
+        "model": weights,
+        "optimizer": {"state": state, "param_groups": groups(names, saved[1] if saved else None)},
+        "model_args": arguments(config),
+        "iter_num": int(step or 0),
+        "best_val_loss": best if isinstance(best, Tensor | float | int) else 1e9,
+        "config": {},
+    }
+
+
+def _saved_moments(checkpoint: Checkpoint, names: list[str]) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
+    """AdamW's moments of every parameter under our names, and its groups' settings; from nanoGPT's file or an Onym run's."""
+    if checkpoint.origin is not None:
+        if checkpoint.origin.format is not NANOGPT:
+            return None
+        found = moments(checkpoint.origin.contents.values, names)
+    elif OPTIMIZER in checkpoint.holds:
+        stored = checkpoint.tensors(OPTIMIZER)
+        found = {name.removeprefix("state."): stored.tensor(name) for name in stored.names}, []
+    else:
+        return None
+    if found is None:
+        return None
+    whole = all(f"{slot}.{name}" in found[0] for slot in ("step", "exp_avg", "exp_avg_sq") for name in names)
+    fitting = whole and all(found[0][f"exp_avg.{name}"].shape == checkpoint.model.shapes.get(name) for name in names)
+    return found if fitting else None
 
 
 NANOGPT = Format(
@@ -85,9 +145,11 @@ NANOGPT = Format(
     ),
     stated=_stated,
     ignored=(r"transformer\.h\.\d+\.attn\.bias",),
-    always_tied=True,
-    lacks=_lacks,
-    biases=_biases,
+    architecture="gpt",
+    understand=as_gpt,
+    hidden=HIDDEN,
+    extra=extra,
+    target=Target(lacks=_lacks, without=without, added=_added, pickle=_checkpoint),
 )
 
 

@@ -1,38 +1,48 @@
-"""Which model classes can be built from a stored configuration."""
+"""Model classes that can be built from a stored configuration.
+
+A model family registers itself from outside (:mod:`onym.names.families`); this module knows none.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from onym.errors import CheckpointError, ConfigError
-from onym.gpt.config import GPTConfig
-from onym.gpt.gpt2 import GPT
+from onym.names.families import load_families
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model class, and the dataclass that its constructor takes."""
+    """A model class, the dataclass that its constructor takes, and how to build one that is loaded into."""
 
     model_cls: type[nn.Module]
     config_cls: type[Any]
+    build: Callable[[Any], nn.Module]
 
 
-_ARCHITECTURES: dict[str, Architecture] = {"gpt": Architecture(GPT, GPTConfig)}
+_ARCHITECTURES: dict[str, Architecture] = {}
 
-
-def register_architecture(name: str, model_cls: type[nn.Module], config_cls: type[Any]) -> None:
-    """Let :func:`onym.save` and :func:`onym.load_model` keep a model of your own whole: weights and structure.
+def register_architecture(
+    name: str,
+    model_cls: type[nn.Module],
+    config_cls: type[Any],
+    *,
+    build: Callable[[Any], nn.Module] | None = None,
+) -> None:
+    """Let :func:`onym.save` store the structure of your own model class, and :func:`onym.load_model` build it again.
 
     Args:
         name: what its files call it; the same in the program that saves and the one that loads.
         model_cls: built as ``model_cls(config)``; its instances have that config as ``model.config``.
-        config_cls: a dataclass whose fields are plain JSON values.
+        config_cls: a dataclass whose fields are plain JSON values. Where it has a class method ``from_dict``, that reads them.
+        build: makes a model that is loaded into, from a config; ``model_cls`` by default. It may leave tensors on the meta
+            device, which saves the time and memory of initialising them.
 
     Raises:
         ConfigError: ``model_cls`` is no module class, ``config_cls`` is no dataclass, or the name stands for another class
@@ -60,13 +70,14 @@ def register_architecture(name: str, model_cls: type[nn.Module], config_cls: typ
     # A reloaded notebook cell defines its classes again: the same name in the same module is the same class to its author.
     if taken is not None and _qualified_name(taken.model_cls) != _qualified_name(model_cls):
         raise ConfigError(f"The architecture {name!r} is {taken.model_cls.__name__} already: take another name.")
-    _ARCHITECTURES[name] = Architecture(model_cls, config_cls)
+    _ARCHITECTURES[name] = Architecture(model_cls, config_cls, build or model_cls)
 
 
 def describe_model(model: nn.Module) -> tuple[str | None, dict[str, Any] | None]:
     """The architecture's name and the configuration of a model, both None where its class is not registered."""
+    load_families()
+    config = getattr(model, "config", None)
     for name, architecture in _ARCHITECTURES.items():
-        config = getattr(model, "config", None)
         if _author_class(model) is architecture.model_cls and isinstance(config, architecture.config_cls):
             return name, _as_json(config)
     return None, None
@@ -79,16 +90,16 @@ def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
         CheckpointError: the architecture is not registered in this program.
         ConfigError: the configuration does not fit it.
     """
+    load_families()
     if architecture not in _ARCHITECTURES:
         raise CheckpointError(
             f"The model is of the architecture {architecture!r}, which this program does not know: call "
             f"onym.register_architecture({architecture!r}, ModelClass, ConfigClass) before loading it."
         )
     known = _ARCHITECTURES[architecture]
-    if issubclass(known.model_cls, GPT):
-        return known.model_cls.without_values(GPTConfig.from_dict(config))  # all that a GPT has is stored
+    read = getattr(known.config_cls, "from_dict", None)
     try:
-        return known.model_cls(known.config_cls(**config))
+        return known.build(read(config) if read is not None else known.config_cls(**config))
     except TypeError as error:
         raise ConfigError(f"The stored configuration does not fit {known.config_cls.__name__}: {error}.") from error
 
@@ -103,9 +114,8 @@ def _as_json(config: Any) -> dict[str, Any]:
             same = False
         if not same:
             raise ConfigError(
-                f"{type(config).__name__}.{name} is {value!r}, which JSON cannot hold: make it a number, text, a list, "
-                "or a dict with "
-                "keys of text."
+                f"{type(config).__name__}.{name} is {value!r}, which JSON cannot hold: make it a number, text, a list, or a "
+                "dict with keys of text."
             )
     return fields
 

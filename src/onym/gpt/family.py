@@ -1,0 +1,38 @@
+"""Onym's GPT, registered with the library from outside: its architecture, the formats of its files, hints for diagnoses."""
+
+from __future__ import annotations
+
+from onym.convert.registry import Family, register_family, register_format
+from onym.gpt.config import GPTConfig
+from onym.gpt.formats import FORMATS
+from onym.gpt.formats.understand import crop_vocabulary
+from onym.gpt.gpt2 import GPT
+from onym.gpt.outputs import logits
+from onym.names.hints import Hints, register_hints
+from onym.state.architectures import register_architecture
+
+_HINTS = Hints(
+    sign=r"trf_blocks\.|tok_emb\.",
+    fields={
+        "blocks": "n_layers",
+        "vocabulary": "vocab_size",
+        "context": "context_length",
+        "width": "emb_dim",
+        "qkv_bias": "qkv_bias",
+    },
+    layouts={
+        "transformers' GPT-2 and of nanoGPT": r"(^|\.)h\.\d+\.attn\.c_attn\.weight$",
+        "the book's GPTModel": r"trf_blocks\.\d+\.att\.W_query\.weight$",
+        "the book's optimised GPTModel, and of onym.GPT": r"trf_blocks\.\d+\.att\.qkv\.weight$",
+        "a Llama": r"layers\.\d+\.self_attn\.q_proj\.weight$",
+    },
+)
+
+
+def register() -> None:
+    """The entry point ``onym.families`` of this package."""
+    register_architecture("gpt", GPT, GPTConfig, build=GPT.without_values)
+    register_family(Family("gpt", outputs=logits, crop_vocabulary=crop_vocabulary))
+    for known in FORMATS:
+        register_format(known)
+    register_hints(_HINTS)
