@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,9 +78,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(
-        key=lambda item: item.get_closest_marker("slow") is None
-    )  # a whole training first: nothing is to wait for it alone
+    """Files without a whole training first, so that a failure shows soon; then those with the most of them."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (slow[item.path] > 0, -slow[item.path]))
     if not os.environ.get("ONYM_PROVE"):
         left = [item for item in items if item.get_closest_marker("prove")]
         config.hook.pytest_deselected(items=left)

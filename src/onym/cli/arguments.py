@@ -227,11 +227,11 @@ class LadderArguments:
 
 @dataclass(frozen=True)
 class CheckResumeArguments:
-    """Train straight, and again with SIGKILLs at random moments, and compare every tensor and every row of metrics bit by bit.
-    Of several processes (--processes) one of them is killed each time.
+    """Train without a stop, and again with SIGKILLs at random moments; compare every tensor and every row of metrics bitwise.
 
-    All options of onym train but --name and --runs-dir go after these (onym train --help). Choose few --steps, and
-    --save-every such that there are several checkpoints. Exit code 0: the same bits; 1: not the same.
+    Of several processes (with --processes) one is killed each time. All options of onym train may follow these, except --name
+    and --runs-dir: see onym train --help. Choose few --steps, and a --save-every that gives several checkpoints. Exit code 0:
+    bitwise identical; 1: not.
     """
 
     kills: int = 5

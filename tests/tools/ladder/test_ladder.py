@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,7 +82,7 @@ def test_what_needs_another_machine_says_so() -> None:
 
 def test_a_setting_reaches_its_process_as_it_is() -> None:
     setting = Setting(SHAPE, 4, "cpu", ("mask", "bf16", "padding"))
-    assert Setting.from_json(setting.to_json()) == setting
+    assert Setting.from_dict(json.loads(json.dumps(setting.to_dict()))) == setting
     assert setting.parts == Parts(mask_on_the_fly=True, padded_vocabulary=True)
 
 
