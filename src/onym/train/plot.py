@@ -103,7 +103,7 @@ def plot_runs(runs: Mapping[str, Rows], path: Path, unit: str) -> None:
 
 
 def plot_ladder(figures: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw the rungs of ``onym ladder``: this machine's on the left, the book's A100's on the right.
+    """Draw the rungs of ``onym tools ladder``: this machine's on the left, the book's A100's on the right.
 
     Args:
         figures: of a ladder.json, in their order from the first.

@@ -1,18 +1,18 @@
-"""Prove a checkpoint: a fresh process opens it, without torch.compile, and does with it what the trained model did.
+"""Prove a checkpoint: a fresh process opens it, without torch.compile, and evaluates it as the trained model was.
 
-The process that trained is the worst witness for what it kept: its memory holds the weights whether or not the files do.
+The process that trained cannot prove what it saved: its memory holds the weights whether or not the files do.
 """
 
 from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from onym.errors import CheckpointError, is_out_of_memory
+from onym.train.fresh_process import FreshProcess, ProcessFailed, answering, command_of
 
 _NO_MEMORY = 3  # exit code
 _TOLERANCE = 1e-4  # nats; the same machine gives the same bits, another thread count rounds otherwise
@@ -67,15 +67,17 @@ def prove(
         "precision": precision,
         "rounded": rounded,
     }
-    command = [sys.executable, "-P", "-m", "onym.train.proof", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    if done.returncode in (_NO_MEMORY, -getattr(signal, "SIGKILL", 9)):  # the second is what a system does that has no more
-        raise MemoryError
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise CheckpointError(f"The checkpoint '{checkpoint}' did not open in a fresh process: {last}")
-    held_out, sample = json.loads(done.stdout.splitlines()[-1])
-    return Proof(held_out, expected, sample)
+    with FreshProcess(command_of("onym.train.proof", request)) as process:
+        try:
+            answer = process.receive()
+        except ProcessFailed as failed:
+            # SIGKILL is what a system sends that has no more memory.
+            if failed.code in (_NO_MEMORY, -getattr(signal, "SIGKILL", 9)):
+                raise MemoryError from failed
+            reason = failed.last_line or "it gave no reason"
+            raise CheckpointError(f"The checkpoint '{checkpoint}' did not open in a fresh process: {reason}") from failed
+    assert answer is not None
+    return Proof(answer["held_out"], expected, answer["sample"])
 
 
 def _open_and_measure(request: dict[str, object]) -> tuple[float, str]:
@@ -111,13 +113,15 @@ def _open_and_measure(request: dict[str, object]) -> tuple[float, str]:
 
 
 def main(request: str) -> int:
-    """What the fresh process is started as; what it found is printed as JSON."""
+    """What the fresh process is started as."""
+    answer = answering()
     try:
-        print(json.dumps(_open_and_measure(json.loads(request))))
+        held_out, sample = _open_and_measure(json.loads(request))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return _NO_MEMORY
+    answer(held_out=held_out, sample=sample)
     return 0
 
 

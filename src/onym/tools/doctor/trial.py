@@ -4,23 +4,21 @@
 2. Steps of the nano preset are timed, not compiled.
 3. The same model is compiled, and steps of both are timed in turn.
 
-The process tells each result as soon as it has it, so that one that takes too long, or dies, has told the earlier ones. Its
+The process answers with each result as soon as it has it, so one that takes too long, or dies, has sent the earlier ones. Its
 compiler cache is a new, empty folder: the time is what the first run pays, and what an earlier run compiled cannot hide a
 compiler that does not work.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from onym.data.batches import Batch
 from onym.gpt.config import GPTConfig
 from onym.gpt.gpt2 import GPT
 from onym.train.dry_run import prepare
+from onym.train.fresh_process import FreshProcess, ProcessFailed, TimedOut, answering, command_of
 from onym.train.options import DataOptions, OptimizationOptions
 from onym.train.precision import choose_compute
 from onym.train.step import Stepper
@@ -39,7 +38,6 @@ from onym.train.step import Stepper
 PRESET = "nano"
 _STEPS = 30
 _STEPS_FOR = 4.0  # seconds
-_DYING = 3.0  # seconds that are waited at most for processes that were killed
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -74,68 +72,35 @@ class Trial:
 
 def try_compiling(device: str, precision: str, *, seconds: float = 55.0) -> Trial:
     """Try it in a fresh process, for so long at most."""
-    request = json.dumps({"device": device, "precision": precision})
-    with tempfile.TemporaryDirectory(
-        dir=_existing(os.environ.get(_CACHE)), prefix="onym-doctor-", ignore_cleanup_errors=True
-    ) as name:
-        folder = Path(name)
-        environment = {**os.environ, _CACHE: str(folder / "cache")}
-        command = [sys.executable, "-P", "-m", "onym.tools.doctor.trial", request]
-        # Files rather than pipes: torch's own processes hold on to a pipe after the one that is waited for has gone.
-        with (folder / "told").open("wb") as told, (folder / "errors").open("wb") as errors:
-            process = subprocess.Popen(
-                command, env=environment, stdout=told, stderr=errors, start_new_session=os.name == "posix"
-            )
-            try:
-                code: int | None = process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                _end(process)
-        said = (folder / "errors").read_text(errors="replace").strip().splitlines()
-        return _read((folder / "told").read_text(errors="replace"), code, said, precision, seconds)
-
-
-def _existing(folder: str | None) -> str | None:
-    return folder if folder and Path(folder).is_dir() else None
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Whatever became of it, neither the process nor a compiler that it started goes on."""
-    with contextlib.suppress(OSError):
-        if sys.platform != "win32":
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    process.wait()
-    # What it has started is dying, and may still write where the folder is about to be removed.
-    until = time.monotonic() + _DYING
-    with contextlib.suppress(OSError):
-        while sys.platform != "win32" and time.monotonic() < until:
-            os.killpg(process.pid, 0)  # an error once nobody is left
-            time.sleep(0.01)
-
-
-def _read(told: str, code: int | None, errors: list[str], precision: str, seconds: float) -> Trial:
     values: dict[str, Any] = {}
-    for line in told.splitlines():
-        with contextlib.suppress(ValueError, TypeError):  # a line that was cut off, or is not ours
-            values |= {key: value for key, value in dict(json.loads(line)).items() if key in Trial.__dataclass_fields__}
+    failure = ""
+    parent = os.environ.get(_CACHE)
+    parent = parent if parent and Path(parent).is_dir() else None
+    with tempfile.TemporaryDirectory(dir=parent, prefix="onym-doctor-", ignore_cleanup_errors=True) as folder:
+        command = command_of("onym.tools.doctor.trial", {"device": device, "precision": precision})
+        deadline = time.monotonic() + seconds
+        with FreshProcess(command, {**os.environ, _CACHE: str(Path(folder) / "cache")}) as process:
+            try:
+                while (answer := process.receive(deadline)) is not None:
+                    values |= answer
+            except TimedOut:
+                failure = f"not done after {seconds:.0f} s"
+                if "works" in values:
+                    values["reason"] = f"the nano preset was not compiled after {seconds:.0f} s"
+            except ProcessFailed as failed:
+                failure = failed.last_line[:160] or f"exit code {failed.code}"
     if "works" not in values:
-        values["works"] = False
-        values["reason"] = f"not done after {seconds:.0f} s" if code is None else (errors or [f"exit code {code}"])[-1][:160]
-    elif code is None:
-        values["reason"] = f"the nano preset was not compiled after {seconds:.0f} s"
-    return Trial(**{**asdict(Trial(precision)), **values})
+        values |= {"works": False, "reason": failure}
+    return Trial(precision, **values)
 
 
-def _try(request: dict[str, str]) -> None:
+def _try(request: dict[str, str], answer: Callable[..., None]) -> None:
     """What the fresh process does."""
     compute = choose_compute(request["device"], request["precision"])
     compute.set_deterministic(False)
     tiny, inputs = _Tiny(), torch.ones(4, 32, device=compute.device, requires_grad=True)
     found = compile_in_place(tiny, "whole", lambda: tiny(inputs).backward())
-    _tell(works=found.compiled, reason=found.reason, tiny_seconds=found.seconds if found.compiled else None)
+    answer(works=found.compiled, reason=found.reason, tiny_seconds=found.seconds if found.compiled else None)
 
     options, config = OptimizationOptions(), GPTConfig.preset(PRESET, vocab_size=DataOptions().vocab_size)
     tokens = torch.randint(config.vocab_size, (options.batch_size, config.context_length + 1), device=compute.device)
@@ -143,16 +108,16 @@ def _try(request: dict[str, str]) -> None:
     plain = Stepper(GPT(config).to(compute.device), options, compute)
     prepare(plain, batch, [options.batch_size], "off")
     (eager,) = _step_seconds([plain], batch)
-    _tell(eager_seconds=eager)
+    answer(eager_seconds=eager)
     if not found.compiled:
         return
     fast = Stepper(GPT(config).to(compute.device), options, compute)
     compilation, _ = prepare(fast, batch, [options.batch_size], "whole")
     if not compilation.compiled:
-        _tell(works=False, reason=compilation.reason)
+        answer(works=False, reason=compilation.reason)
         return
     eager, compiled = _step_seconds([plain, fast], batch)
-    _tell(eager_seconds=eager, compiled_seconds=compiled, compile_seconds=compilation.seconds)
+    answer(eager_seconds=eager, compiled_seconds=compiled, compile_seconds=compilation.seconds)
 
 
 def _step_seconds(steppers: list[Stepper], batch: Batch) -> list[float]:
@@ -167,9 +132,5 @@ def _step_seconds(steppers: list[Stepper], batch: Batch) -> list[float]:
     return [statistics.median(taken[2:]) for taken in times]  # at the first, the optimizer makes its state
 
 
-def _tell(**values: Any) -> None:
-    print(json.dumps(values), flush=True)
-
-
 if __name__ == "__main__":
-    _try(json.loads(sys.argv[1]))
+    _try(json.loads(sys.argv[1]), answering())

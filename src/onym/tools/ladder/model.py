@@ -1,4 +1,4 @@
-"""One GPT, written once for each way to compute it: what the rungs of ``onym ladder`` train.
+"""One GPT, written once for each way to compute it: what the rungs of ``onym tools ladder`` train.
 
 The same function at every rung. Parts that a rung makes faster stand here in the plain form as well, as one writes them when
 one learns what they are: q, k and v from three products, a stored mask, norms and GELU from their formulas. With all parts on

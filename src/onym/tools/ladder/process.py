@@ -15,18 +15,14 @@ It ends when its standard input does, so none is left behind however the parent 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import queue
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +35,9 @@ from onym.errors import is_out_of_memory
 from onym.gpt.config import GPTConfig
 from onym.gpt.gpt2 import GPT
 from onym.tools.ladder.model import LadderModel, Parts
+from onym.train import fresh_process
 from onym.train.dry_run import prepare
+from onym.train.fresh_process import FreshProcess, ProcessFailed, TimedOut, answering
 from onym.train.metering import memory_in_use
 from onym.train.options import OptimizationOptions
 from onym.train.precision import choose_compute
@@ -62,14 +60,13 @@ class Setting:
     device: str
     techniques: tuple[Technique, ...]
 
-    def to_json(self) -> str:
-        """For the command line of the process."""
-        return json.dumps({**dataclasses.asdict(self), "config": self.config.to_dict()})
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for the command line of the process."""
+        return {**dataclasses.asdict(self), "config": self.config.to_dict()}
 
     @classmethod
-    def from_json(cls, text: str) -> Setting:
-        """Read what :meth:`to_json` wrote."""
-        values = json.loads(text)
+    def from_dict(cls, values: Mapping[str, Any]) -> Setting:
+        """Read what :meth:`to_dict` gave."""
         return cls(**{**values, "config": GPTConfig(**values["config"]), "techniques": tuple(values["techniques"])})
 
     @property
@@ -99,16 +96,10 @@ class RungProcess:
     """
 
     def __init__(self, command: Sequence[str]) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
-        # A session of its own: Ctrl-C in a terminal reaches the parent alone, which then ends this one and all that it started.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
-        )
-        self._answers: queue.Queue[bytes] = queue.Queue()
+        self._process = FreshProcess(command)
         self.memory = 0
         """Bytes, the most that it had so far."""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.close = self._process.close
 
     def warm_up(self, deadline: float) -> float:
         """Wait until it is warm; the seconds of a step.
@@ -124,57 +115,26 @@ class RungProcess:
         Raises:
             RungFailed: as with :meth:`warm_up`.
         """
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended: the answer will say so
-            self._process.stdin.write(b"%d\n" % steps)
-            self._process.stdin.flush()
+        self._process.send(str(steps))
         answer = self._answer(deadline)
         self.memory = int(answer["memory"])
         return float(answer["seconds"])
 
-    def close(self) -> None:
-        """End it and whatever it started."""
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            with contextlib.suppress(OSError):
-                stream.close()  # type: ignore[union-attr]
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answers.put(line)
-        self._answers.put(b"")
-
     def _answer(self, deadline: float) -> dict[str, Any]:
         try:
-            line = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
+            answer = self._process.receive(deadline) or {"failed": "its process ended without an answer"}
+        except TimedOut:
             raise OutOfTime("not done in its share of the time: give more --minutes") from None
-        if not line:
-            raise RungFailed(self._last_words())
-        answer: dict[str, Any] = json.loads(line)
+        except ProcessFailed as failed:
+            raise RungFailed(str(failed)) from failed
         if "failed" in answer:
             raise RungFailed(str(answer["failed"]))
         return answer
 
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        if code < 0:
-            name = signal.Signals(-code).name
-            return f"its process was ended by {name}" + (", as a system short of memory does" if name == "SIGKILL" else "")
-        return f"its process ended with code {code}" + (f": {lines[-1].strip()[:160]}" if lines else "")
-
 
 def command_of(setting: Setting) -> list[str]:
     """What starts the process of a rung."""
-    return [sys.executable, "-P", "-m", "onym.tools.ladder.process", setting.to_json()]
+    return fresh_process.command_of("onym.tools.ladder.process", setting.to_dict())
 
 
 # --- the process itself ---
@@ -265,7 +225,7 @@ def _wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _serve(setting: Setting, say: Callable[[dict[str, Any]], None], asked: Callable[[], int]) -> None:
+def _serve(setting: Setting, answer: Callable[..., None], asked: Callable[[], int]) -> None:
     device = torch.device(setting.device)
     step = build(setting)
 
@@ -278,39 +238,34 @@ def _serve(setting: Setting, say: Callable[[dict[str, Any]], None], asked: Calla
         return (time.perf_counter() - start) / steps
 
     turn(1)
-    say({"ready": turn(_WARM_UP)})
+    answer(ready=turn(_WARM_UP))
     while True:
-        say({"seconds": turn(asked()), "memory": _peak_memory(device)})
+        answer(seconds=turn(asked()), memory=_peak_memory(device))
 
 
 def main() -> None:
     """What the process does."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    wishes: queue.Queue[int] = queue.Queue()
+    answer = answering()
+    requests: queue.Queue[int] = queue.Queue()
 
     def listen() -> None:
         for line in sys.stdin:
-            wishes.put(int(line))
+            requests.put(int(line))
         os._exit(0)  # the parent has gone; a step or a compilation may be under way
 
     threading.Thread(target=listen, daemon=True).start()
-
-    def say(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
-    setting = Setting.from_json(sys.argv[1])
+    setting = Setting.from_dict(json.loads(sys.argv[1]))
     if setting.device == "cpu":
         # Inductor's pool of compiling processes, still starting up, would compute beside the first turns: on two cores that
         # made them a hundred times slower. Compiling takes no longer without (34 s against 38 s).
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     try:
-        _serve(setting, say, wishes.get)
+        _serve(setting, answer, requests.get)
     except RungFailed as failed:
-        say({"failed": str(failed)})
+        answer(failed=str(failed))
     except Exception as error:  # whatever a rung can raise must not cost the user the ladder
         first = (str(error).strip().splitlines() or [""])[0][:160]
-        say({"failed": OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {first}"})
+        answer(failed=OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {first}")
 
 
 if __name__ == "__main__":
