@@ -27,7 +27,8 @@ import onym
 from _measure import added_peak, alternate, keep, table
 from onym.checkpoint.retention import Retention, write_step
 from onym.format.manifest import MODEL
-from onym.format.writer import as_bytes, write_folder
+from onym.format.safetensors import as_bytes
+from onym.format.writer import write_folder
 
 warnings.filterwarnings("ignore")
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import onym
-from onym.checkpoint.retention import newest_good, step_folder, steps
+from onym.checkpoint.steps import newest_good, step_folder, steps
 from onym.format.reader import read_checkpoint
 
 CALLS = (

@@ -22,16 +22,17 @@ from onym.convert.translation import format_of, translated
 from onym.convert.write import config_json
 from onym.errors import CheckpointError, ConfigError
 from onym.format.manifest import CONFIG, MODEL
+from onym.format.pth import write_pth
 from onym.format.reader import Checkpoint
 from onym.format.tensors import TensorFile
-from onym.format.writer import write_folder, write_pth, write_safetensors
+from onym.format.writer import About, write_folder, write_safetensors
 from onym.names.diagnose import diagnose
 from onym.names.match import recover_names
 from onym.names.mismatch import MismatchError, compare
 from onym.names.wrappers import AVERAGE_COUNTER, require_module, unwrap
 from onym.state.architectures import build_model, describe_model
 from onym.state.model import DtypePolicy, LoadReport, describe, full_state_dict, load_state_dict, materialise_meta, state_dict
-from onym.storage.object_store import as_path
+from onym.storage.paths import as_path
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -74,7 +75,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise ConfigError(f"A model cannot be saved as '{path.suffix}': end the path in .safetensors, .pth, or / for a folder.")
     else:
         texts = {CONFIG: config_json(config)} if config is not None else {}
-        write_folder(path, {MODEL: state}, texts, architecture=architecture)
+        write_folder(path, {MODEL: state}, texts, About(architecture))
 
 
 def load(

@@ -23,13 +23,13 @@ from torch import nn
 
 import onym
 from onym.checkpoint import checkpointer as keeping
-from onym.checkpoint import retention as store_run
-from onym.checkpoint.retention import step_folder
+from onym.checkpoint.steps import step_folder
 from onym.errors import CheckpointError, ConfigError, StorageError
-from onym.format import writer
+from onym.format import tensor_writing, writer
 from onym.format.reader import read_checkpoint
 from onym.names.mismatch import MismatchError
-from onym.storage.local import Disk
+from onym.storage import local
+from onym.storage.disk import Disk
 
 
 class Loop:
@@ -286,7 +286,7 @@ def test_a_second_save_waits_or_is_skipped(tmp_path: Path, monkeypatch: pytest.M
     assert checkpointer.save(1, {"model": model})
     assert held.started.wait(30)
     assert not checkpointer.save(2, {"model": model})
-    assert checkpointer.notes == ["Step 2 was not kept: the one before is still being written."]
+    assert checkpointer.notes == ["Step 2 was not saved: the one before is still being written."]
     assert checkpointer.progress is not None
     assert (checkpointer.progress.step, checkpointer.progress.done) == (1, False)
     held.go.set()
@@ -329,13 +329,13 @@ def test_an_error_is_told_once_and_the_next_save_works(tmp_path: Path, monkeypat
 def test_an_error_that_nobody_asked_for_is_told_at_the_exit(tmp_path: Path) -> None:
     program = """
 import errno, torch, onym
-from onym.storage.local import Disk
+from onym.storage.disk import Disk
 def flush(disk, descriptor): raise OSError(errno.ENOSPC, "full")
 Disk.flush = flush
 onym.Checkpointer("run").save(1, {"model": torch.nn.Linear(2, 1)})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "was not kept: Could not write" in done.stderr
+    assert "was not saved: Could not write" in done.stderr
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -367,8 +367,8 @@ def test_what_cannot_be_kept_is_named_and_nothing_is_written(tmp_path: Path) -> 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     checkpointer = onym.Checkpointer(tmp_path / "run")
     for state, says in (
-        ({}, "no model in what is to be kept"),
-        ({"optimizer": optimizer}, "no model in what is to be kept"),
+        ({}, "no model in what is to be saved"),
+        ({"optimizer": optimizer}, "no model in what is to be saved"),
         ({"model": other, "optimizer": optimizer}, "'optimizer' belong to none of the models given"),
         ({"model": model, "a/b": 1}, "'a/b' cannot name a part"),
         ({"model": model, "rng": 1}, "'rng' cannot name a part"),
@@ -379,7 +379,7 @@ def test_what_cannot_be_kept_is_named_and_nothing_is_written(tmp_path: Path) -> 
             checkpointer.save(1, state)  # type: ignore[arg-type]
     for given, says in (
         ({"metrics": {"loss": "low"}}, "metrics are numbers by name"),
-        ({"files": {"../x": "y"}}, "cannot be kept"),
+        ({"files": {"../x": "y"}}, "cannot be saved"),
         ({"files": {"manifest.json": "y"}}, "has of its own"),
     ):
         with pytest.raises(ConfigError, match=says):
@@ -475,7 +475,7 @@ def test_nothing_is_written_after_the_flush(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Disk, "write", slow)
     monkeypatch.setattr(Disk, "flush", logged)
-    monkeypatch.setattr(writer, "WORKERS", 2)
+    monkeypatch.setattr(tensor_writing, "WORKERS", 2)
     state = {"large": torch.ones(5_000_000 // 4), **{f"small{n}": torch.ones(5000) for n in range(10)}}
     writer.write_folder(tmp_path / "x", {"model.safetensors": state}, {})
     first = next(index for index, (what, _) in enumerate(log) if what == "flush")
@@ -500,7 +500,7 @@ checkpointer.save(2, {'model': model})
 def test_an_error_outlives_its_checkpointer(tmp_path: Path) -> None:
     program = """
 import errno, gc, torch, onym
-from onym.storage.local import Disk
+from onym.storage.disk import Disk
 def flush(disk, descriptor): raise OSError(errno.EIO, "broken")
 Disk.flush = flush
 def main():
@@ -511,7 +511,7 @@ main()
 gc.collect()
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "was not kept: Could not write" in done.stderr
+    assert "was not saved: Could not write" in done.stderr
 
 
 def test_a_child_does_not_close_what_is_not_its_own(tmp_path: Path) -> None:
@@ -558,7 +558,7 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypa
     def refusing(path: object) -> list[str]:
         raise PermissionError(errno.EACCES, "no", str(path))
 
-    monkeypatch.setattr(store_run.os, "listdir", refusing)
+    monkeypatch.setattr(local.os, "listdir", refusing)
     with pytest.raises(StorageError, match="permission denied"):
         onym.Checkpointer(tmp_path).restore({"model": nn.Linear(2, 1)})
 
@@ -639,10 +639,10 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     checkpointer = onym.Checkpointer(tmp_path, background=False)
     for state, files, says in (
         ({"model": model, "many": [1] * 5_000_001}, {}, "holds more than 5,000,000 values"),
-        ({"model": model, "digits": 10**5000}, {}, "'digits' cannot be kept"),
+        ({"model": model, "digits": 10**5000}, {}, "'digits' cannot be saved"),
         ({"net": model, "model": optimizer}, {}, "What is called 'model' is a SGD"),
-        ({"model": model}, {"a\\b": "x"}, "cannot be kept"),
-        ({"model": model}, {"a": "\ud800"}, "cannot be kept"),
+        ({"model": model}, {"a\\b": "x"}, "cannot be saved"),
+        ({"model": model}, {"a": "\ud800"}, "cannot be saved"),
         ({"model": model}, {"pieces.json": "{}"}, "a file that the checkpoint has of its own"),
     ):
         with pytest.raises(onym.OnymError, match=says):

@@ -13,8 +13,8 @@ import errno, os, sys, threading, time, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 import onym
-from onym.storage.local import Disk
 from onym.format.reader import read_checkpoint
+from onym.storage.disk import Disk
 
 kind, folder = sys.argv[1:]
 dist.init_process_group("gloo")

@@ -65,7 +65,7 @@ def test_a_failure_is_told_with_the_number_of_whose_it_was() -> None:
     first, second = (StoreCoordinator(store, "x", number, 2, "it") for number in range(2))
     second.report("written", failure=OSError("the disk is full"))
     first.report("written", 1)
-    with pytest.raises(StorageError, match="In process 1: the disk is full"):
+    with pytest.raises(StorageError, match="On rank 1: the disk is full"):
         first.reports("written")
-    with pytest.raises(StorageError, match="In process 1: the disk is full"):
+    with pytest.raises(StorageError, match="On rank 1: the disk is full"):
         second.decision()

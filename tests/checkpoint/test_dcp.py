@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.planner import ReadItem
 import onym
 from onym.cli.main import main
 from onym.format import manifest
+from onym.format.chunk_index import CHUNKS
 from onym.format.manifest import MODEL, FileEntry, Manifest
 from onym.format.reader import read_checkpoint
-from onym.format.sharded_tensor import PIECES
 
 PROGRAM = """
 import errno, os, signal, sys, time, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 import onym
-from onym.storage.local import Disk
+from onym.storage.disk import Disk
 
 mode, folder = sys.argv[1], Path(sys.argv[2])
 dist.init_process_group("gloo")
@@ -164,10 +164,10 @@ def _by_the_page_alone(folder: Path) -> dict[str, torch.Tensor]:
     """The model's tensors as docs/format.md says, by JSON and stock safetensors."""
     files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
     tensors = {}
-    pieces = json.loads((folder / "pieces.json").read_text())
-    for name, entry in pieces["tensors"]["model.safetensors"].items():
+    index = json.loads((folder / "chunks.json").read_text())
+    for name, entry in index["tensors"]["model.safetensors"].items():
         whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        for process, start, size in pieces["layouts"][entry["layout"]]:
+        for process, start, size in index["layouts"][entry["layout"]]:
             box = ",".join(f"{at}:{at + length}" for at, length in zip(start, size, strict=True))
             stored = files[f"model-{process:05d}.safetensors"][name if size == entry["shape"] else f"{name}[{box}]"]
             whole[tuple(slice(at, at + length) for at, length in zip(start, size, strict=True))] = stored
@@ -200,8 +200,8 @@ def test_what_any_number_of_processes_wrote_any_number_reads(launch: Launch, tmp
         for name, value in _by_the_page_alone(tmp_path / count).items():
             assert torch.equal(value, expected[f".model.{name}"])
         assert {file.suffix for file in (tmp_path / count).iterdir()} == {".json", ".safetensors"}
-    pieces = json.loads((tmp_path / "4" / PIECES).read_text())
-    cut = pieces["layouts"][pieces["tensors"][MODEL]["odd.weight"]["layout"]]
+    index = json.loads((tmp_path / "4" / CHUNKS).read_text())
+    cut = index["layouts"][index["tensors"][MODEL]["odd.weight"]["layout"]]
     assert cut == [[0, [0, 0], [2, 5]], [1, [2, 0], [2, 5]], [2, [4, 0], [2, 5]], [3, [6, 0], [1, 5]]]
 
 
@@ -242,7 +242,7 @@ def test_what_is_damaged_is_never_loaded(saved: Path) -> None:
     assert state["step"] == 3
 
 
-def test_the_command_checks_every_piece(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_checks_every_chunk(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(saved)]) == 0
     assert "no hashes" not in capsys.readouterr().out
     file = saved / "model-00000.safetensors"
@@ -252,70 +252,70 @@ def test_the_command_checks_every_piece(saved: Path, capsys: pytest.CaptureFixtu
     assert file.name in capsys.readouterr().out
 
 
-def _pieces_with(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Another pieces.json, with a manifest that is right about it: as somebody else could write them."""
-    values = json.loads((saved / PIECES).read_text())
+def _index_with(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Another chunks.json, with a manifest that is right about it: as somebody else could write them."""
+    values = json.loads((saved / CHUNKS).read_text())
     change(values)
     text = json.dumps(values).encode()
-    (saved / PIECES).write_bytes(text)
+    (saved / CHUNKS).write_bytes(text)
     manifest = Manifest.read(saved)
-    manifest.files[PIECES] = FileEntry(len(text), blake3(text).hexdigest(), len(text))
+    manifest.files[CHUNKS] = FileEntry(len(text), blake3(text).hexdigest(), len(text))
     (saved / "manifest.json").write_text(manifest.to_json())
 
 
-def _of(pieces: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    entry = pieces["tensors"][MODEL]["tok_emb.weight"]
-    return entry, pieces["layouts"][entry["layout"]]
+def _of(index: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    entry = index["tensors"][MODEL]["tok_emb.weight"]
+    return entry, index["layouts"][entry["layout"]]
 
 
-def _shift(pieces: dict[str, Any]) -> None:
-    _of(pieces)[1][0][1] = [1, 0]
+def _shift(index: dict[str, Any]) -> None:
+    _of(index)[1][0][1] = [1, 0]
 
 
-def _elsewhere(pieces: dict[str, Any]) -> None:
-    _of(pieces)[1][0][0] = 7
+def _elsewhere(index: dict[str, Any]) -> None:
+    _of(index)[1][0][0] = 7
 
 
-def _nobody(pieces: dict[str, Any]) -> None:
-    _of(pieces)[1][0][0] = -1
+def _nobody(index: dict[str, Any]) -> None:
+    _of(index)[1][0][0] = -1
 
 
-def _twice(pieces: dict[str, Any]) -> None:
-    entry, layout = _of(pieces)
+def _twice(index: dict[str, Any]) -> None:
+    entry, layout = _of(index)
     layout *= 2
     entry["shape"][0] *= 2
 
 
-def _larger(pieces: dict[str, Any]) -> None:
-    _of(pieces)[0]["shape"][0] = 2**40
+def _larger(index: dict[str, Any]) -> None:
+    _of(index)[0]["shape"][0] = 2**40
 
 
-def _all_larger(pieces: dict[str, Any]) -> None:
-    entry, layout = _of(pieces)
+def _all_larger(index: dict[str, Any]) -> None:
+    entry, layout = _of(index)
     entry["shape"][0] = layout[0][2][0] = 2**40
 
 
-def _other_dtype(pieces: dict[str, Any]) -> None:
-    _of(pieces)[0]["dtype"] = "int32"
+def _other_dtype(index: dict[str, Any]) -> None:
+    _of(index)[0]["dtype"] = "int32"
 
 
-def _none(pieces: dict[str, Any]) -> None:
-    _of(pieces)[1].clear()
+def _none(index: dict[str, Any]) -> None:
+    _of(index)[1].clear()
 
 
-def _last(pieces: dict[str, Any]) -> None:
-    _of(pieces)[0]["layout"] = -1
+def _last(index: dict[str, Any]) -> None:
+    _of(index)[0]["layout"] = -1
 
 
-def _no_list(pieces: dict[str, Any]) -> None:
-    pieces["tensors"][MODEL]["tok_emb.weight"] = 5
+def _no_list(index: dict[str, Any]) -> None:
+    index["tensors"][MODEL]["tok_emb.weight"] = 5
 
 
 @pytest.mark.parametrize(
     "change", [_shift, _elsewhere, _nobody, _twice, _larger, _all_larger, _other_dtype, _none, _last, _no_list]
 )
-def test_pieces_that_cannot_be_a_tensor_are_refused(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    _pieces_with(saved, change)
+def test_chunks_that_cannot_be_a_tensor_are_refused(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    _index_with(saved, change)
     with pytest.raises(onym.OnymError, match="damaged"):
         onym.open_checkpoint(saved).tensor("tok_emb.weight")
 
@@ -462,7 +462,7 @@ def test_a_folder_that_a_process_does_not_see_is_told_as_that(tmp_path: Path, mo
         return [replace(each, storage_data=replace(each.storage_data, folder="/nowhere/at/all")) for each in plans]
 
     monkeypatch.setattr(onym.DCPWriter, "prepare_global_plan", elsewhere)
-    with pytest.raises(CheckpointException, match="not seen by all processes"):
+    with pytest.raises(CheckpointException, match="not seen by all ranks"):
         dcp.save({"w": torch.ones(1)}, checkpoint_id=tmp_path / "x", storage_writer=onym.DCPWriter(), no_dist=True)
 
 

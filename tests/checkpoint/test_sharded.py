@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import onym
+from onym.format.chunk_index import CHUNKS
 from onym.format.reader import read_checkpoint
-from onym.format.sharded_tensor import PIECES
 from onym.train.launch import free_port
 
 IN_FULL = bool(os.environ.get("ONYM_PROVE"))
@@ -28,8 +28,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import onym
 from onym.checkpoint import coordinator
-from onym.storage.local import Disk
 from onym.state.dtensor import full_tensor
+from onym.storage.disk import Disk
 
 what, folder = sys.argv[1], Path(sys.argv[2])
 dist.init_process_group("gloo")
@@ -221,7 +221,7 @@ if what == "alone":   # where one of them fails, or has something of its own, no
     named.register_buffer("weight[0:2,0:3]", torch.full((2, 3), 7.0))
     fully_shard(named)
     checkpointer.save(2, {"model": named})
-    failing(checkpointer.wait, "would be that of another one's piece")
+    failing(checkpointer.wait, "also that of a chunk of another one")
 
     empty = nn.Linear(2, 2)
     empty.nothing = nn.Parameter(torch.empty(0, 4))
@@ -387,7 +387,7 @@ def launch(start: Callable[..., list[subprocess.Popen[str]]]) -> Launch:
 
 
 def test_what_any_number_of_processes_keeps_any_number_reads(launch: Launch, tmp_path: Path) -> None:
-    """Each its share: model, AdamW, schedule, values, tied weights, pieces of unequal size, and each one's random numbers."""
+    """Each its share: model, AdamW, schedule, values, tied weights, chunks of unequal size, and each one's random numbers."""
     counts = (1, 2, 3, 4) if IN_FULL else (2, 3)
     for count in counts:
         launch(count, "write", tmp_path / str(count))
@@ -413,10 +413,10 @@ def test_of_copies_one_process_each_writes_some(launch: Launch, tmp_path: Path) 
     assert all(file.stat().st_size > 200 for file in files)
     checkpoint = read_checkpoint(step)
     checkpoint.verify()
-    assert checkpoint.pieces is not None
-    for entries in checkpoint.pieces.tensors.values():
+    assert checkpoint.chunk_index is not None
+    for entries in checkpoint.chunk_index.tensors.values():
         for entry in entries.values():
-            assert len(entry.layout.parts) <= 2
+            assert len(entry.layout.shards) <= 2
 
 
 def test_tensor_parallelism_that_is_shared_out_is_written_in_shares(launch: Launch, tmp_path: Path) -> None:
@@ -424,9 +424,9 @@ def test_tensor_parallelism_that_is_shared_out_is_written_in_shares(launch: Laun
     launch(4, "tensor", tmp_path / "run")
     checkpoint = read_checkpoint(tmp_path / "run/step-000000001")
     checkpoint.verify()
-    assert checkpoint.pieces is not None
-    tensors = checkpoint.pieces.tensors
-    parts = {name: len(entry.layout.parts) for entries in tensors.values() for name, entry in entries.items()}
+    assert checkpoint.chunk_index is not None
+    tensors = checkpoint.chunk_index.tensors
+    parts = {name: len(entry.layout.shards) for entries in tensors.values() for name, entry in entries.items()}
     assert {name: parts[name] for name in ("odd.weight", "few.weight", "state.exp_avg.odd.weight", "token.weight")} == {
         "odd.weight": 4,
         "few.weight": 4,
@@ -446,7 +446,7 @@ def test_where_one_fails_or_has_something_of_its_own_none_goes_on_alone(launch: 
 
 def test_where_they_do_not_see_the_same_disk_the_first_gathers_and_writes(launch: Launch, tmp_path: Path) -> None:
     launch(2, "unseen", tmp_path / "run")
-    assert not (tmp_path / "run/step-000000002" / PIECES).exists()
+    assert not (tmp_path / "run/step-000000002" / CHUNKS).exists()
 
 
 def test_what_is_sharded_in_another_way_is_gathered(launch: Launch, tmp_path: Path) -> None:

@@ -21,14 +21,18 @@ import torch
 import torch.distributed as dist
 
 from onym.checkpoint import coordinator
-from onym.checkpoint.retention import Retention, step_folder, steps, write_step
+from onym.checkpoint.retention import Retention, write_step
 from onym.checkpoint.sharded import ShardedSave
+from onym.checkpoint.steps import step_folder, steps
 from onym.errors import OnymError
+from onym.format.assembly import ShardTable
 from onym.format.manifest import MODEL, Manifest
+from onym.format.rank_files import ChunkOf, RankContent
 from onym.format.reader import read_checkpoint
-from onym.format.sharded_tensor import Part, Table
-from onym.format.writer import Box, Content, write_folder
-from onym.storage.local import Disk, sweep
+from onym.format.writer import About, write_folder
+from onym.state.chunks import Chunk
+from onym.storage.disk import Disk
+from onym.storage.local import sweep
 from tests.kills import CALLS, attach, calls_in, sample
 
 IN_FULL = bool(os.environ.get("ONYM_PROVE"))
@@ -39,15 +43,15 @@ NAMES = ("a", "b", "c")
 def fill(run: Path, number: int, store: Any, place: Path, kill_at: int) -> None:
     """One process's part in step 2; killed at its ``kill_at``-th operation on the disk."""
     rows = dict.fromkeys(NAMES, ("float32", (40, 50), 0))
-    part = Part(number, (20 * number, 0), (20, 50))
-    table = Table({MODEL: rows}, parts={0: part})
+    chunk = Chunk((20 * number, 0), (20, 50))
+    table = ShardTable({MODEL: rows}, chunks={0: chunk})
     tensors = {MODEL: {name: torch.full((20, 50), 2.0 + number) for name in NAMES}}
-    boxes = {MODEL: {name: Box(name, (40, 50), part.start) for name in NAMES}}
-    content = Content(tensors, boxes, table)
+    chunks = {MODEL: {name: ChunkOf(name, (40, 50), chunk) for name in NAMES}}
+    content = RankContent(tensors, chunks, table)
     path = step_folder(run, 2)
     if number == 0:
-        shared = ShardedSave.made(path, 100, 2, store)
-        store.set("place", f"{shared.place}\n{shared.token}")
+        shared = ShardedSave.create(path, 100, 2, store)
+        store.set("place", f"{shared.temporary}\n{shared.token}")
     else:
         try:
             store.wait(["place"], timedelta(seconds=3))
@@ -73,15 +77,16 @@ def fill(run: Path, number: int, store: Any, place: Path, kill_at: int) -> None:
         setattr(Disk, name, counted(getattr(Disk, name)))
     try:
         if number == 0:
-            shared.lead(
-                lambda write, read_back: write_step(run, 2, write, retention=Retention(1), read_back=read_back) and None,
-                content,
-                {},
-                lambda written: None,
-                step=2,
-            )
+            with shared.leading():
+                write_step(
+                    run,
+                    2,
+                    lambda path: shared.write(content, {}, About(step=2), lambda written: None),
+                    retention=Retention(1),
+                    verify=lambda path: shared.verify(),
+                )
         else:
-            shared.help(content, lambda written: None)
+            shared.follow(content, lambda written: None)
         said = "kept"
     except OnymError as error:
         said = str(error)
@@ -99,7 +104,7 @@ def attempt(folder: Path, victim: int, kill_at: int = -1, traced: list[str] | No
     """
     folder.mkdir()
     run = folder / "run"
-    write_folder(step_folder(run, 1), {MODEL: {name: torch.ones(40, 50) for name in NAMES}}, {}, step=1)
+    write_folder(step_folder(run, 1), {MODEL: {name: torch.ones(40, 50) for name in NAMES}}, {}, About(step=1))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     waiting, go = os.pipe()

@@ -81,7 +81,7 @@ def test_not_before_a_successor_that_is_damaged(onym: Run, run_folder: Path) -> 
 
 
 def test_what_could_not_be_deleted_is_said(onym: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onym.checkpoint.retention.remove_folder", lambda path: False)
+    monkeypatch.setattr("onym.storage.local.remove_folder", lambda path, last: False)
     done = onym("prune", run_folder, "--keep-last", 1)
     assert done.returncode == prune.INCOMPLETE
     assert "is still there" in done.stdout

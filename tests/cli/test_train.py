@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import onym as library
-from onym.checkpoint.retention import steps
+from onym.checkpoint.steps import steps
+from onym.format.chunk_index import CHUNKS
 from onym.format.reader import read_checkpoint
-from onym.format.sharded_tensor import PIECES
 from tests.conftest import TINY_RUN, Run
 
 EAGER = (*TINY_RUN, "--compile", "off")
@@ -31,7 +31,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def checkpoint(run: Path, step: int) -> dict[str, torch.Tensor]:
     folder = run / "checkpoints" / f"step-{step:09d}"
-    pieces, tensors = (folder / PIECES).exists(), {}
+    pieces, tensors = (folder / CHUNKS).exists(), {}
     for file in ("model", "optimizer", "trainer"):
         name = f"{file}.safetensors"
         found = read_checkpoint(folder).tensors(name).state() if pieces else load_file(folder / name)

@@ -285,7 +285,7 @@ def test_the_metadata_of_a_distributed_checkpoint_may_name_its_own_classes_alone
     info.length, info.offset = len(content), 0
     Path("other/.metadata").write_bytes(pickle.dumps(metadata))
     Path("other", file.name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"a piece of (model\.)?w"):
+    with pytest.raises(CheckpointError, match=r"a chunk of (model\.)?w"):
         onym.open_checkpoint("other").tensor("w")
     assert not SPRUNG.exists()
 

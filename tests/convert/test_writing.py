@@ -362,11 +362,13 @@ def test_the_ending_tells_the_target(tmp_path: Path, name: str, to: str) -> None
 
 def test_half_written_things_are_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result is read back; where it is not what was meant, it goes."""
-    from onym.format import writer
+    from onym.format import tensor_writing
 
     ours(tmp_path / "ours")
-    real = writer.in_memory
-    monkeypatch.setattr(writer, "in_memory", lambda tensor: real(tensor) + 1 if tensor.shape == (97, 64) else real(tensor))
+    real = tensor_writing.in_memory
+    monkeypatch.setattr(
+        tensor_writing, "in_memory", lambda tensor: real(tensor) + 1 if tensor.shape == (97, 64) else real(tensor)
+    )
     for name, to in (("x", "onym"), ("y", "huggingface"), ("z.pth", "book")):
         with pytest.raises(CheckpointError, match="was written and removed again"):
             convert(tmp_path / "ours", tmp_path / name, to=to)

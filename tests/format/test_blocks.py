@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import onym
 from onym.errors import CheckpointError
-from onym.format import tensors as store_files
 from onym.format.hashing import BLOCK, NO_HASH, Hasher, hash_of
 from onym.format.manifest import MANIFEST, MODEL, sealed
 from onym.format.reader import read_checkpoint
-from onym.storage import object_store
+from onym.state.chunks import Chunk
+from onym.storage import local, object_store
+from onym.storage.paths import as_path
 
 SHAPE = (3, 1000, 1000)  # 12 MB of float32: two blocks and most of a third
 
@@ -118,7 +119,7 @@ def test_a_part_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.Mon
 
     preadv = os.preadv
     checkpoint = read_checkpoint(tmp_path / "model")
-    monkeypatch.setattr(store_files.os, "preadv", counted)
+    monkeypatch.setattr(local.os, "preadv", counted)
     part = checkpoint.part("large", slice(5_000, 6_000))
     assert torch.equal(part, model.large[5_000:6_000])
     assert len(part) * 4000 <= sum(read) <= len(part) * 4000 + 2 * BLOCK
@@ -132,7 +133,7 @@ def test_of_remote_storage_no_more_is_fetched(saved: tuple[Path, Tensor], monkey
     pytest.importorskip("upath")
     memory = fsspec.filesystem("memory")
     memory.put(str(saved[0]), "/blocks-of-a-model", recursive=True)
-    checkpoint = read_checkpoint(object_store.as_path("memory://blocks-of-a-model"))
+    checkpoint = read_checkpoint(as_path("memory://blocks-of-a-model"))
     fetched: list[int] = []
 
     def counted(path: Path, start: int, end: int) -> bytes:
@@ -150,7 +151,7 @@ def test_of_remote_storage_no_more_is_fetched(saved: tuple[Path, Tensor], monkey
         content = bytearray(file.read())
     content[begins(saved[0] / MODEL) + BLOCK] ^= 1
     memory.pipe("/blocks-of-a-model/" + MODEL, bytes(content))
-    changed = read_checkpoint(object_store.as_path("memory://blocks-of-a-model"))
+    changed = read_checkpoint(as_path("memory://blocks-of-a-model"))
     assert torch.equal(changed.part("large", 0), values[0])
     for index in ((1, slice(100, 110)), (slice(None), 5)):
         with pytest.raises(CheckpointError, match="'large'"):
@@ -180,11 +181,14 @@ def test_a_file_that_ends_early_in_a_block(saved: tuple[Path, Tensor], tmp_path:
         checkpoint.part("large", 1)
 
 
-@pytest.mark.parametrize("box", [[(0, 8), (0, 5)], [(-1, 6), (0, 5)], [(3, 2), (0, 5)], [(0, 7)], [(0, 7), (0, 5), (0, 1)]])
-def test_a_box_that_is_not_in_it(saved: tuple[Path, Tensor], box: list[tuple[int, int]]) -> None:
-    target = torch.zeros([max(end - start, 0) for start, end in box])
+@pytest.mark.parametrize(
+    "chunk",
+    [Chunk((0, 0), (8, 5)), Chunk((-1, 0), (7, 5)), Chunk((3, 0), (-1, 5)), Chunk((0,), (7,)), Chunk((0, 0, 0), (7, 5, 1))],
+)
+def test_a_chunk_that_is_not_in_it(saved: tuple[Path, Tensor], chunk: Chunk) -> None:
+    target = torch.zeros([max(size, 0) for size in chunk.sizes])
     with pytest.raises(CheckpointError, match="has the shape"):
-        read_checkpoint(saved[0]).model.read_into("small", target, box, verify=False)
+        read_checkpoint(saved[0]).model.read_into("small", target, chunk, verify=False)
 
 
 def test_a_part_of_what_is_sparse_in_a_pth(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from onym.checkpoint.retention import Retention, find_checkpoint, newest_good, step_folder, steps, write_step
+from onym.checkpoint.retention import Retention, write_step
+from onym.checkpoint.steps import find_checkpoint, newest_good, step_folder, steps
 from onym.errors import CheckpointError, StorageError
 from onym.format.manifest import MANIFEST, MODEL, NO_HASH, OPTIMIZER, Manifest, sealed
+from onym.format.pth import write_pth
 from onym.format.reader import read_checkpoint
-from onym.format.writer import write_folder, write_pth, write_safetensors
+from onym.format.writer import About, write_folder, write_safetensors
 
 # Those that the safetensors format has no name for are kept as bytes, or as pairs of real numbers.
 DTYPES = [
@@ -261,7 +263,7 @@ def test_a_model_folder_is_replaced_by_its_successor(tmp_path: Path) -> None:
 
 def write_steps(directory: Path, *numbers: int, keep_last: int = 10) -> None:
     for number in numbers:
-        write = partial(write_folder, tensors={MODEL: state(number)}, texts={}, step=number)
+        write = partial(write_folder, tensors={MODEL: state(number)}, texts={}, about=About(step=number))
         write_step(directory, number, write, retention=Retention(keep_last))
 
 

@@ -17,8 +17,9 @@ import onym
 from onym import Checkpointer
 from onym.errors import CheckpointError
 from onym.format.manifest import MANIFEST, MODEL, OPTIMIZER, TRAINER, TRAINER_TENSORS
+from onym.format.pth import write_pth
 from onym.format.reader import read_checkpoint
-from onym.format.writer import write_pth, write_safetensors
+from onym.format.writer import write_safetensors
 
 PROVE = os.environ.get("ONYM_PROVE") == "1"
 FILES = [MODEL, OPTIMIZER, TRAINER, TRAINER_TENSORS, MANIFEST, "config.json", "notes.txt"]

@@ -15,7 +15,7 @@ from blake3 import blake3
 from torch import nn
 
 import onym
-from onym.checkpoint.retention import step_folder
+from onym.checkpoint.steps import step_folder
 from onym.format.reader import read_checkpoint
 
 

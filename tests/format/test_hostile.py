@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 import onym
 from onym import Checkpointer
-from onym.checkpoint.retention import Retention, newest_good, pin, steps, write_step
+from onym.checkpoint.retention import Retention, write_step
+from onym.checkpoint.steps import newest_good, pin, steps
 from onym.errors import CheckpointError, OnymError
 from onym.format.manifest import (
     CONFIG,
@@ -48,8 +49,9 @@ from onym.format.manifest import (
     identity_of,
     sealed,
 )
+from onym.format.pth import write_pth
 from onym.format.reader import read_checkpoint
-from onym.format.writer import write_folder, write_pth, write_safetensors
+from onym.format.writer import About, write_folder, write_safetensors
 
 PROVE = os.environ.get("ONYM_PROVE") == "1"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and alarms as POSIX has them")
@@ -175,10 +177,7 @@ def folder(path: Path) -> dict[str, Any]:
         path,
         {MODEL: {**state(), "tied": (tied := torch.zeros(2)), "tied_too": tied}, OPTIMIZER: {"state.x.a": torch.ones(2)}},
         {"notes.txt": "hello\n", CONFIG: json.dumps(config)},
-        architecture="gpt",
-        step=3,
-        metrics={"val_loss": 3.5},
-        parent={"step": 2, "identity": "x"},
+        About("gpt", 3, {"val_loss": 3.5}, {"step": 2, "identity": "x"}),
     )
     values: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     return values
@@ -415,7 +414,7 @@ def test_a_manifest_reaches_nothing_but_files_of_its_own_folder(tmp_path: Path, 
 
 
 def writer(step: int, **metrics: float) -> Callable[[Path], Manifest]:
-    return lambda path: write_folder(path, {MODEL: state()}, {}, step=step, metrics=metrics)
+    return lambda path: write_folder(path, {MODEL: state()}, {}, About(step=step, metrics=metrics))
 
 
 @pytest.mark.parametrize("what", ["a pipe", "endless", "a directory", "a link into itself", "a broken link", "none"])
@@ -601,7 +600,7 @@ CONFIGS = [
 def test_a_configuration_that_is_none_is_refused(tmp_path: Path, config: str, into: str) -> None:
     """And one of a model that the weights are not of, before it is built: it may be larger than the machine."""
     path = tmp_path / "x"
-    write_folder(path, {MODEL: state()}, {CONFIG: "{}"}, architecture="gpt")
+    write_folder(path, {MODEL: state()}, {CONFIG: "{}"}, About("gpt"))
     values = json.loads((path / MANIFEST).read_text())
     (path / CONFIG).write_text(config)
     values["files"][CONFIG] = file_entry(config.encode())

@@ -22,7 +22,7 @@ from torch import nn
 
 import onym
 from onym import Checkpointer
-from onym.checkpoint.retention import steps
+from onym.checkpoint.steps import steps
 from onym.errors import CheckpointError, ConfigError, OnymError, StorageError
 from onym.format.manifest import OPTIMIZER
 from onym.storage.lock import LEASE

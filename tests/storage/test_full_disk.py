@@ -41,7 +41,7 @@ def free(disk: Path) -> int:
 def test_every_amount_of_room(disk: Path, monkeypatch: pytest.MonkeyPatch, estimated: bool) -> None:
     """With the estimate before the writing, and without: then it runs out in the middle."""
     if estimated:
-        monkeypatch.setattr("onym.format.writer._MARGIN", 20_000)
+        monkeypatch.setattr("onym.format.writer.MARGIN_BYTES", 20_000)
     else:
         monkeypatch.setattr(local, "_require_room", lambda *given: None)
     run = disk / "run"

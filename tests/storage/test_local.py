@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from onym.errors import StorageError
-from onym.storage import local
-from onym.storage.local import Disk, new_file, new_folder, remove_folder, repair_interrupted, replace_file, sweep
+from onym.storage.disk import Disk
+from onym.storage.local import new_file, new_folder, remove_folder, repair_interrupted, sweep
+from onym.storage.paths import replace_file
 
 
 def write(path: Path, content: str) -> None:
@@ -133,7 +134,7 @@ def test_refusals_are_sentences(tmp_path: Path) -> None:
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with (
-        pytest.raises(StorageError, match=r"1,000,000,000,000\.00 MB are needed and .* left, so the disk is full"),
+        pytest.raises(StorageError, match=r"1000000\.0 TB are needed and .* left, so the disk is full"),
         new_file(tmp_path / "x", 10**18),
     ):
         raise AssertionError("nothing is written")
@@ -141,9 +142,9 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(tmp_path: Path) -
 
 
 def test_removing_what_is_not_there_fails_quietly(tmp_path: Path) -> None:
-    assert not remove_folder(tmp_path / "gone")
+    assert not remove_folder(tmp_path / "gone", "manifest.json")
     (tmp_path / "x").mkdir()
-    assert remove_folder(tmp_path / "x")
+    assert remove_folder(tmp_path / "x", "manifest.json")
     assert os.listdir(tmp_path) == []
 
 
@@ -201,14 +202,14 @@ def test_an_error_of_the_system_is_a_sentence_and_leaves_the_old_file(
                     raise OSError(code, os.strerror(code))
                 return real(disk, *given)
 
-            monkeypatch.setattr(local.Disk, operation, failing)
+            monkeypatch.setattr(Disk, operation, failing)
             told = ""
             try:
                 save("new")
             except StorageError as error:
                 told = str(error)
             finally:
-                monkeypatch.setattr(local.Disk, operation, real)
+                monkeypatch.setattr(Disk, operation, real)
             if told:
                 failed += 1
                 assert str(target) in told

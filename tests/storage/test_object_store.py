@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import onym
 from onym import Checkpointer
-from onym.checkpoint.retention import pins, steps
+from onym.checkpoint.steps import pins, steps
 from onym.errors import CheckpointError, ConfigError, OnymError, StorageError
 from onym.format.manifest import MANIFEST, MODEL, OPTIMIZER
-from onym.storage.object_store import as_path
+from onym.storage.paths import as_path
 
 fsspec = pytest.importorskip("fsspec")
 s3fs = pytest.importorskip("s3fs")
@@ -706,18 +706,18 @@ def test_a_folder_that_fails_is_the_one_before_or_none(s3: Storage, number: int)
 
 def test_an_interrupted_block_publishes_nothing(url: str) -> None:
     """Not a storage's error but one of ours, in the middle of a file."""
-    from onym.storage.local import new_file, new_folder
+    from onym.storage.paths import storage_of
 
     class Interrupted(BaseException):
         pass
 
     path = as_path(f"{url}/x.bin")
-    with pytest.raises(Interrupted), new_file(path) as file:
+    with pytest.raises(Interrupted), storage_of(path).new_file(path) as file:
         file.write(b"half")
         raise Interrupted
     assert url.startswith("memory:") or not path.exists(), "fsspec's memory shows a file from when it is opened"
     folder = as_path(f"{url}/folder")
-    with pytest.raises(Interrupted), new_folder(folder, "last") as new:
+    with pytest.raises(Interrupted), storage_of(folder).new_folder(folder, "last") as new:
         new.create("one").write(b"half")
         new.create("last").write(b"whole")
         raise Interrupted

@@ -1,6 +1,6 @@
 """A power cut at any moment: a disk that forgets what was not flushed, or keeps it in another order.
 
-Everything that changes a disk goes through ``local.Disk``. Here it is done for real and written down; afterwards, for each
+Everything that changes a disk goes through ``disk.Disk``. Here it is done for real and written down; afterwards, for each
 moment, the states are built that a disk may be left in: what was flushed is there, of the rest anything. A write to a file that
 was not flushed may be there, be lost, or be a hole of zeros beside a later one; an entry of a folder that was not flushed may
 be there or not, in any combination. All moments and more states with ONYM_PROVE=1 in the environment, else a sample.
@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 import onym
-from onym.checkpoint.retention import newest_good, step_folder, steps
+from onym.checkpoint.steps import newest_good, step_folder, steps
 from onym.format.reader import read_checkpoint
 from onym.storage import local
-from onym.storage.local import Disk
+from onym.storage.disk import Disk
 from tests.kills import model_of, prepare, state, value_in
 
 PROVE = bool(os.environ.get("ONYM_PROVE"))

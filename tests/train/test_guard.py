@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from onym import GPT
-from onym.checkpoint.retention import steps
+from onym.checkpoint.steps import steps
 from onym.data.batches import Batch
 from onym.errors import StorageError
 from onym.train import evaluate, loop

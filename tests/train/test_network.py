@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from onym.checkpoint.retention import steps
+from onym.checkpoint.steps import steps
 from onym.storage.local import TEMPORARY_PREFIX
 from tests.cli.test_train import assert_equal_bits, checkpoint, metrics
 from tests.conftest import Run, write_book

@@ -17,7 +17,7 @@ from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import open_tokens
 from onym.errors import CheckpointError
 from onym.format.manifest import CONFIG, MODEL, TOKENIZER
-from onym.format.writer import write_folder
+from onym.format.writer import About, write_folder
 from onym.train import loop
 from onym.train import proof as proof_module
 from onym.train.proof import Proof, prove
@@ -58,7 +58,7 @@ def test_a_checkpoint_of_other_weights_is_found_out(run: Path) -> None:
     state = opened.model.state()
     state["tok_emb.weight"] = state["tok_emb.weight"] + 0.05 * torch.randn(state["tok_emb.weight"].shape)
     forged = run / "forged"
-    write_folder(forged, {MODEL: state}, texts, architecture="gpt", step=10, metrics=opened.manifest.metrics)
+    write_folder(forged, {MODEL: state}, texts, About("gpt", 10, opened.manifest.metrics))
     assert not proof_of(run, forged).holds
 
 

@@ -334,4 +334,4 @@ def test_an_error_of_one_is_an_error_of_all(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "work.py")]
     done = subprocess.run(launch, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(done.stdout.split("\n")) == ["", "0: In process 1: this one cannot", "1: this one cannot", "told"]
+    assert sorted(done.stdout.split("\n")) == ["", "0: On rank 1: this one cannot", "1: this one cannot", "told"]

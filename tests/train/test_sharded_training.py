@@ -46,9 +46,8 @@ began = time.monotonic()
 from pathlib import Path
 import torch
 from onym.cli.main import main
-from onym.storage.local import Disk
-from onym.train import loop
-from onym.train import proof
+from onym.storage.disk import Disk
+from onym.train import loop, proof
 from onym.train.step import Stepper
 
 def prove(checkpoint, expected, token_cache, **how):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from onym.checkpoint.retention import steps
+from onym.checkpoint.steps import steps
 from onym.errors import ConfigError
 from onym.train.signals import StopRequest
 from onym.units import parse_duration

@@ -1,6 +1,6 @@
-"""Saving behind the training loop's back: one copy into memory of our own, then everything else in a thread.
+"""Saving in the background: one copy of the state, then everything else in a thread.
 
-The copy is what the loop waits for, so it goes into buffers that stay: fresh memory costs ten times as much as the copying.
+The training waits for the copy, so it goes into buffers that are reused: fresh memory costs ten times as much as the copying.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from onym.format.safetensors import as_bytes
-from onym.format.writer import gather, in_memory
+from onym.format.stored import gather, in_memory
 from onym.storage.threads import WORKERS, run_in_threads
 
-_PIECE = 8 << 20
+_COPY_BYTES = 8 << 20
 
 
 class Staging:
@@ -54,8 +54,8 @@ class Staging:
                     alive.append(source)
                     start, target = as_bytes(source).data_ptr(), as_bytes(buffer).data_ptr()
                     moves += [
-                        (target + begin, start + begin, min(_PIECE, source.nbytes - begin))
-                        for begin in range(0, source.nbytes, _PIECE)
+                        (target + begin, start + begin, min(_COPY_BYTES, source.nbytes - begin))
+                        for begin in range(0, source.nbytes, _COPY_BYTES)
                     ]
             staged[file].update({alias: staged[file][name] for alias, name in stored.aliases.items()})
         self._buffers = buffers
@@ -65,15 +65,15 @@ class Staging:
         return staged
 
     def _buffer(self, file: str, name: str, tensor: Tensor) -> Tensor:
-        kept = self._buffers.get((file, name))
-        if kept is not None and (kept.dtype, kept.shape) == (tensor.dtype, tensor.shape):
-            return kept
+        buffer = self._buffers.get((file, name))
+        if buffer is not None and (buffer.dtype, buffer.shape) == (tensor.dtype, tensor.shape):
+            return buffer
         with torch.inference_mode(False):
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda")
 
 
 def _move(moves: list[tuple[int, int, int]]) -> None:
-    """Copy memory, with several threads. torch shares out each tensor, and waits for its slowest thread each time."""
+    """Copy memory with several threads. torch divides each tensor among them, and waits for the slowest one each time."""
 
     threads = WORKERS if len(moves) > 1 else 1
 
@@ -85,7 +85,7 @@ def _move(moves: list[tuple[int, int, int]]) -> None:
 
 
 class BackgroundTask:
-    """At most one piece of work at a time in a thread; its error is kept until somebody is told of it."""
+    """At most one piece of work at a time in a thread. Its error is raised once, or printed when the program ends."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -100,7 +100,7 @@ class BackgroundTask:
         return not self._done.is_set()
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin; the one before has to be done, and its error told."""
+        """Begin; the one before has to be done, and its error raised."""
         assert not self.busy
         assert self._error is None
 
@@ -109,7 +109,7 @@ class BackgroundTask:
                 work()
             except BaseException as error:
                 self._error = error
-                _untold.append(self)  # strongly: whoever started it may have gone away
+                _failed.append(self)  # a strong reference: whoever started it may be gone
             finally:
                 _running.discard(self)
                 self._done.set()
@@ -136,33 +136,33 @@ class BackgroundTask:
         """Raise what went wrong in work that is done, if anything did."""
         if not self.busy and self._error is not None:
             error, self._error = self._error, None
-            _untold.remove(self)
+            _failed.remove(self)
             raise error
 
     def forget(self) -> None:
-        """Return when it is done; what went wrong in it somebody else has told."""
+        """Return when it is done; its error is dropped."""
         self._done.wait()
         if self._error is not None:
             self._error = None
-            _untold.remove(self)
+            _failed.remove(self)
 
     def wait_quietly(self) -> None:
         """Return when it is done, however it ended."""
         self._done.wait()
 
-    def tell_at_exit(self) -> None:
-        """Say what nobody was told of."""
+    def print_error(self) -> None:
+        """Print an error that was not raised."""
         if self._error is not None:
-            print(f"onym: {self.what} was not kept: {self._error}", file=sys.stderr)
+            print(f"onym: {self.what} was not saved: {self._error}", file=sys.stderr)
 
 
-_untold: list[BackgroundTask] = []
+_failed: list[BackgroundTask] = []
 _running: set[BackgroundTask] = set()
 
 
 @atexit.register
-def _tell() -> None:
+def _print_errors() -> None:
     for task in list(_running):  # begun by somebody else's work at the exit, which Python does not wait for
         task.wait_quietly()
-    for task in _untold:
-        task.tell_at_exit()
+    for task in _failed:
+        task.print_error()

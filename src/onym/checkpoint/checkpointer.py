@@ -1,4 +1,4 @@
-"""``onym.Checkpointer``: a training loop's checkpoints, kept durably and behind its back, and found again."""
+"""``onym.Checkpointer``: a training loop's checkpoints, saved durably in the background, and found again."""
 
 from __future__ import annotations
 
@@ -12,39 +12,31 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from onym.checkpoint.background import BackgroundTask, Staging
-from onym.checkpoint.coordinator import meeting_store
-from onym.checkpoint.retention import (
-    GoodCheckpoint,
-    Retention,
-    archive_steps,
-    newest_good,
-    pin,
-    pins,
-    step_folder,
-    steps,
-    unpin,
-    write_step,
-)
+from onym.checkpoint.coordinator import rendezvous_store
+from onym.checkpoint.restore import restore_state
+from onym.checkpoint.retention import Retention, archive_steps, write_step
 from onym.checkpoint.sharded import ShardedSave
-from onym.checkpoint.snapshot import capture, restore_state
-from onym.errors import CheckpointError, ConfigError, StorageError, storage_error
+from onym.checkpoint.snapshot import capture
+from onym.checkpoint.steps import GoodCheckpoint, newest_good, open_step, pin, pins, step_folder, step_number, steps, unpin
+from onym.errors import CheckpointError, ConfigError, storage_error
+from onym.format.chunk_index import CHUNKS
 from onym.format.manifest import CONFIG, MANIFEST, TRAINER, Manifest, is_file_name, is_text
+from onym.format.rank_files import RankContent
 from onym.format.reader import Checkpoint, read_checkpoint
-from onym.format.sharded_tensor import PIECES
-from onym.format.writer import Content, gather, write_folder
+from onym.format.stored import gather
+from onym.format.writer import About, write_folder
 from onym.state.collectives import (
     all_gather_object,
     broadcast_from_rank0,
-    broadcast_with_questions,
     get_rank,
     get_world_size,
     is_rank0,
-    raise_on_all_ranks,
+    run_on_all_ranks,
 )
 from onym.state.dtensor import any_sharded
-from onym.storage import object_store
 from onym.storage.local import make_folder, repair_all_interrupted, sweep
 from onym.storage.lock import Lease
+from onym.storage.paths import as_path, is_local
 
 T = TypeVar("T")
 
@@ -54,7 +46,7 @@ class Restored:
     """What :meth:`Checkpointer.restore` did."""
 
     step: int | None
-    """The step that the objects are at; None where there is no checkpoint yet."""
+    """The step of the checkpoint; None where there is none yet."""
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     """Newer checkpoints that are damaged, with the reason."""
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -62,8 +54,8 @@ class Restored:
     path: Path | None = None
 
     def __str__(self) -> str:
-        said = f"restored step {self.step} from '{self.path}'" if self.step is not None else "there is no checkpoint yet"
-        return said + "".join(f"; passed over '{path}': {reason}" for path, reason in self.skipped)
+        result = f"restored step {self.step} from '{self.path}'" if self.step is not None else "there is no checkpoint yet"
+        return result + "".join(f"; passed over '{path}': {reason}" for path, reason in self.skipped)
 
 
 @dataclass
@@ -87,22 +79,22 @@ class Progress:
 
 
 class Checkpointer:
-    """Keeps a training's checkpoints in a folder, one for each step that is saved.
+    """Saves a training's checkpoints in a folder, one for each step that is saved, and restores them.
 
-    A checkpoint is there as a whole or not at all, and the earlier ones stay until it was read back. One program at a time may
-    write to a folder; reading needs nothing.
+    A checkpoint exists completely or not at all, and the earlier ones stay until it was read back. One program at a time may
+    write to a folder; reading needs no right.
 
-    Of several processes (torch.distributed) the first one writes. Where FSDP has sharded a model all of them have to call
-    ``save`` and ``restore``, with the same names in the same order, and do as the first one decides; otherwise any of them may.
-    Of FSDP2's models each process writes its own shards, and any number of processes, or one alone, reads them; what is no
-    sharded tensor is the first one's, except for the random number generators.
+    Of several processes (torch.distributed) rank 0 writes. Where FSDP has sharded a model all ranks have to call ``save`` and
+    ``restore``, with the same names in the same order, and do what rank 0 decides; otherwise any of them may. Each rank writes
+    its own shards of FSDP2's models and its random number generators, rank 0 everything else; any number of ranks, or one
+    process alone, reads them.
 
     Args:
         directory: where the steps are, as ``step-000001000/``; also ``s3://bucket/run``.
-        keep_last, keep_every, keep_best: which steps stay; any one suffices. The newest ones; those whose number is a multiple;
+        keep_last, keep_every, keep_best: which steps are retained; any one suffices. The newest ones; multiples of a number;
             the best by a metric (``"val_loss"``: the lowest; ``"accuracy:max"``: the highest).
-        background: ``save`` returns when the state is copied (which takes as much memory as the state), and the rest goes on
-            in a thread. Otherwise it returns when the checkpoint is on the disk, and needs no memory.
+        background: ``save`` returns when the state is copied (which takes as much memory as the state), and a thread does the
+            rest. Otherwise it returns when the checkpoint is durable, and needs no memory.
         on_busy: what ``save`` does while the one before is still being written: ``"wait"`` or ``"skip"``.
 
     >>> import torch
@@ -131,14 +123,12 @@ class Checkpointer:
             raise ConfigError(f"Checkpointer takes a folder, not a {type(directory).__name__}.")
         if on_busy not in ("wait", "skip"):
             raise ConfigError(f'on_busy is "wait" or "skip", not {on_busy!r}.')
-        self.directory = object_store.as_path(directory)
-        if not object_store.is_remote(self.directory):  # the program may change its working folder
-            self.directory = self.directory.absolute()
+        self.directory = as_path(directory).absolute()  # the program may change its working folder
         self.retention = Retention(keep_last, keep_every, keep_best)
         self.progress: Progress | None = None
-        """Of the save that is under way, or of the last one."""
+        """Of the current or the last save."""
         self.notes: list[str] = []
-        """What went otherwise than asked, and did not stop anything: saves that were skipped, deletions that failed."""
+        """What did not go as asked, and did not stop anything: saves that were skipped, deletions that failed."""
         self._background, self._on_busy = background, on_busy
         self._staging = Staging()
         self._task = BackgroundTask(f"the last checkpoint of '{self.directory}'")
@@ -146,9 +136,9 @@ class Checkpointer:
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._parent: dict[str, Any] | None = None
-        self._shares = not object_store.is_remote(self.directory)  # whether several processes write, each its own
-        self._line: tuple[Any, Any] = (None, None)  # the store that the processes met by, and a connection of our own to it
-        self._left: list[int] = []  # steps that the run has left behind it by going on from an earlier one
+        self._abandoned: list[int] = []  # steps after the one that was restored
+        self._shared_disk = is_local(self.directory)  # whether several ranks write, each its own files
+        self._store: tuple[Any, Any] = (None, None)  # the rendezvous store, and a connection of our own to it
 
     def save(
         self,
@@ -158,22 +148,22 @@ class Checkpointer:
         *,
         files: Mapping[str, str] | None = None,
     ) -> bool:
-        """Keep the state of a step, as it is now.
+        """Save the state of a step, as it is now.
 
         Args:
-            step: its number, of optimizer steps done. Later steps that are there (of a past that was left) are set aside.
+            step: its number, of optimizer steps done. Later steps in the folder (abandoned by a rollback) are renamed.
             state: by name: the models, wrapped in anything or not; their optimizers; whatever has a ``state_dict()``; plain
-                values. The random number generators are kept in any case.
-            metrics: what was measured at this step.
-            files: further texts to keep with it, by file name.
+                values. The random number generators are always saved.
+            metrics: evaluated at this step.
+            files: further texts to save with it, by file name.
 
         Returns:
-            Whether it is kept; False only for ``on_busy="skip"``.
+            Whether it is saved; False only for ``on_busy="skip"``.
 
         Raises:
             StorageError: the disk refused, or another process writes here; earlier steps are untouched. With ``background``
                 it is raised by the next call of ``save``, ``wait`` or ``close``.
-            CheckpointError, ConfigError: something in it cannot be kept; says what.
+            CheckpointError, ConfigError: a value in it cannot be saved; says which.
         """
         if type(step) is not int or step < 0:
             raise ConfigError(f"step is {step!r}: it has to be a whole number from 0 on.")
@@ -182,44 +172,102 @@ class Checkpointer:
 
     def _save(self, step: int, state: Mapping[str, Any], given: Mapping[str, Any], files: Mapping[str, Any]) -> bool:
         collective = isinstance(state, Mapping) and any_sharded(state.values())
-        metrics: dict[str, float] = {}
-        texts: dict[str, str] = {}
-
-        def ready() -> bool:  # of these the first process's are kept, so it alone looks at them
-            metrics.update(_numbers(given))
-            texts.update(_texts(files))
-            return self._ready(step)
-
         if not collective and not is_rank0():
             return True
-        if not self._agreed_upon(lambda: broadcast_from_rank0(ready, collective), collective):
+        if broadcast_from_rank0(lambda: self._skips(step), collective):
             return False
-        if collective and get_world_size() > 1 and self._shares and self._save_share(step, state, metrics, texts):
-            return True
-        snapshot = capture(state, texts)
-        broadcast_from_rank0(self.acquire, collective)
-        if not is_rank0():
-            return True
-        tensors = self._staging.copy(snapshot.tensors) if self._background else snapshot.tensors
-        progress = self.progress = Progress(step, sum(gather(named).nbytes for named in tensors.values()))
+        metrics, texts = self._after_last_save(lambda: self._checked(given, files), collective)
 
-        def write(path: Path) -> Manifest:
-            return write_folder(
-                path,
-                tensors,
-                snapshot.texts,
-                architecture=snapshot.architecture,
-                step=step,
-                metrics=metrics,
-                parent=self._parent,
-                progress=progress.add,
-            )
+        is_sharded = collective and get_world_size() > 1 and self._shared_disk
+        snapshot = capture(state, texts, sharded=is_sharded)
+        about = About(snapshot.architecture, step, metrics, self._parent)
+        if not is_sharded:
+            broadcast_from_rank0(self.acquire, collective)
+            if not is_rank0():
+                return True
+            tensors = self._staged(snapshot.tensors)
+            progress = Progress(step, _nbytes(tensors))
 
-        self._begin(lambda: self._keep(step, write), progress)
+            def write(path: Path) -> Manifest:
+                return write_folder(path, tensors, snapshot.texts, about, progress.add)
+
+            self._start(progress, lambda: self._commit(step, write))
+            return True
+
+        tensors = run_on_all_ranks(lambda: self._staged(snapshot.tensors))
+        progress = Progress(step, _nbytes(tensors))
+        save = self._new_sharded_save(step, progress.bytes_total)
+        if save is None:
+            return self._save(step, state, given, files)  # again: rank 0 writes everything
+        content = RankContent(tensors, snapshot.chunks, snapshot.table)
+
+        def lead() -> None:
+            with save.leading():
+                write = lambda path: save.write(content, snapshot.texts, about, progress.add)  # noqa: E731
+                self._commit(step, write, lambda path: save.verify())
+
+        self._start(progress, lead if is_rank0() else lambda: save.follow(content, progress.add))
         return True
 
-    def _begin(self, work: Callable[[], None], progress: Progress) -> None:
-        """Do it, behind the caller's back or not."""
+    def _skips(self, step: int) -> bool:
+        """Whether to skip this save, because the last one is busy. In rank 0."""
+        if self._task.busy and self._on_busy == "skip":
+            self.notes.append(f"Step {step} was not saved: the one before is still being written.")
+            return True
+        return False
+
+    def _checked(self, given: Mapping[str, Any], files: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+        """The metrics and texts to save, after the last save. In rank 0."""
+        metrics, texts = _numbers(given), _texts(files)
+        self._task.wait()
+        return metrics, texts
+
+    def _after_last_save(self, decide: Callable[[], T], collective: bool) -> T:
+        """Rank 0's decision in all ranks. It raises the error of the last save, and the other ranks drop theirs."""
+        try:
+            return broadcast_from_rank0(decide, collective)
+        finally:
+            if collective and not is_rank0():
+                self._task.forget()
+
+    def _staged(self, tensors: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+        """The tensors to write: a copy if the training goes on meanwhile."""
+        return self._staging.copy(tensors) if self._background else tensors
+
+    def _new_sharded_save(self, step: int, nbytes: int) -> ShardedSave | None:
+        """The folder that all ranks write to; None where they do not see the same disk."""
+        reports = all_gather_object((step, nbytes))
+        if len({number for number, _ in reports}) > 1:
+            raise ConfigError(f"The ranks are at different steps ({', '.join(str(number) for number, _ in reports[:4])}).")
+        path, store = step_folder(self.directory, step), self._own_store()
+        created: list[ShardedSave] = []
+
+        def create() -> tuple[str, str]:
+            self.acquire()
+            created.append(ShardedSave.create(path, sum(nbytes for _, nbytes in reports), get_world_size(), store))
+            return created[0].temporary, created[0].token
+
+        place = broadcast_from_rank0(create)
+        save = created[0] if created else ShardedSave(path, *place, get_rank(), get_world_size(), store)
+        if all(all_gather_object(save.seen)):
+            return save
+        save.discard()
+        self._shared_disk = False
+        self.notes.append(
+            f"'{self.directory}' is not seen by all ranks: rank 0 gathers and writes everything. To restore, all ranks have to "
+            "see it."
+        )
+        return None
+
+    def _own_store(self) -> Any:
+        rendezvous = rendezvous_store()
+        if self._store[0] is not rendezvous:
+            self._store = rendezvous, rendezvous.clone()  # it does not wait for operations of torch
+        return self._store[1]
+
+    def _start(self, progress: Progress, work: Callable[[], None]) -> None:
+        """Do the work, in the background or here."""
+        self.progress = progress
 
         def watched() -> None:
             work()
@@ -231,114 +279,37 @@ class Checkpointer:
         else:
             watched()
 
-    def _keep(self, step: int, write: Callable[[Path], Manifest], read_back: Callable[[Path], None] | None = None) -> None:
-        """Write a step, and do what belongs to it."""
+    def _commit(self, step: int, write: Callable[[Path], Manifest], verify: Callable[[Path], None] | None = None) -> None:
+        """Write, commit, verify and prune, in rank 0."""
         manifest = write_step(
             self.directory,
             step,
             write,
-            left=self._left,
+            abandoned=self._abandoned,
             retention=self.retention,
             note=self.notes.append,
-            read_back=read_back,
+            verify=verify,
         )
-        self._parent, self._left = {"step": step, "identity": manifest.identity}, []
-
-    def _save_share(self, step: int, state: Mapping[str, Any], metrics: dict[str, float], texts: dict[str, str]) -> bool:
-        """Keep a step of which each process writes its share; False where they do not see the same disk."""
-        snapshot = capture(state, texts, share=True)
-        failure: BaseException | None = None
-        nbytes = 0
-        try:
-            tensors = self._staging.copy(snapshot.tensors) if self._background else snapshot.tensors
-            nbytes = sum(gather(named).nbytes for named in tensors.values())
-        except BaseException as error:
-            failure = error
-        raise_on_all_ranks(failure)
-        told = all_gather_object((step, nbytes))
-        if len({number for number, _ in told}) > 1:
-            raise ConfigError(f"The processes are at different steps ({', '.join(str(number) for number, _ in told[:4])}).")
-        path, store = step_folder(self.directory, step), self._line_to_the_others()
-        made: list[ShardedSave] = []
-
-        def make() -> tuple[str, str]:
-            self.acquire()
-            made.append(ShardedSave.made(path, sum(nbytes for _, nbytes in told), get_world_size(), store))
-            return made[0].place, made[0].token
-
-        place = broadcast_from_rank0(make)
-        shared = made[0] if made else ShardedSave(path, *place, get_rank(), get_world_size(), store)
-        if not all(all_gather_object(shared.seen)):
-            shared.give_up()
-            self._shares = False
-            self.notes.append(
-                f"'{self.directory}' is not seen by all processes: the first one gathers and writes everything. To restore, "
-                "all of them have to see it."
-            )
-            return False
-        progress = self.progress = Progress(step, nbytes)
-
-        content = Content(tensors, snapshot.boxes, snapshot.table)
-
-        def lead() -> None:
-            shared.lead(
-                lambda write, read_back: self._keep(step, write, read_back),
-                content,
-                snapshot.texts,
-                progress.add,
-                architecture=snapshot.architecture,
-                step=step,
-                metrics=metrics,
-                parent=self._parent,
-            )
-
-        self._begin(lead if made else lambda: shared.help(content, progress.add), progress)
-        return True
-
-    def _line_to_the_others(self) -> Any:
-        met_by = meeting_store()
-        if self._line[0] is not met_by:
-            self._line = met_by, met_by.clone()  # no wait of torch's holds it up
-        return self._line[1]
-
-    def _agreed_upon(self, agree: Callable[[], T], collective: bool) -> T:
-        """What they agree upon. What went wrong in the background the first process tells, and the others forget."""
-        try:
-            decision = agree()
-        except BaseException:
-            if collective and not is_rank0():
-                self._task.forget()
-            raise
-        if collective and not is_rank0() and decision is not False:
-            self._task.forget()
-        return decision
-
-    def _ready(self, step: int) -> bool:
-        """Whether to save now: what went wrong before is raised, and the writer before waited for."""
-        self._task.raise_error()
-        if self._task.busy and self._on_busy == "skip":
-            self.notes.append(f"Step {step} was not kept: the one before is still being written.")
-            return False
-        self._task.wait()
-        return True
+        self._parent, self._abandoned = {"step": step, "identity": manifest.identity}, []
 
     def restore(
         self, state: Mapping[str, Any], step: int | str = "latest", *, verify: bool = True, rng: bool = True
     ) -> Restored:
-        """Give objects the state that they had.
+        """Restore objects from a checkpoint.
 
         Args:
             state: as it was given to ``save``; what is left out stays as it is. Models may be wrapped otherwise than they were.
             step: ``"latest"`` (the newest that verifies), a number, or the name of a pinned one.
             verify: check every byte before anything is changed.
-            rng: put the random number generators back too.
+            rng: restore the random number generators too.
 
         Raises:
-            CheckpointError: all that is there is damaged, or there is no such step.
+            CheckpointError: all checkpoints are damaged, or there is no such step.
             MismatchError: it does not fit; says why.
         """
         collective = isinstance(state, Mapping) and any_sharded(state.values())
         with self._lock:
+            self._after_last_save(self._task.wait, collective)
             while True:
                 found = self._find(step, verify, collective)
                 if found is None:
@@ -349,69 +320,25 @@ class Checkpointer:
                     gone = step == "latest" and not found.checkpoint.path.exists()
                     if not any(all_gather_object(gone, collective)):
                         raise
-                    # A writer has gone on, and deleted it under our hands, before anything was changed: take its successor.
+                    # A writer has deleted it before anything was changed: restore its successor.
 
     def _find(self, step: int | str, verify: bool, collective: bool) -> GoodCheckpoint | None:
-        """The checkpoint to restore. ``together`` the first process decides, and all share the checking."""
-        opened: dict[Path, Checkpoint] = {}
-
-        def check(path: Path) -> tuple[bool, str | None]:
-            """Whether this process sees a step, and what is wrong with its share of it."""
-            try:
-                if path not in opened:
-                    opened[path] = read_checkpoint(path)
-                share = (get_rank(), get_world_size()) if collective else (0, 1)
-                return True, next((damage.reason for damage in opened[path].damages(share=share)), None)
-            except Exception as error:
-                if not collective and not isinstance(error, CheckpointError | OSError):
-                    raise
-                return path.exists(), str(error)
-
-        def decide(ask: Callable[[Path], list[tuple[bool, str | None]]]) -> tuple[Path | None, list[tuple[Path, str]]]:
-            def verified(checkpoint: Checkpoint) -> None:
-                opened[checkpoint.path] = checkpoint
-                for number, (seen, reason) in enumerate(ask(checkpoint.path)):
-                    if not seen and checkpoint.path.exists():
-                        raise StorageError(
-                            f"'{checkpoint.path}' is not seen by process {number}: to restore, all of them need a disk that "
-                            "they share."
-                        )
-                    if reason is not None:
-                        raise CheckpointError(reason)
-
-            self._task.wait()
-            if step == "latest":
-                found = newest_good(self.directory, verify=verify, check=verified)
-            else:
-                found = GoodCheckpoint(self.open(step))
-                if verify:
-                    verified(found.checkpoint)
-            if found is None:
-                return None, []
-            opened[found.checkpoint.path] = found.checkpoint
-            return found.checkpoint.path, found.skipped
-
-        path, skipped = self._agreed_upon(lambda: broadcast_with_questions(decide, check, collective), collective)
-        if path is None:
-            return None
-        failure: CheckpointError | None = None
-        try:
-            checkpoint = opened[path] if path in opened else read_checkpoint(path)
-        except CheckpointError as error:
-            failure = error
-        raise_on_all_ranks(failure, collective)
-        return GoodCheckpoint(checkpoint, skipped)
+        """The checkpoint to restore; all ranks verify it together."""
+        if step == "latest":
+            return newest_good(self.directory, verify=verify, collective=collective)
+        number = broadcast_from_rank0(lambda: step_number(self.directory, step), collective)
+        return GoodCheckpoint(open_step(step_folder(self.directory, number), verify=verify, collective=collective))
 
     def restore_from(self, checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> Restored:
-        """:meth:`restore` from a checkpoint that is open already; what is saved next goes on from it."""
+        """:meth:`restore` from a checkpoint that is open already; the next save has it as its parent."""
         values = restore_state(checkpoint, state, rng=rng)
         step = checkpoint.manifest.step if checkpoint.manifest else None
         self._parent = {"step": step, "identity": checkpoint.identity}
-        self._left = [other for other in self.steps if step is not None and other > step]
+        self._abandoned = [other for other in self.steps if step is not None and other > step]
         return Restored(step, values=values, path=checkpoint.path)
 
     def archive_steps(self) -> None:
-        """Put the steps after the restored one aside now, rather than when the next is kept; pinned ones stay.
+        """Rename the steps after the restored one now, rather than at the next save; pinned ones stay.
 
         Raises:
             StorageError: one could not be renamed.
@@ -422,30 +349,22 @@ class Checkpointer:
             self._task.wait()
             self.acquire()
             pinned = set(pins(self.directory).values())
-            archive_steps(self.directory, [step for step in self._left if step not in pinned], self.notes.append)
-            self._left = [step for step in self._left if step in pinned]
+            archive_steps(self.directory, [step for step in self._abandoned if step not in pinned], self.notes.append)
+            self._abandoned = [step for step in self._abandoned if step in pinned]
 
     def open(self, step: int | str) -> Checkpoint:
         """One of the steps, by number or as it was pinned, without reading it."""
-        present = steps(self.directory)
-        pinned = pins(self.directory)
-        number = (int(step) if step.isdecimal() else pinned.get(step)) if isinstance(step, str) else step
-        if number not in present:
-            names = f"; pinned are {', '.join(pinned)}" if pinned else ""
-            raise CheckpointError(
-                f"'{self.directory}' has no step {step}; it has {', '.join(map(str, present)) or 'none'}{names}."
-            )
-        return read_checkpoint(step_folder(self.directory, number))
+        return read_checkpoint(step_folder(self.directory, step_number(self.directory, step)))
 
     def pin(self, step: int, name: str) -> None:
-        """Keep a step under a name, whatever else is deleted; it is then found by that name too."""
+        """Retain a step under a name; it is then found by that name too."""
         with self._lock:
             self._task.wait()
             if is_rank0():
                 pin(self.directory, step, name)
 
     def unpin(self, name: str) -> None:
-        """Let retention decide about it again."""
+        """Let the retention decide about it again."""
         if is_rank0():
             unpin(self.directory, name)
 
@@ -455,18 +374,18 @@ class Checkpointer:
         return steps(self.directory)
 
     def acquire(self) -> None:
-        """Take the right to write here; the first ``save`` does it otherwise.
+        """Take the right to write here, which the first ``save`` does otherwise.
 
         Raises:
             StorageError: another process has it; says who, and how to take over.
         """
-        if self._owner != os.getpid():  # a child made by fork: what its parent holds is not its own
+        if self._owner != os.getpid():  # after a fork the lease is the parent's
             self._lease, self._owner = None, os.getpid()
             self._task, self._staging = BackgroundTask(self._task.what), Staging()
         if self._lease is not None and not self._lease.holds:
             self._lease.release()
             self._lease = None
-        if self._lease is None and is_rank0() and not object_store.is_remote(self.directory):
+        if self._lease is None and is_rank0() and is_local(self.directory):
             try:
                 make_folder(self.directory)
             except OSError as error:
@@ -476,7 +395,7 @@ class Checkpointer:
             repair_all_interrupted(self.directory)
 
     def wait(self) -> None:
-        """Return when what was saved is on the disk.
+        """Return when the last save is durable.
 
         Raises:
             StorageError: it could not be written.
@@ -484,7 +403,7 @@ class Checkpointer:
         self._task.wait()
 
     def close(self) -> None:
-        """Wait, and let others write here."""
+        """Wait, and give the right to write back."""
         try:
             self.wait()
         finally:
@@ -503,7 +422,11 @@ class Checkpointer:
         except Exception as unsaved:
             if error is None:
                 raise
-            error.add_note(f"And the last checkpoint was not kept: {unsaved}")
+            error.add_note(f"And the last checkpoint was not saved: {unsaved}")
+
+
+def _nbytes(tensors: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(gather(named).nbytes for named in tensors.values())
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -518,7 +441,7 @@ def _texts(files: Mapping[str, Any]) -> dict[str, str]:
         raise ConfigError(f"files are texts by file name, not a {type(files).__name__}.")
     for name, text in files.items():
         if not is_file_name(name) or not isinstance(text, str) or not is_text(text):
-            raise ConfigError(f"{name!r} cannot be kept: files are texts by a file name without folders.")
-        if name.endswith(".safetensors") or name in (MANIFEST, TRAINER, CONFIG, PIECES):
+            raise ConfigError(f"{name!r} cannot be saved: files are texts by a file name without folders.")
+        if name.endswith(".safetensors") or name in (MANIFEST, TRAINER, CONFIG, CHUNKS):
             raise ConfigError(f"{name!r} is a file that the checkpoint has of its own: take another name.")
     return dict(files)

@@ -1,8 +1,7 @@
-"""What several processes tell each other of one save, behind the back of their training.
+"""How ranks coordinate a save in the background: by the rendezvous store, not by collectives.
 
-Not by collectives, which a thread may not use while the training uses them: by keys in the store that the processes met by.
-Each reports once what it has written; the first one decides. Each gives signs of life meanwhile, so one that died is told from
-one whose disk is slow.
+A background thread must not issue collectives while the training does. Each rank reports once what it has written, and rank 0
+decides. Each sends heartbeats meanwhile, so a dead rank is distinguished from one with a slow disk.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from onym.errors import StorageError
 
 PATIENCE_SECONDS = 60.0
-"""After which a process that gives no sign of life is given up."""
+"""After which a rank without a heartbeat is taken for dead."""
 _TICK_SECONDS = 0.5
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.001, 0.02
 _LINGERING_SECONDS = 5.0
@@ -30,39 +29,39 @@ _SILENT = "no sign of life for {:.0f} seconds"
 T = TypeVar("T")
 
 
-def meeting_store() -> Any:
-    """The store that the processes of torch.distributed met by."""
+def rendezvous_store() -> Any:
+    """The rendezvous store of torch.distributed."""
     return torch.distributed.distributed_c10d._get_default_store()
 
 
 class StoreCoordinator:
-    """One save's.
+    """Of one save, on one rank.
 
     Args:
-        store: of torch.distributed; what is told goes through it as pickles, as torch's own collectives do it.
-        token: nobody else uses it as the beginning of a key.
-        number, count: this process among those that save.
-        what: is being written, for sentences.
+        store: the rendezvous store; values go through it as pickles, as in torch's own object collectives.
+        token: the unique beginning of the keys of this save.
+        rank, world_size: of this process.
+        what: is being written, for messages.
     """
 
-    def __init__(self, store: Any, token: str, number: int, count: int, what: str) -> None:
+    def __init__(self, store: Any, token: str, rank: int, world_size: int, what: str) -> None:
         self._store, self._token = store, token
-        self._number, self._count, self._what = number, count, what
-        self._failure: str | None = None  # the first one that was told
+        self._rank, self._world_size, self._what = rank, world_size, what
+        self._failure: str | None = None  # the first one that was reported
         self._given_up, self._stop = threading.Event(), threading.Event()
         self._keys: set[str] = set()
         self._dead = 0
-        self._kept = False  # it is in place already
+        self._committed = False
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Within it, the others see that this process lives."""
+        """Within it, this rank sends heartbeats."""
 
         def tick() -> None:
             while not self._stop.wait(_TICK_SECONDS):
-                with suppress(Exception):  # whoever waits for an answer finds out, and tells
-                    self._store.add(self._key("alive", self._number), 1)
-                    if self._number and self._store.check([self._key("decided")]):
+                with suppress(Exception):  # whoever waits for an answer raises the reason
+                    self._store.add(self._key("alive", self._rank), 1)
+                    if self._rank and self._store.check([self._key("decided")]):
                         self._given_up.set()
 
         thread = threading.Thread(target=tick, name="onym-alive", daemon=True)
@@ -75,88 +74,88 @@ class StoreCoordinator:
 
     @property
     def given_up(self) -> bool:
-        """Whether the first process has decided while this one was still at work: then it need not go on."""
+        """Whether rank 0 has decided while this one was still at work: then it need not go on."""
         return self._given_up.is_set()
 
     def report(self, stage: str, value: Any = None, failure: BaseException | None = None) -> None:
-        """Tell the first process, once a stage."""
-        said = pickle.dumps((self._number, value, None if failure is None else str(failure)))
+        """Report to rank 0, once in a stage."""
+        message = pickle.dumps((self._rank, value, None if failure is None else str(failure)))
 
-        def tell() -> None:
+        def send() -> None:
             arrived = self._store.add(self._key(stage, "reports"), 1)
-            self._store.set(self._key(stage, arrived), said)
+            self._store.set(self._key(stage, arrived), message)
 
-        self._asked(tell)
+        self._ask(send)
 
     def reports(self, stage: str) -> list[Any]:
-        """What all have reported, in the order of their numbers; the first process calls this.
+        """The reports of all ranks, by rank. In rank 0.
 
         Raises:
             StorageError: one of them failed, or has died. All know it then, and none is at work any more.
         """
         self._keys.add(f"{stage}/reports")
         values: dict[int, Any] = {}
-        missing, unread, known = set(range(self._count)), set[int](), 0
-        signs, pause, looked = _Signs(), _SHORTEST_WAIT, time.monotonic()
+        missing, unread, known = set(range(self._world_size)), set[int](), 0
+        heartbeats, pause, looked = _Heartbeats(), _SHORTEST_WAIT, time.monotonic()
 
-        def heard() -> list[tuple[int, Any, str | None]]:
+        def receive() -> list[tuple[int, Any, str | None]]:
             nonlocal known
             reported = self._store.add(self._key(stage, "reports"), 0)
             unread.update(range(known + 1, reported + 1))
             known = reported
-            said, waiting = [], sorted(unread)
+            reports, waiting = [], sorted(unread)
             for begin in range(0, len(waiting), _AT_ONCE):
                 keys = {each: self._key(stage, each) for each in waiting[begin : begin + _AT_ONCE]}
                 if not self._store.check(list(keys.values())):  # one is counted before it is there
                     keys = {each: key for each, key in keys.items() if self._store.check([key])}
                 for text in self._values(list(keys.values())):
-                    said.append(pickle.loads(text))
+                    reports.append(pickle.loads(text))
                 for each, key in keys.items():
                     self._store.delete_key(key)
                     unread.remove(each)
-            return said
+            return reports
 
         while missing:
-            there = self._asked(heard)
-            for number, value, failure in there:
-                missing.discard(number)
-                values[number] = value
+            there = self._ask(receive)
+            for rank, value, failure in there:
+                missing.discard(rank)
+                values[rank] = value
                 if failure is not None:
-                    self._tell_failure(number, failure)
+                    self._fail(rank, failure)
             if time.monotonic() - looked > _TICK_SECONDS:
                 looked = time.monotonic()
-                others = sorted(missing - {self._number})
-                counts = self._asked(partial(self._signs_of, others))
-                for number, count in zip(others, counts, strict=True):
-                    if signs.silent(number, count):
-                        missing.remove(number)
+                others = sorted(missing - {self._rank})
+                counts = self._ask(partial(self._heartbeats_of, others))
+                for rank, count in zip(others, counts, strict=True):
+                    if heartbeats.are_late(rank, count):
+                        missing.remove(rank)
                         self._dead += 1
-                        self._tell_failure(number, f"{self._fate}: {_SILENT.format(PATIENCE_SECONDS)}.")
+                        self._fail(rank, f"{self._fate}: {_SILENT.format(PATIENCE_SECONDS)}.")
             pause = _SHORTEST_WAIT if there else min(pause * 2, _LONGEST_WAIT)
             if missing:
                 time.sleep(pause)
         if self._failure is not None:
             raise StorageError(self._failure)
-        return [values[number] for number in range(self._count)]
+        return [values[rank] for rank in range(self._world_size)]
 
     def decide(self, value: Any = None, failure: BaseException | str | None = None, stage: str = "decided") -> None:
-        """Tell all; the first process calls this. What was told already stays."""
+        """Publish a decision, in rank 0. The first one of a stage stays."""
         if stage in self._keys:
             return
         self._keys.add(stage)
         if stage == "decided":
-            self._kept = failure is None
+            self._committed = failure is None
             self._given_up.set()
-        said = pickle.dumps((value, None if failure is None else str(failure)))
-        self._asked(lambda: self._store.set(self._key(stage), said))
+        message = pickle.dumps((value, None if failure is None else str(failure)))
+        self._ask(lambda: self._store.set(self._key(stage), message))
 
     def decision(self, stage: str = "decided") -> Any:
-        """What the first process has decided.
+        """The decision of rank 0.
 
         Raises:
-            StorageError: what it says went wrong; or it has died.
+            StorageError: the failure that it published; or it has died.
         """
-        signs, pause = _Signs(), _SHORTEST_WAIT
+        heartbeats, pause = _Heartbeats(), _SHORTEST_WAIT
 
         def look() -> tuple[bytes | None, int]:
             if self._store.check([self._key(stage)]):
@@ -164,31 +163,31 @@ class StoreCoordinator:
             return None, self._store.add(self._key("alive", 0), 0)
 
         while True:
-            said, count = self._asked(look)
-            if said is not None:
+            message, count = self._ask(look)
+            if message is not None:
                 break
-            if signs.silent(0, count):
-                raise StorageError(f"{self._fate}: process 0: {_SILENT.format(PATIENCE_SECONDS)}.")
+            if heartbeats.are_late(0, count):
+                raise StorageError(f"{self._fate}: rank 0: {_SILENT.format(PATIENCE_SECONDS)}.")
             time.sleep(pause)
             pause = min(pause * 2, _LONGEST_WAIT)
-        value, failure = pickle.loads(said)
+        value, failure = pickle.loads(message)
         if failure is not None:
             raise StorageError(failure)
-        self._kept = True
+        self._committed = True
         return value
 
     def leave(self) -> None:
-        """Say that this process has heard all; the first one waits some seconds for that, and frees what the store holds."""
+        """End. Rank 0 waits some seconds for the others to do so, and frees the keys in the store."""
         key = self._key("heard")
         with suppress(Exception):
-            if self._number:
-                self._asked(lambda: self._store.add(key, 1))
+            if self._rank:
+                self._ask(lambda: self._store.add(key, 1))
                 return
             until = time.monotonic() + _LINGERING_SECONDS
-            while self._asked(lambda: self._store.add(key, 0)) < self._count - 1 - self._dead and time.monotonic() < until:
+            while self._ask(lambda: self._store.add(key, 0)) < self._world_size - 1 - self._dead and time.monotonic() < until:
                 time.sleep(_SHORTEST_WAIT)
-            alive = [f"alive/{number}" for number in range(self._count)]
-            self._asked(lambda: [self._store.delete_key(self._key(each)) for each in (*self._keys, "heard", *alive)])
+            alive = [f"alive/{rank}" for rank in range(self._world_size)]
+            self._ask(lambda: [self._store.delete_key(self._key(each)) for each in (*self._keys, "heard", *alive)])
 
     def _values(self, keys: list[str]) -> list[bytes]:
         if len(keys) > 1 and self._store.has_extended_api():
@@ -196,19 +195,19 @@ class StoreCoordinator:
             return values
         return [self._store.get(key) for key in keys]
 
-    def _signs_of(self, numbers: list[int]) -> list[int]:
-        return [self._store.add(self._key("alive", number), 0) for number in numbers]
+    def _heartbeats_of(self, ranks: list[int]) -> list[int]:
+        return [self._store.add(self._key("alive", rank), 0) for rank in ranks]
 
-    def _tell_failure(self, number: int, failure: str) -> None:
+    def _fail(self, rank: int, failure: str) -> None:
         if self._failure is None:
-            self._failure = failure if number == 0 else f"In process {number}: {failure}"
-            self.decide(failure=self._failure)  # who still writes need not go on
+            self._failure = failure if rank == 0 else f"On rank {rank}: {failure}"
+            self.decide(failure=self._failure)  # ranks that still write need not go on
 
     def _key(self, *parts: object) -> str:
         return "/".join(("onym", self._token, *map(str, parts)))
 
-    def _asked(self, operation: Callable[[], T]) -> T:
-        """The store's answer. Where it is in a process that hangs it would be waited for without an end."""
+    def _ask(self, operation: Callable[[], T]) -> T:
+        """The store's answer. It may be in a process that hangs, so the wait is bounded."""
         answers: list[T] = []
         errors: list[Exception] = []
 
@@ -226,24 +225,24 @@ class StoreCoordinator:
         if errors and not isinstance(errors[0], RuntimeError):  # DistNetworkError and its kin are
             raise errors[0]
         reason = str(errors[0]).splitlines()[0][:160] if errors else _SILENT.format(PATIENCE_SECONDS)
-        raise StorageError(f"{self._fate}: the connection to the other processes broke ({reason}).")
+        raise StorageError(f"{self._fate}: the connection to the other ranks broke ({reason}).")
 
     @property
     def _fate(self) -> str:
-        return f"{self._what} was kept, and not read back" if self._kept else f"{self._what} was not kept"
+        return f"{self._what} was saved, and not read back" if self._committed else f"{self._what} was not saved"
 
 
-class _Signs:
-    """When each process was last seen to live."""
+class _Heartbeats:
+    """When each rank was last seen alive."""
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[int, float]] = {}
 
-    def silent(self, number: int, count: int) -> bool:
-        """Whether there is nothing new of a process for too long."""
+    def are_late(self, rank: int, count: int) -> bool:
+        """Whether a rank sent nothing new for too long."""
         now = time.monotonic()
-        before, when = self._last.setdefault(number, (count, now))
+        before, when = self._last.setdefault(rank, (count, now))
         if before != count:
-            self._last[number] = count, now
+            self._last[rank] = count, now
             return False
         return now - when > PATIENCE_SECONDS

@@ -1,8 +1,8 @@
-"""Our format behind ``torch.distributed.checkpoint``: what anybody's ``dcp.save`` and ``dcp.load`` write and read.
+"""Our format behind ``torch.distributed.checkpoint``: a storage writer and reader for ``dcp.save`` and ``dcp.load``.
 
-Its planner says which process has which piece; each writes its pieces into a file of its own, hashed, and flushes it; then the
-first process writes the manifest and renames the folder. So a checkpoint is there as a whole or not at all, whichever process
-fails, and the one before stays. No pickle is written: what is no tensor is kept as JSON.
+DCP's planner says which rank has which chunk; each rank writes its chunks into a file of its own, hashed, and fsyncs it; then
+the coordinator writes the manifest and renames the folder. So a checkpoint exists completely or not at all, whichever rank
+fails, and the one before stays. No pickle is written: values that are not tensors are stored as JSON.
 
     dcp.save(state, storage_writer=onym.DCPWriter("step-100"))
     dcp.load(state, storage_reader=onym.DCPReader("step-100"))
@@ -43,77 +43,81 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from onym.errors import CheckpointError, ConfigError, StorageError, storage_error
+from onym.format.assembly import assemble
+from onym.format.chunk_index import ChunkIndex, ShardedTensor
+from onym.format.layout import Layout, Shard
 from onym.format.manifest import MANIFEST, MODEL, gc_paused
+from onym.format.rank_files import ChunkOf, RankContent, RankReport, complete_folder, write_rank_files
 from onym.format.reader import Checkpoint, read_checkpoint
 from onym.format.safetensors import dtype_called, dtype_name
-from onym.format.sharded_tensor import Layout, Part, Pieces, ShardedTensor, assemble
-from onym.format.tensors import PiecedFile, TensorFile
-from onym.format.writer import Box, Content, Share, complete_folder, require_replaceable, write_share
+from onym.format.sharded_file import ShardedFile
+from onym.format.tensors import TensorFile
+from onym.format.writer import NOTHING, require_replaceable
+from onym.state.chunks import Chunk
 from onym.state.tree import flatten, unflatten
-from onym.storage import object_store
-from onym.storage.local import NewFolder, new_folder
+from onym.storage.local import LocalFolder, new_folder
+from onym.storage.paths import as_path, is_local
 from onym.storage.threads import WORKERS, run_in_threads
 
 STATE = "state.safetensors"
-"""What is no part of the model: an optimizer's tensors, and those inside of other objects."""
+"""The file of tensors outside of the model: an optimizer's, and those inside of other objects."""
 _MODEL_KEY = "model"
 _FOR_ONE_THREAD = 64 << 10  # bytes a tensor: of smaller ones Python itself is most of the work
-_OF_A_PLANNER = ("resolve_tensor", "commit_tensor")
+_PLANNER_METHODS = ("resolve_tensor", "commit_tensor")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """What the first process tells the others of the folder in the making."""
+    """What the coordinator sends to each rank: its number, and the folder that is being written."""
 
-    number: int
+    rank: int
     folder: str
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What one process tells the first one, with the first item that it has written."""
+class _Report:
+    """What a rank sends to the coordinator, with the first item that it has written."""
 
-    share: Share
+    files: RankReport
     objects: Mapping[str, Any]
-    """What is no tensor, as plain structures."""
+    """Values that are not tensors, as plain structures."""
 
 
 @dataclass(slots=True)
 class _Read:
-    """A piece, or a part of one, and where it goes."""
+    """A chunk of a stored tensor, and where it goes."""
 
     file: TensorFile
-    piece: str
+    name: str
     target: torch.Tensor
     item: ReadItem
 
     def run(self, verify: bool) -> None:
-        starts, sizes = self.item.storage_offsets, self.item.lengths
-        box = [(at, at + size) for at, size in zip(starts, sizes, strict=True)]
-        self.file.read_into(self.piece, self.target, box, verify=verify)
+        chunk = Chunk(tuple(self.item.storage_offsets), tuple(self.item.lengths))
+        self.file.read_into(self.name, self.target, chunk, verify=verify)
 
 
 class DCPWriter(StorageWriter):
-    """For ``dcp.save(state, storage_writer=DCPWriter(path))``: durable, hashed, without pickle, and there only as a whole.
+    """For ``dcp.save(state, storage_writer=DCPWriter(path))``: durable, hashed, atomic, without pickle.
 
     Where the state is ``{"model": …, "optimizer": …}``, or a model's own state dict, ``onym.load(path, into=model)``,
     ``onym.open_checkpoint``, ``onym inspect``, ``verify`` and ``convert`` open what it writes, in one process and without
     torch.distributed.
 
     Args:
-        path: the checkpoint's folder, on a disk that all processes see; ``checkpoint_id`` of ``dcp.save`` by default. One that
+        path: the checkpoint's folder, on a disk that all ranks share; ``checkpoint_id`` of ``dcp.save`` by default. One that
             is there is replaced, when the new one is complete.
 
     Raises:
-        CheckpointError: the state has something that is neither a tensor nor plain values; nothing is written.
-        StorageError: a disk refused, in any process. ``dcp.save`` raises its own ``CheckpointException`` with it, in all.
+        CheckpointError: a value in the state is neither a tensor nor made of plain values; nothing is written.
+        StorageError: a disk refused, on any rank. ``dcp.save`` raises its own ``CheckpointException`` with it, on all.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         self._path = None if path is None else _on_a_disk(path)
-        self._folder: NewFolder | None = None
-        """In the making, in the process that commits."""
+        self._folder: LocalFolder | None = None
+        """The folder that is being written, in the coordinator."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a save."""
@@ -121,34 +125,33 @@ class DCPWriter(StorageWriter):
             self._path = _on_a_disk(checkpoint_id)
         if self._path is None:
             raise ConfigError("Where shall it be? DCPWriter(path), or dcp.save(…, checkpoint_id=path).")
-        self._give_up()
+        self._discard()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the process that plans for all is the one that commits."""
+        """Nothing: the rank that plans for all is the one that commits."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing to add: what a process has is what its planner says."""
+        """Nothing to add to the planner's."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Make the folder, in the first process, and tell the others where."""
+        """Make the folder, in the coordinator, and tell the other ranks where it is."""
         path = self._required_path()
         require_replaceable(path)
-        making = ExitStack()
+        commit = ExitStack()
         items = [item for plan in plans for item in plan.items if item.tensor_data is not None]
         needed = sum(_nbytes(item) for item in items)
-        folder = making.enter_context(new_folder(path, MANIFEST, needed))
-        assert isinstance(folder, NewFolder)
-        self._folder, self._making = folder, making
-        # A process that fails calls nothing here any more: what was begun is deleted with this object.
-        self._finalizer = weakref.finalize(self, _abandon, making)
-        return [replace(plan, storage_data=_Place(number, str(folder.path))) for number, plan in enumerate(plans)]
+        folder = commit.enter_context(new_folder(path, MANIFEST, needed))
+        self._folder, self._commit = folder, commit
+        # If a rank fails nothing is called here any more: the folder is deleted with this object.
+        self._finalizer = weakref.finalize(self, _discard, commit)
+        return [replace(plan, storage_data=_Place(rank, str(folder.path))) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this process's pieces, and return when they are on the disk."""
+        """Write the chunks of this rank, durably."""
         place: _Place = plan.storage_data
         tensors: dict[str, dict[str, torch.Tensor]] = {}
-        boxes: dict[str, dict[str, Box]] = {}
+        chunks: dict[str, dict[str, ChunkOf]] = {}
         objects: dict[str, Any] = {}
         in_model = _model_names([item.index.fqn for item in plan.items], planner)
         for item in plan.items:
@@ -161,84 +164,80 @@ class DCPWriter(StorageWriter):
             value = planner.resolve_data(item)
             assert isinstance(value, torch.Tensor)
             file, name = (MODEL, in_model[fqn]) if fqn in in_model else (STATE, fqn)
-            box = Box(name, tuple(item.tensor_data.size), tuple(item.tensor_data.chunk.offsets))
-            kept_as = f"{name}@{box.start}"  # one process may have several
-            tensors.setdefault(file, {})[kept_as] = value.detach()
-            boxes.setdefault(file, {})[kept_as] = box
+            chunk = Chunk(tuple(item.tensor_data.chunk.offsets), tuple(value.shape))
+            key = f"{name}@{chunk.offsets}"  # one rank may have several
+            tensors.setdefault(file, {})[key] = value.detach()
+            chunks.setdefault(file, {})[key] = ChunkOf(name, tuple(item.tensor_data.size), chunk)
         if not Path(place.folder).is_dir():
             raise StorageError(
-                f"'{self._required_path()}' is not seen by all processes as the same folder: choose one on a disk that all "
+                f"'{self._required_path()}' is not seen by all ranks as the same folder: choose one on a disk that all "
                 "machines share, and leave enable_plan_caching off."
             )
-        folder = self._folder or NewFolder(Path(place.folder))
+        folder = self._folder or LocalFolder(Path(place.folder))
         try:
-            written = write_share(folder, place.number, Content(tensors, boxes))
+            files = write_rank_files(folder, place.rank, RankContent(tensors, chunks))
         except OSError as error:
             raise storage_error("write", self._required_path(), error) from error
         finally:
             if folder is not self._folder:
                 folder.close()
-        told = itertools.chain([_Told(written, objects)], itertools.repeat(None))
+        reports = itertools.chain([_Report(files, objects)], itertools.repeat(None))
         future: Future[list[WriteResult]] = Future()
         future.set_result(
             [
-                WriteResult(item.index, _nbytes(item) if item.tensor_data else 0, said)
-                for item, said in zip(plan.items, told, strict=False)
+                WriteResult(item.index, _nbytes(item) if item.tensor_data else 0, report)
+                for item, report in zip(plan.items, reports, strict=False)
             ]
         )
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Commit, in the first process, once all have written."""
+        """Commit, in the coordinator, after all ranks have written."""
         folder = self._folder
         assert folder is not None
-        told = [each.storage_data for result in results for each in result if each.storage_data is not None]
+        reports: list[_Report] = [each.storage_data for result in results for each in result if each.storage_data is not None]
         paths = {name: list(path) for name, path in (metadata.planner_data or {}).items()}
         in_model = _names_in_model(list(metadata.state_dict_metadata), paths)
-        if not any(written.file == MODEL for each in told for written in each.share.written):
+        tensors = assemble(chunk for report in reports for chunk in report.files.written)
+        if MODEL not in tensors:
             raise CheckpointError(
-                "There is no model in what is to be kept: pass its state dict itself, or as {'model': …} beside the others."
+                "There is no model in what is to be saved: pass its state dict itself, or as {'model': …} beside the others."
             )
-        about = Pieces(
-            {},
-            {name: structure for each in told for name, structure in each.objects.items()},
-            f"{_MODEL_KEY}." if any(fqn != name for fqn, name in in_model.items()) else "",
-            paths,
-        )
+        objects = {name: structure for report in reports for name, structure in report.objects.items()}
+        prefix = f"{_MODEL_KEY}." if any(fqn != name for fqn, name in in_model.items()) else ""
+        index = ChunkIndex(tensors, objects, prefix, paths)
         try:
-            files = {name: entry for each in told for name, entry in each.share.files.items()}
-            tensors = assemble(written for each in told for written in each.share.written)
-            complete_folder(folder, self._required_path(), files, replace(about, tensors=tensors), {})
+            complete_folder(folder, self._required_path(), [report.files for report in reports], index, {}, NOTHING)
             self._folder = None
             self._finalizer.detach()
-            self._making.close()
+            self._commit.close()
         except OSError as error:
             raise storage_error("write", self._required_path(), error) from error
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a folder on a disk."""
-        return not object_store.is_remote(object_store.as_path(checkpoint_id))
+        return is_local(as_path(checkpoint_id))
 
     def _required_path(self) -> Path:
         assert self._path is not None
         return self._path
 
-    def _give_up(self) -> None:
+    def _discard(self) -> None:
         if self._folder is not None:
             self._finalizer()
             self._folder = None
 
 
 class DCPReader(StorageReader):
-    """For ``dcp.load(state, storage_reader=DCPReader(path))``: what :class:`DCPWriter` wrote, by as many processes or others.
+    """For ``dcp.load(state, storage_reader=DCPReader(path))``: what :class:`DCPWriter` wrote, with any number of ranks.
 
-    What one process wrote (``onym.save``, ``onym train``) is read too: the model's tensors, under their names.
+    Checkpoints of one process (``onym.save``, ``onym train``) are read too: the model's tensors, under their names.
 
     Args:
         path: the checkpoint's folder.
         dtype: ``"exact"`` refuses a tensor of another dtype than the stored one, ``"cast"`` converts.
-        verify: check each piece against its hash before it is used.
+        verify: check each chunk against its hash before it is used.
 
     Raises:
         CheckpointError: it is missing or damaged. ``dcp.load`` raises its own ``CheckpointException`` with it, everywhere.
@@ -248,40 +247,43 @@ class DCPReader(StorageReader):
         super().__init__()
         if dtype not in ("exact", "cast"):
             raise ConfigError(f'dtype is "exact" or "cast", not {dtype!r}.')
-        self._path = None if path is None else object_store.as_path(path)
+        self._path = None if path is None else as_path(path)
         self._cast, self._verify = dtype == "cast", verify
         self._checkpoint: Checkpoint | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a load."""
         if checkpoint_id is not None and checkpoint_id != "":
-            self._path = object_store.as_path(checkpoint_id)
+            self._path = as_path(checkpoint_id)
         if self._path is None:
             raise ConfigError("Where is it? DCPReader(path), or dcp.load(…, checkpoint_id=path).")
         self._checkpoint = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What is there, for a planner."""
-        opened, pieces = self._opened(), self._pieces()
+        """The tensors and objects of the checkpoint, for a planner."""
+        opened, index = self._opened(), self._index()
         described: dict[str, Any] = {}
-        for file, entries in pieces.tensors.items():
+        for file, entries in index.tensors.items():
             for name, entry in entries.items():
                 dtype = dtype_called(entry.dtype)
                 if dtype is None:
                     raise CheckpointError(
                         f"{name} in '{opened.path}' has the dtype {entry.dtype}, which torch {torch.__version__} does not have."
                     )
-                chunks = [ChunkStorageMetadata(torch.Size(part.start), torch.Size(part.size)) for part in entry.layout.parts]
+                chunks = [
+                    ChunkStorageMetadata(torch.Size(shard.chunk.offsets), torch.Size(shard.chunk.sizes))
+                    for shard in entry.layout.shards
+                ]
                 for each in (name, *entry.aliases):
-                    full = pieces.prefix + each if file == MODEL else each
+                    full = index.prefix + each if file == MODEL else each
                     properties = TensorProperties(dtype=dtype)
                     described[full] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
-        described |= {name: BytesStorageMetadata() for name in pieces.objects}
-        paths = {name: tuple(path) for name, path in pieces.paths.items()}
+        described |= {name: BytesStorageMetadata() for name in index.objects}
+        paths = {name: tuple(path) for name, path in index.paths.items()}
         return Metadata(described, planner_data=paths or {name: (name,) for name in described})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: each process opens the files that it needs."""
+        """Nothing: each rank opens the files that it needs."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Nothing to add."""
@@ -293,49 +295,50 @@ class DCPReader(StorageReader):
 
     @gc_paused()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what this process needs, from the pieces that have it."""
-        pieces = self._pieces()
-        where = {
-            ((pieces.prefix if file == MODEL else "") + each, part.start): (file, name, part)
-            for file, entries in pieces.tensors.items()
+        """Read what this rank needs, from the shards that have it."""
+        index = self._index()
+        shards = {
+            ((index.prefix if file == MODEL else "") + each, shard.chunk.offsets): (file, name, shard)
+            for file, entries in index.tensors.items()
             for name, entry in entries.items()
             for each in (name, *entry.aliases)
-            for part in entry.layout.parts
+            for shard in entry.layout.shards
         }
         reads: dict[int, list[_Read]] = {}
-        plain = not any(getattr(type(planner), each) is not getattr(DefaultLoadPlanner, each) for each in _OF_A_PLANNER)
+        plain = not any(getattr(type(planner), each) is not getattr(DefaultLoadPlanner, each) for each in _PLANNER_METHODS)
         for item in plan.items:
             name = item.storage_index.fqn
             if item.type == LoadItemType.BYTE_IO:
                 tensors = self._opened().tensors(STATE) if STATE in self._opened().holds else None
-                held = _Held(tensors, self._verify)
                 content = io.BytesIO()
-                torch.save(unflatten(pieces.objects[name], held), content)  # in memory: a planner takes it so
+                torch.save(
+                    unflatten(index.objects[name], _ObjectTensors(tensors, self._verify)), content
+                )  # as a planner takes it
                 content.seek(0)
                 planner.load_bytes(item, content)
                 continue
             target = planner.resolve_tensor(item).detach()
-            start = tuple(item.storage_index.offset) if item.storage_index.offset is not None else (0,) * target.dim()
-            file, piece = self._piece(*where[name, start])
-            if not self._cast and file.dtypes[piece] != dtype_name(target.dtype):
+            offsets = tuple(item.storage_index.offset) if item.storage_index.offset is not None else (0,) * target.dim()
+            file, stored = self._find(*shards[name, offsets])
+            if not self._cast and file.dtypes[stored] != dtype_name(target.dtype):
                 raise CheckpointError(
-                    f"{name} is {file.dtypes[piece]} in '{self._opened().path}' and {dtype_name(target.dtype)} here: "
+                    f"{name} is {file.dtypes[stored]} in '{self._opened().path}' and {dtype_name(target.dtype)} here: "
                     'DCPReader(path, dtype="cast") converts it.'
                 )
-            read = _Read(file, piece, target, item)
+            read = _Read(file, stored, target, item)
             if plain:
-                # What shares memory is read in its order.
+                # Targets that share memory are read in order.
                 reads.setdefault(target.untyped_storage().data_ptr(), []).append(read)
-            else:  # it may give the same memory for each, and take what was read out of it
+            else:  # it may give the same memory for each
                 read.run(self._verify)
                 planner.commit_tensor(item, target)
-        self._read_together(list(reads.values()))
+        self._read_in_threads(list(reads.values()))
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
-    def _read_together(self, groups: list[list[_Read]]) -> None:
-        """By several threads, each a group at a time, where there is enough to read."""
+    def _read_in_threads(self, groups: list[list[_Read]]) -> None:
+        """Each thread a group at a time, if there is enough to read."""
         inference = torch.is_inference_mode_enabled()
         mean = sum(read.target.nbytes for group in groups for read in group) // max(len(groups), 1)
         threads = min(WORKERS, len(groups)) if mean > _FOR_ONE_THREAD else 1
@@ -361,26 +364,26 @@ class DCPReader(StorageReader):
                 raise CheckpointError(f"'{self._path}' is one file, not a folder: onym.load(path, into=model) loads it.")
         return self._checkpoint
 
-    def _piece(self, file: str, name: str, part: Part) -> tuple[TensorFile, str]:
-        """The file with a piece, and the name it has there."""
+    def _find(self, file: str, name: str, shard: Shard) -> tuple[TensorFile, str]:
+        """The file with a shard, and the shard's name in it."""
         opened = self._opened().tensors(file)
-        return opened.piece(name, part) if isinstance(opened, PiecedFile) else (opened, name)
+        return opened.find(name, shard) if isinstance(opened, ShardedFile) else (opened, name)
 
-    def _pieces(self) -> Pieces:
-        """Of what one process wrote each tensor is one piece."""
+    def _index(self) -> ChunkIndex:
+        """In a checkpoint of one process each tensor has one chunk."""
         opened = self._opened()
-        if opened.pieces is not None:
-            return opened.pieces
+        if opened.chunk_index is not None:
+            return opened.chunk_index
         model = opened.model
-        further = {name: tuple(a for a, stored in model.aliases.items() if stored == name) for name in model.shapes}
-        whole = {
-            name: ShardedTensor(model.dtypes[name], shape, Layout((Part(0, (0,) * len(shape), shape),)), further[name])
+        aliases = {name: tuple(alias for alias, stored in model.aliases.items() if stored == name) for name in model.shapes}
+        tensors = {
+            name: ShardedTensor(model.dtypes[name], shape, Layout((Shard(0, Chunk.full(shape)),)), aliases[name])
             for name, shape in model.shapes.items()
         }
-        return Pieces({MODEL: whole})
+        return ChunkIndex({MODEL: tensors})
 
 
-class _Held(dict[str, torch.Tensor]):
+class _ObjectTensors(dict[str, torch.Tensor]):
     """The tensors inside of objects, read when they are asked for, in memory of their own."""
 
     def __init__(self, file: TensorFile | None, verify: bool) -> None:
@@ -395,7 +398,7 @@ class _Held(dict[str, torch.Tensor]):
 
 
 def _names_in_model(names: list[str], paths: Mapping[str, Any]) -> dict[str, str]:
-    """Which tensors are a model's, by full name, and their names in it: those under ``model``, or those that are in no dict."""
+    """Full names of a model's tensors -> their names in it: those under ``model``, or those that are in no dict."""
     under = {name: name.removeprefix(f"{_MODEL_KEY}.") for name in names if paths.get(name, (name,))[0] == _MODEL_KEY}
     if any(len(paths.get(name, ())) > 1 for name in under):
         return under
@@ -423,13 +426,13 @@ def _nbytes(item: WriteItem) -> int:
 
 
 def _on_a_disk(path: str | os.PathLike[str]) -> Path:
-    found = object_store.as_path(path)
-    if object_store.is_remote(found):
-        raise ConfigError(f"DCPWriter writes to a folder on a disk that all processes see, not to '{path}'.")
-    return found.absolute()
+    local = as_path(path)
+    if not is_local(local):
+        raise ConfigError(f"DCPWriter writes to a folder on a disk that all ranks share, not to '{path}'.")
+    return local.absolute()
 
 
-def _abandon(making: ExitStack) -> None:
-    """End what was begun without putting it in place."""
-    error = StorageError("A save was given up.")
-    making.__exit__(StorageError, error, None)
+def _discard(commit: ExitStack) -> None:
+    """Delete the folder that is being written."""
+    error = StorageError("The save was given up.")
+    commit.__exit__(StorageError, error, None)

@@ -1,171 +1,167 @@
-"""A folder that several processes fill behind the back of their training: each writes its share, the first makes a whole of it.
+"""A checkpoint that several ranks write in the background: each writes its own files, and rank 0 commits the folder.
 
-The first one makes the folder under a temporary name and tells the others where; each writes, flushes and reports; then the
-first writes the manifest and renames it. Where one of them fails or dies nothing is put in place, and all know why.
+Rank 0 makes the folder under a temporary name and broadcasts it; each rank writes, fsyncs and reports; then rank 0 writes the
+manifest and renames the folder. If a rank fails or dies nothing is committed, and all ranks raise the reason.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from onym.checkpoint.coordinator import StoreCoordinator
 from onym.errors import CheckpointError, OnymError, StorageError, storage_error
+from onym.format.assembly import assemble
+from onym.format.chunk_index import ChunkIndex, ShardedTensor
 from onym.format.manifest import MANIFEST, Manifest
-from onym.format.reader import Checkpoint, read_checkpoint
-from onym.format.sharded_tensor import Pieces, ShardedTensor, assemble, tabled
-from onym.format.writer import Content, Progress, Share, complete_folder, write_share
-from onym.storage.local import NewFolder, new_folder
+from onym.format.rank_files import RankContent, RankReport, complete_folder, write_rank_files
+from onym.format.reader import read_checkpoint
+from onym.format.tensor_writing import Progress
+from onym.format.writer import About
+from onym.storage.local import LocalFolder, new_folder
 
-_CHECK = "read it back"
+_VERIFY = "verify"
 
 
 class ShardedSave:
-    """One process's hold on it.
+    """One rank's side of one save.
 
     Args:
-        path: where it shall be.
-        place, token: as the first process has them of :meth:`made`.
-        number, count: this process among those that fill it.
-        store: of torch.distributed, that they met by.
+        path: the place of the checkpoint.
+        temporary, token: as rank 0 has them of :meth:`create`.
+        rank, world_size: of this process.
+        store: the rendezvous store of torch.distributed.
     """
 
-    def __init__(self, path: Path, place: str, token: str, number: int, count: int, store: Any) -> None:
-        self.path, self.place, self.token = path, place, token
-        self._number, self._count = number, count
-        self._agreement = StoreCoordinator(store, token, number, count, f"'{path}'")
-        self._making = ExitStack()
-        self._folder = NewFolder(Path(place))
+    def __init__(self, path: Path, temporary: str, token: str, rank: int, world_size: int, store: Any) -> None:
+        self.path, self.temporary, self.token = path, temporary, token
+        self._rank, self._world_size = rank, world_size
+        self._coordinator = StoreCoordinator(store, token, rank, world_size, f"'{path}'")
+        self._commit = ExitStack()
+        self._folder = LocalFolder(Path(temporary))
 
     @classmethod
-    def made(cls, path: Path, nbytes: int, count: int, store: Any) -> ShardedSave:
-        """The first process's, which makes it.
+    def create(cls, path: Path, nbytes: int, world_size: int, store: Any) -> ShardedSave:
+        """Make the folder, in rank 0.
 
         Raises:
             StorageError: the disk refused, or has no room for that many bytes.
         """
-        making = ExitStack()
-        folder = making.enter_context(new_folder(path, MANIFEST, nbytes))
-        assert isinstance(folder, NewFolder)
-        shared = cls(path, str(folder.path), secrets.token_hex(8), 0, count, store)
-        shared._making, shared._folder = making, folder
-        return shared
+        commit = ExitStack()
+        folder = commit.enter_context(new_folder(path, MANIFEST, nbytes))
+        save = cls(path, str(folder.path), secrets.token_hex(8), 0, world_size, store)
+        save._commit, save._folder = commit, folder
+        return save
 
     @property
     def seen(self) -> bool:
-        """Whether this process sees it: it is on a disk that they share."""
-        return Path(self.place).is_dir()
+        """Whether this rank sees the folder: it is on a disk that the ranks share."""
+        return Path(self.temporary).is_dir()
 
-    def give_up(self) -> None:
-        """Delete what there is of it; the first process does it."""
+    def discard(self) -> None:
+        """Delete the temporary folder, in rank 0, if it was not committed."""
         with suppress(OnymError):
-            self._making.__exit__(StorageError, StorageError("A save was given up."), None)
+            self._commit.__exit__(StorageError, StorageError("The save was given up."), None)
 
-    def help(self, content: Content, progress: Progress) -> None:
-        """Write this process's share, and return when all is in place: any process's but the first.
-
-        Raises:
-            StorageError: nothing was put in place; says why.
-        """
-        with self._agreement.alive():
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """In rank 0, around :meth:`write` and :meth:`verify`: at the end all ranks know how the save ended."""
+        failure: BaseException | None = None
+        with self._coordinator.alive():
             try:
-                self._write(content, progress)
-                if self._agreement.decision() == _CHECK:
-                    self._agreement.report("checked", self._damage())
-                    self._agreement.decision("ended")
-            finally:
-                self._agreement.leave()
-
-    def lead(
-        self,
-        keep: Callable[[Callable[[Path], Manifest], Callable[[Path], None]], None],
-        content: Content,
-        texts: Mapping[str, str],
-        progress: Progress,
-        **about: Any,
-    ) -> None:
-        """Write the first process's share, wait for the others', and put all in place.
-
-        Args:
-            keep: called with what writes the folder, and with what reads it back.
-            texts, about: as in :func:`onym.format.writer.complete_folder`.
-
-        Raises:
-            StorageError: nothing was put in place; says why.
-        """
-
-        def write(path: Path) -> Manifest:
-            self._write(content, progress)
-            shares: list[Share] = self._agreement.reports("written")
-            files = {name: entry for share in shares for name, entry in share.files.items()}
-            if len({share.table for share in shares}) > 1:
-                raise CheckpointError(
-                    "The processes do not keep the same tensors: save has to be called with the same objects in all of them."
-                )
-            together: dict[str, dict[str, ShardedTensor]] = {file: {} for file in content.tensors}
-            together |= tabled(content.table, [share.parts for share in shares])
-            for file, entries in assemble(written for share in shares for written in share.written).items():
-                together[file] = together.get(file, {}) | entries
-            pieces = Pieces(together)
-            manifest = complete_folder(self._folder, path, files, pieces, texts, **about)
-            self._making.close()
-            return manifest
-
-        def read_back(path: Path) -> None:
-            self._agreement.decide(_CHECK)
-            self._agreement.report("checked", self._damage())
-            for reason in self._agreement.reports("checked"):
-                if reason is not None:
-                    raise CheckpointError(reason)
-
-        with self._agreement.alive():
-            failure: BaseException | None = None
-            try:
-                keep(write, read_back)
+                yield
             except BaseException as error:
                 failure = error
                 raise
             finally:
-                with suppress(OnymError):  # who does not hear it finds out: it is as it is
-                    self._agreement.decide(failure=failure)
-                    self._agreement.decide(failure=failure, stage="ended")
-                self._agreement.leave()
-                self.give_up()
+                with suppress(OnymError):  # a rank that does not receive it finds out by the checkpoint
+                    self._coordinator.decide(failure=failure)
+                    self._coordinator.decide(failure=failure, stage="ended")
+                self._coordinator.leave()
+                self.discard()
 
-    def _write(self, content: Content, progress: Progress) -> None:
+    def write(self, content: RankContent, texts: Mapping[str, str], about: About, progress: Progress) -> Manifest:
+        """Write the files of rank 0, wait for those of the others, and commit. In rank 0.
+
+        Raises:
+            StorageError: nothing was committed; says why.
+            CheckpointError: the ranks do not save the same tensors.
+        """
+        self._write_own(content, progress)
+        reports: list[RankReport] = self._coordinator.reports("written")
+        if len({report.table for report in reports}) > 1:
+            raise CheckpointError(
+                "The ranks do not save the same tensors: save has to be called with the same objects in all of them."
+            )
+        tensors: dict[str, dict[str, ShardedTensor]] = {file: {} for file in content.tensors}
+        tensors |= content.table.assemble(report.chunks for report in reports)
+        for file, entries in assemble(chunk for report in reports for chunk in report.written).items():
+            tensors[file] = tensors.get(file, {}) | entries
+        manifest = complete_folder(self._folder, self.path, reports, ChunkIndex(tensors), texts, about)
+        self._commit.close()
+        return manifest
+
+    def verify(self) -> None:
+        """Read the checkpoint back, each rank a part. In rank 0.
+
+        Raises:
+            CheckpointError: it is damaged, for any rank.
+        """
+        self._coordinator.decide(_VERIFY)
+        self._coordinator.report("checked", self._damage())
+        for reason in self._coordinator.reports("checked"):
+            if reason is not None:
+                raise CheckpointError(reason)
+
+    def follow(self, content: RankContent, progress: Progress) -> None:
+        """Write the files of this rank, and return when rank 0 has committed. In any rank but rank 0.
+
+        Raises:
+            StorageError: nothing was committed; says why.
+        """
+        with self._coordinator.alive():
+            try:
+                self._write_own(content, progress)
+                if self._coordinator.decision() == _VERIFY:
+                    self._coordinator.report("checked", self._damage())
+                    self._coordinator.decision("ended")
+            finally:
+                self._coordinator.leave()
+
+    def _write_own(self, content: RankContent, progress: Progress) -> None:
+        """Write the files of this rank, and report how that ended."""
+
         def written(count: int) -> None:
-            if self._agreement.given_up:
+            if self._coordinator.given_up:
                 raise StorageError(f"'{self.path}' was given up.")
             progress(count)
 
         try:
-            share = write_share(self._folder, self._number, content, written)
-        except OSError as error:
-            self._agreement.report("written", failure=storage_error("write", self.path, error))
+            report = write_rank_files(self._folder, self._rank, content, written)
         except Exception as error:
-            self._agreement.report("written", failure=error)
+            failure = storage_error("write", self.path, error) if isinstance(error, OSError) else error
+            self._coordinator.report("written", failure=failure)
         else:
-            self._agreement.report("written", share)
+            self._coordinator.report("written", report)
         finally:
-            if self._number:
+            if self._rank:
                 self._folder.close()
 
     def _damage(self) -> str | None:
-        """What is wrong with what the next process has written, read from the disk; the first one looks at the rest too."""
+        """What is wrong with the files of the next rank, read from the disk. Rank 0 verifies those that no rank wrote too."""
         try:
             checkpoint = read_checkpoint(self.path)
-            damage = next(checkpoint.damages(self._to_check(checkpoint)), None)
+            assert checkpoint.manifest is not None
+            assert checkpoint.chunk_index is not None
+            shards = checkpoint.chunk_index.files
+            ending = f"-{(self._rank + 1) % self._world_size:05d}.safetensors"
+            wanted = [file for file in shards if file.endswith(ending)]
+            if self._rank == 0:
+                wanted += [file for file in checkpoint.manifest.files if file not in shards]
+            damage = next(checkpoint.damages(wanted), None)
         except Exception as error:
             return str(error)
         return None if damage is None else damage.reason
-
-    def _to_check(self, checkpoint: Checkpoint) -> list[str]:
-        assert checkpoint.manifest is not None
-        assert checkpoint.pieces is not None
-        written = checkpoint.pieces.files
-        ending = f"-{(self._number + 1) % self._count:05d}.safetensors"
-        rest = [file for file in checkpoint.manifest.files if file not in written] if self._number == 0 else []
-        return [file for file in written if file.endswith(ending)] + rest

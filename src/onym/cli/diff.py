@@ -19,7 +19,7 @@ from onym.format.manifest import MODEL
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import as_bytes
 from onym.names.match import recover_names
-from onym.storage import object_store
+from onym.storage.paths import as_path
 from onym.units import plural
 
 DIFFERENT = 1
@@ -33,7 +33,7 @@ def run(given: DiffArguments) -> int:
     """``onym diff``."""
     pair = []
     for path, step in ((given.a, given.step_a), (given.b, given.step_b)):
-        checkpoints_folder(object_store.as_path(path))  # where a storage cannot be reached, says so
+        checkpoints_folder(as_path(path))  # where a storage cannot be reached, says so
         found = open_any(path, as_step(step))
         for skipped, reason in found.skipped:
             print(f"Passed over '{skipped}': {reason}", file=sys.stderr)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from onym.checkpoint.retention import pins, step_folder, steps
+from onym.checkpoint.steps import pins, step_folder, steps
 from onym.cli.arguments import InspectArguments
 from onym.cli.convert import found_facts
 from onym.cli.report import (
@@ -29,8 +29,8 @@ from onym.format.manifest import Manifest
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import dtype_called
 from onym.format.tensors import TensorFile
-from onym.storage import object_store
 from onym.storage.lock import LEASE, holder, lock
+from onym.storage.paths import as_path, is_local
 from onym.units import format_age, format_size, plural
 
 _VALUE = "value"  # what a module stores of its own making: no tensor
@@ -38,7 +38,7 @@ _VALUE = "value"  # what a module stores of its own making: no tensor
 
 def run(given: InspectArguments) -> int:
     """``onym inspect``."""
-    path = object_store.as_path(given.path)
+    path = as_path(given.path)
     directory = checkpoints_folder(path)
     if directory is not None and not given.step:
         told = describe_run(path, directory)
@@ -77,7 +77,7 @@ def describe_run(path: Path, directory: Path) -> dict[str, Any]:
 
 def _writer(directory: Path) -> dict[str, Any] | None:
     """Who has the lease, and whether that process lives; None for that where it cannot be told from here."""
-    who = None if object_store.is_remote(directory) else holder(directory)
+    who = None if not is_local(directory) else holder(directory)
     if who is None:
         return None
     lives = None
@@ -103,7 +103,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         files = {main: _tensors(origin.contents.tensors)}
     elif manifest is not None:
         kind = "a checkpoint" if manifest.step is not None else "a model folder"
-        wholes = checkpoint.pieces.tensors if checkpoint.pieces else manifest.tensors
+        wholes = checkpoint.chunk_index.tensors if checkpoint.chunk_index else manifest.tensors
         files = {name: _tensors(checkpoint.tensors(name)) for name in wholes}
     else:
         kind = "a .safetensors file written by Onym" if checkpoint.identity else "a .safetensors file"

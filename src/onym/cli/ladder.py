@@ -15,7 +15,7 @@ from onym.cli.arguments import LadderArguments
 from onym.cli.report import print_json, print_table
 from onym.errors import ConfigError, storage_error
 from onym.gpt.config import GPTConfig
-from onym.storage.local import replace_file
+from onym.storage.paths import replace_file
 from onym.tools.ladder.ladder import BOOK_VOCABULARY, CPU_VOCABULARY, Figure, Ladder, climb
 from onym.train.display import Display
 from onym.train.plot import plot_ladder

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onym.checkpoint.retention import Retention, metrics_of, pin, prune, step_folder, steps, unpin
+from onym.checkpoint.retention import Retention, prune
+from onym.checkpoint.steps import metrics_of, pin, step_folder, steps, unpin
 from onym.cli.arguments import PruneArguments
 from onym.cli.report import bytes_of, checkpoints_folder, print_json, print_table
 from onym.errors import CheckpointError, ConfigError, nearest
-from onym.storage import object_store
 from onym.storage.lock import Lease
+from onym.storage.paths import as_path, is_local
 from onym.units import format_size
 
 INCOMPLETE = 2
@@ -21,7 +22,7 @@ INCOMPLETE = 2
 
 def run(given: PruneArguments) -> int:
     """``onym prune``."""
-    path = object_store.as_path(given.run)
+    path = as_path(given.run)
     directory = checkpoints_folder(path)
     if directory is None or not steps(directory):
         raise CheckpointError(f"'{path}' is no run with checkpoints: there is nothing to delete or to pin.")
@@ -82,7 +83,7 @@ def _require_metric(directory: Path, best: str) -> None:
 @contextmanager
 def _right_to_write(directory: Path, needed: bool) -> Iterator[None]:
     """The run's lease, so that nothing is deleted under a trainer that lives. On remote storage there are no leases."""
-    lease = Lease(directory) if needed and not object_store.is_remote(directory) else None
+    lease = Lease(directory) if needed and is_local(directory) else None
     try:
         yield
     finally:

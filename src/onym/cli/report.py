@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onym.checkpoint.retention import CHECKPOINTS, steps
+from onym.checkpoint.steps import CHECKPOINTS, steps
 from onym.format.reader import require_path
 from onym.storage import object_store
+from onym.storage.paths import is_local
 from onym.train.display import Display
 
 _WIDTH = 62  # of a fact beside its name, so that both fit into 80 columns
@@ -75,8 +76,8 @@ def print_facts(facts: Mapping[str, str | None]) -> None:
 
 def bytes_of(path: Path) -> int:
     """How large a file is, or the files of a folder together."""
-    if object_store.is_remote(path):
-        names = object_store.names_in(path) if path.is_dir() else []
+    if not is_local(path):
+        names = object_store.list_names(path) if path.is_dir() else []
         return sum(object_store.size(path / name) for name in names) if names else object_store.size(path)
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from onym.checkpoint.retention import step_folder, steps
+from onym.checkpoint.steps import step_folder, steps
 from onym.cli.arguments import RunsArguments
 from onym.cli.report import print_json, print_table, shown
 from onym.errors import ConfigError, OnymError, StorageError, nearest

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onym.checkpoint.retention import find_checkpoint, step_folder, steps
+from onym.checkpoint.steps import find_checkpoint, step_folder, steps
 from onym.cli.arguments import VerifyArguments
 from onym.cli.report import as_step, bytes_of, checkpoints_folder, print_heading, print_json, shown
 from onym.convert.opening import is_ours, open_any
 from onym.errors import CheckpointError
 from onym.format.reader import read_checkpoint
-from onym.storage import object_store
+from onym.storage.paths import as_path
 from onym.units import format_size
 
 DAMAGED = 1
@@ -25,7 +25,7 @@ _EVERY_BYTE, _ZIP, _STRUCTURE = "every byte", "checksums of the zip", "structure
 
 def run(given: VerifyArguments) -> int:
     """``onym verify``."""
-    wanted = _wanted(object_store.as_path(given.path), given.step)
+    wanted = _wanted(as_path(given.path), given.step)
     results = []
     for number, (step, path) in enumerate(wanted, 1):
         with _progress(path, f"{number} of {len(wanted)}"):

@@ -21,7 +21,7 @@ from typing import Any
 
 from onym.compile.cache import root
 from onym.compile.in_place import Compilation, How
-from onym.storage.local import replace_file
+from onym.storage.paths import replace_file
 
 _FILE = "costs.json"
 _MOST_SHAPES = 200

@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint: PyTorch's own FSDP sharding, torchtitan, OLMo-core, lingua, Accelerate with FSDP.
 
-``.metadata`` is a pickle that says which piece of which tensor is where in the ``.distcp`` files. It is opened by an unpickler
-that has stand-ins for the dozen classes in it, and nothing else. Each piece is a ``torch.save`` of its own, opened with
-``weights_only``. A tensor is put together when it is asked for; the pieces of one are in memory at a time.
+``.metadata`` is a pickle that says which chunk of which tensor is where in the ``.distcp`` files. It is opened by an unpickler
+that has stand-ins for the dozen classes in it, and nothing else. Each chunk is a ``torch.save`` of its own, opened with
+``weights_only``. A tensor is assembled when it is asked for; the chunks of one are in memory at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from onym.format.manifest import are_counts, is_file_name
 from onym.format.pickles import named_in, require_bounded
 from onym.format.safetensors import dtype_name
 from onym.format.tensors import Damage, TensorFile
+from onym.state.chunks import Chunk
 
 METADATA = ".metadata"
 _MOST_BYTES = 256 << 20
@@ -105,13 +106,12 @@ def _asked_for(data: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _StoredChunk:
+    chunk: Chunk
     file: str
     offset: int
+    """In bytes, as the length."""
     length: int
-    start: tuple[int, ...]
-    """Where in the whole tensor it begins."""
-    shape: tuple[int, ...]
 
 
 def open_distributed(path: Path) -> TensorFile:
@@ -123,7 +123,7 @@ def open_distributed(path: Path) -> TensorFile:
     metadata = _metadata(path / METADATA)
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    pieces: dict[str, list[_Piece]] = {}
+    chunks: dict[str, list[_StoredChunk]] = {}
     sizes: dict[str, int] = {}
     try:
         where = {
@@ -137,26 +137,27 @@ def open_distributed(path: Path) -> TensorFile:
                 raise CheckpointError(f"'{path / METADATA}' is damaged: it has no shape for {str(name)[:80]}.")
             shapes[name] = tuple(entry.size)
             dtypes[name] = dtype_name(entry.properties.dtype)
-            pieces[name] = []
-            for chunk in entry.chunks:
-                start, shape = tuple(chunk.offsets), tuple(chunk.sizes)
-                info = where.get((name, start)) or where.get((name, None))
+            chunks[name] = []
+            for each in entry.chunks:
+                chunk = Chunk(tuple(each.offsets), tuple(each.sizes))
+                info = where.get((name, chunk.offsets)) or where.get((name, None))
                 if info is None:
-                    raise CheckpointError(f"'{path}' is incomplete: nothing says where a piece of {name} is.")
-                if not is_file_name(info.relative_path) or not are_counts((info.offset, info.length, *start, *shape)):
+                    raise CheckpointError(f"'{path}' is incomplete: nothing says where a chunk of {name} is.")
+                counts = (info.offset, info.length, *chunk.offsets, *chunk.sizes)
+                if not is_file_name(info.relative_path) or not are_counts(counts):
                     raise CheckpointError(f"'{path / METADATA}' names a place outside its folder for {name}.")
-                pieces[name].append(_Piece(info.relative_path, info.offset, info.length, start, shape))
+                chunks[name].append(_StoredChunk(chunk, info.relative_path, info.offset, info.length))
                 file = path / info.relative_path
                 if info.relative_path not in sizes:
                     sizes[info.relative_path] = file.stat().st_size if file.is_file() else -1
                 if sizes[info.relative_path] < info.offset + info.length:
                     how = "is missing" if sizes[info.relative_path] < 0 else "is shorter than it was written"
-                    raise CheckpointError(f"'{file}' {how}, and holds a piece of {name}: fetch it again, or take another step.")
-            if sum(math.prod(each.shape) for each in pieces[name]) != math.prod(shapes[name]):
-                raise CheckpointError(f"'{path}' is incomplete: the pieces of {name} are not all of it.")
+                    raise CheckpointError(f"'{file}' {how}, and holds a chunk of {name}: fetch it again, or take another step.")
+            if sum(math.prod(each.chunk.sizes) for each in chunks[name]) != math.prod(shapes[name]):
+                raise CheckpointError(f"'{path}' is incomplete: the chunks of {name} do not cover it.")
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"'{path / METADATA}' is damaged, or of a kind that is not known here ({error}).") from error
-    return _Distributed(path, shapes, dtypes, pieces)
+    return _Distributed(path, shapes, dtypes, chunks)
 
 
 def _metadata(path: Path) -> Any:
@@ -209,46 +210,46 @@ class _Slice(io.RawIOBase):
 
 class _Distributed(TensorFile):
     def __init__(
-        self, path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], pieces: dict[str, list[_Piece]]
+        self, path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], chunks: dict[str, list[_StoredChunk]]
     ) -> None:
         super().__init__(path, shapes, dtypes, {}, {})
-        self._pieces = pieces
+        self._chunks = chunks
 
     def _read(self, name: str) -> Tensor:
-        pieces = self._pieces[name]
-        first = self._piece(name, pieces[0])
-        if len(pieces) == 1 and first.shape == self.shapes[name]:
+        chunks = self._chunks[name]
+        first = self._values(name, chunks[0])
+        if len(chunks) == 1 and first.shape == self.shapes[name]:
             return first
-        whole = torch.empty(self.shapes[name], dtype=first.dtype, device="cpu")
-        for piece in pieces:
-            values = first if piece is pieces[0] else self._piece(name, piece)
-            place = tuple(slice(start, start + size) for start, size in zip(piece.start, piece.shape, strict=True))
-            if whole[place].shape != values.shape or values.dtype != whole.dtype:
-                raise CheckpointError(f"A piece of {name} in '{self.path / piece.file}' has another shape than is said of it.")
-            whole[place] = values
-        return whole
+        full = torch.empty(self.shapes[name], dtype=first.dtype, device="cpu")
+        for stored in chunks:
+            values = first if stored is chunks[0] else self._values(name, stored)
+            place = full[stored.chunk.slices]
+            if place.shape != values.shape or values.dtype != full.dtype:
+                raise CheckpointError(f"A chunk of {name} in '{self.path / stored.file}' has another shape than is said of it.")
+            place.copy_(values)
+        return full
 
-    def _piece(self, name: str, piece: _Piece) -> Tensor:
-        path = self.path / piece.file
+    def _values(self, name: str, stored: _StoredChunk) -> Tensor:
+        path = self.path / stored.file
         try:
-            with path.open("rb", buffering=0) as file, io.BufferedReader(_Slice(file, piece.offset, piece.length)) as part:
+            with path.open("rb", buffering=0) as file, io.BufferedReader(_Slice(file, stored.offset, stored.length)) as part:
                 archive = zipfile.ZipFile(part)
-                if sum(each.file_size for each in archive.infolist()) > piece.length or archive.testzip() is not None:
-                    raise CheckpointError(f"'{path}' is damaged: a piece of {name} is not what was written.")
+                if sum(each.file_size for each in archive.infolist()) > stored.length or archive.testzip() is not None:
+                    raise CheckpointError(f"'{path}' is damaged: a chunk of {name} is not what was written.")
                 part.seek(0)
                 value = torch.load(part, map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
-        except Exception as error:  # a damaged piece can make torch raise nearly anything
-            raise CheckpointError(f"'{path}' is damaged: a piece of {name} cannot be read ({type(error).__name__}).") from error
-        if not isinstance(value, Tensor) or value.shape != piece.shape:
-            raise CheckpointError(f"'{path}' is damaged: what it holds as a piece of {name} is none.")
+        except Exception as error:  # a damaged chunk can make torch raise nearly anything
+            raise CheckpointError(f"'{path}' is damaged: a chunk of {name} cannot be read ({type(error).__name__}).") from error
+        if not isinstance(value, Tensor) or value.shape != stored.chunk.sizes:
+            raise CheckpointError(f"'{path}' is damaged: what it holds as a chunk of {name} is none.")
         return value.detach()
 
-    def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
+    def _check(self, names: list[str], *, reused: bool = True) -> Iterator[Damage]:
         for name in names:
-            for piece in self._pieces[name]:
+            for stored in self._chunks[name]:
                 try:
-                    self._piece(name, piece)
+                    self._values(name, stored)
                 except CheckpointError as error:
-                    yield Damage(piece.file, name, str(error))
+                    yield Damage(stored.file, name, str(error))

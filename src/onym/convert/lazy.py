@@ -18,9 +18,13 @@ from onym.convert.mapping import KEPT, View
 from onym.convert.sources import as_json
 from onym.errors import CheckpointError, storage_error
 from onym.format.manifest import MODEL
+from onym.format.pth import PickledFile
 from onym.format.safetensors import as_bytes, dtype_called, from_bytes
-from onym.format.tensors import PickledFile, SafetensorsFile, TensorFile
-from onym.format.writer import LazyTensor, Progress, write_safetensors
+from onym.format.safetensors_file import open_safetensors
+from onym.format.stored import LazyTensor
+from onym.format.tensor_writing import Progress
+from onym.format.tensors import TensorFile
+from onym.format.writer import write_safetensors
 
 
 def lazily(tensors: TensorFile) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def mapped_on_disk(tensors: TensorFile, path: Path, progress: Progress | None) -
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.safetensors")
     try:
         write_safetensors(scratch, lazily(tensors), progress=progress)
-        opened = SafetensorsFile(scratch)
+        opened = open_safetensors(scratch)
         try:
             descriptor = os.open(scratch, os.O_RDONLY)
             try:

@@ -182,8 +182,8 @@ class View(TensorFile):
         recipe = self.recipes[name]
         return recipe.change.apply([self.source.tensor(each, verify=False) for each in recipe.sources])
 
-    def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
-        yield from _damages_of(self.source, (each for name in names for each in self.recipes[name].sources), keep)
+    def _check(self, names: list[str], *, reused: bool = True) -> Iterator[Damage]:
+        yield from _damages_of(self.source, (each for name in names for each in self.recipes[name].sources), reused)
 
 
 class Joined(TensorFile):
@@ -207,9 +207,9 @@ class Joined(TensorFile):
     def _read(self, name: str) -> Any:
         return self._of[name].tensor(name, verify=False)
 
-    def _check(self, names: list[str], *, keep: bool = True) -> Iterator[Damage]:
+    def _check(self, names: list[str], *, reused: bool = True) -> Iterator[Damage]:
         for file in self.files:
-            yield from _damages_of(file, (name for name in names if self._of[name] is file), keep)
+            yield from _damages_of(file, (name for name in names if self._of[name] is file), reused)
 
 
 def nbytes(file: TensorFile, name: str) -> int:
@@ -218,10 +218,9 @@ def nbytes(file: TensorFile, name: str) -> int:
     return math.prod(file.shapes[name]) * (dtype.itemsize if dtype else 1)
 
 
-def _damages_of(file: TensorFile, names: Iterable[str], keep: bool) -> Iterator[Damage]:
-    file._forget_if_changed()
+def _damages_of(file: TensorFile, names: Iterable[str], reused: bool) -> Iterator[Damage]:
     stored = dict.fromkeys(file.aliases.get(name, name) for name in names)
-    yield from file._check([name for name in stored if name not in file._right], keep=keep)
+    yield from file.unverified(stored, reused=reused)
 
 
 def _every(rules: Iterable[Rule], layers: Iterable[int]) -> Iterator[tuple[Rule, str]]:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from onym.checkpoint.retention import CHECKPOINTS, GoodCheckpoint, find_checkpoint, steps
+from onym.checkpoint.steps import CHECKPOINTS, GoodCheckpoint, find_checkpoint, steps
 from onym.convert.clean_names import clean_names
 from onym.convert.mapping import Recipe, View, to_ours
 from onym.convert.registry import Config, Format, NamedShapes, Origin, family_of, formats
@@ -22,7 +22,7 @@ from onym.format.manifest import MANIFEST, TOKENIZER
 from onym.format.reader import Checkpoint, require_path
 from onym.format.tensors import TensorFile
 from onym.names.wrappers import AVERAGE_COUNTER
-from onym.storage import object_store
+from onym.storage.paths import as_path, is_local
 
 
 def open_any(
@@ -45,13 +45,13 @@ def open_any(
         CheckpointError: it is none of these, or damaged.
         ConfigError: the file states another value than ``settings``.
     """
-    path = object_store.as_path(path)
+    path = as_path(path)
     settings = {name: value for name, value in (settings or {}).items() if value is not None}
     require_path(path)
     if is_ours(path) or not path.exists():
         found = find_checkpoint(path, step, verify=verify)
         checkpoint = found.checkpoint
-        if checkpoint.architecture is not None or object_store.is_remote(path):
+        if checkpoint.architecture is not None or not is_local(path):
             _require_unsaid(checkpoint, part, settings)
             return found
         contents = Contents(path, "a file that Onym wrote", checkpoint.model)
@@ -79,7 +79,7 @@ def _require_unsaid(checkpoint: Checkpoint, part: str | None, settings: Config) 
 
 def is_ours(path: Path) -> bool:
     """Whether Onym wrote it; what is in an object store, it did."""
-    if object_store.is_remote(path):
+    if not is_local(path):
         return True
     if path.is_dir():
         return (path / MANIFEST).is_file() or (path / CHECKPOINTS).is_dir() or bool(steps(path))

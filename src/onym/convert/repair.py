@@ -24,12 +24,13 @@ from onym.convert.sources import Contents, as_json, open_contents
 from onym.convert.write import compare, lazily
 from onym.errors import CheckpointError, StorageError, storage_error
 from onym.format.manifest import parse_json
-from onym.format.reader import read_pickle, require_path
-from onym.format.tensors import SafetensorsFile, TensorFile
-from onym.format.writer import write_pickle, write_safetensors
+from onym.format.pth import read_pickle, write_pickle
+from onym.format.reader import require_path
+from onym.format.safetensors_file import SafetensorsFile
+from onym.format.tensors import TensorFile
+from onym.format.writer import write_safetensors
 from onym.names.wrappers import AVERAGE_COUNTER
-from onym.storage import object_store
-from onym.storage.local import replace_file
+from onym.storage.paths import as_path, is_local, replace_file
 
 
 @dataclass
@@ -54,8 +55,8 @@ def repair(path: str | Path, *, dry_run: bool = False) -> Mended:
         CheckpointError: it is damaged in another way, which nothing can mend.
         StorageError: a ``.bak`` is there already, or the disk refused.
     """
-    path = object_store.as_path(path)
-    if object_store.is_remote(path):
+    path = as_path(path)
+    if not is_local(path):
         raise CheckpointError(f"'{path}' is remote: copy it here, repair it, and copy it back.")
     require_path(path)
     if path.is_dir():
@@ -77,7 +78,7 @@ def repair(path: str | Path, *, dry_run: bool = False) -> Mended:
         done += f"; {', '.join(contents.further)} left as it is"
     if dry_run:
         return Mended(str(path), kind, done, wrappers)
-    contents.tensors._require_right(contents.tensors.shapes)
+    contents.tensors.require_verified(contents.tensors.shapes)
     recipes = {new: Recipe((old,)) for old, new in names.items()}
     expected = View(contents.tensors, recipes)
     with _Kept(path) as kept:

@@ -19,8 +19,9 @@ from onym.convert import dcp_folder
 from onym.convert.mapping import Joined, Recipe, View
 from onym.errors import CheckpointError, nearest
 from onym.format.manifest import MOST_JSON_BYTES, is_file_name, parse_json
-from onym.format.reader import read_pickle
-from onym.format.tensors import PickledFile, SafetensorsFile, TensorFile
+from onym.format.pth import PickledFile, read_pickle
+from onym.format.safetensors_file import open_safetensors
+from onym.format.tensors import TensorFile
 from onym.state.model import tensor_identity
 
 # What people call the model's part of a file, most telling first.
@@ -89,7 +90,7 @@ def open_contents(path: Path, part: str | None = None) -> Contents:
         return _open_folder(path, part)
     start = _start(path)
     if start[8:9] == b"{":
-        return Contents(path, "a .safetensors file", SafetensorsFile(path), texts=_texts(path.parent))
+        return Contents(path, "a .safetensors file", open_safetensors(path), texts=_texts(path.parent))
     if path.name.endswith(".index.json") and start[:1] in (b"{", b"["):
         return _open_index(path)
     if path.name == dcp_folder.METADATA:

@@ -20,11 +20,13 @@ from onym.convert.registry import Config, Format, Target, Writing, family_of, fo
 from onym.convert.translation import their_recipes
 from onym.errors import CheckpointError, ConfigError, StorageError, nearest
 from onym.format.manifest import CONFIG, MODEL, TOKENIZER
+from onym.format.pth import write_pickle
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import dtype_called
+from onym.format.tensor_writing import Progress
 from onym.format.tensors import TensorFile
-from onym.format.writer import Progress, write_files, write_folder, write_pickle, write_safetensors
-from onym.storage import object_store
+from onym.format.writer import About, write_files, write_folder, write_safetensors
+from onym.storage.paths import as_path, is_local
 
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _FAR = 1e-5  # of outputs, that a conversion may differ by
@@ -101,8 +103,8 @@ def convert(
         ConfigError: the options do not fit together.
         StorageError: something is at the destination already, or the disk refused.
     """
-    path = object_store.as_path(destination)
-    if object_store.is_remote(path):
+    path = as_path(destination)
+    if not is_local(path):
         raise ConfigError(f"'{destination}' is remote: convert to this machine, and copy the result.")
     found = open_any(source, step, part=part, settings=settings)
     checkpoint = found.checkpoint
@@ -258,7 +260,7 @@ class _Plain:
             if name in self.tensors.shapes and dtype_called(kind) is None:
                 raise CheckpointError(f"'{name}' is of {kind}, which is not written here: take its dequantize() first.")
         _count(self.report, self.tensors)
-        self.stored._require_right(self.stored.shapes)
+        self.stored.require_verified(self.stored.shapes)
 
     def write(self) -> None:
         """The file or folder."""
@@ -336,7 +338,7 @@ class _Translated:
     def prepare(self) -> None:
         """Count, and check every byte of the source that can be."""
         _count(self.report, self.theirs)
-        self.tensors._require_right(self.tensors.shapes)
+        self.tensors.require_verified(self.tensors.shapes)
 
     def write(self) -> None:
         """The file or folder."""
@@ -360,7 +362,7 @@ class _Translated:
             return
         text = self.checkpoint.text(TOKENIZER)
         texts = {CONFIG: config_json(config)} | ({TOKENIZER: text} if text is not None else {})
-        write_folder(self.path, {MODEL: lazily(self.theirs)}, texts, architecture=architecture, progress=self.how.progress)
+        write_folder(self.path, {MODEL: lazily(self.theirs)}, texts, About(architecture), self.how.progress)
 
     def _writing(self) -> Writing:
         origin = self.checkpoint.origin

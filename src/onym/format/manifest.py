@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from onym.errors import CheckpointError
 from onym.format.hashing import NO_HASH, TensorHash
-from onym.storage import object_store
+from onym.storage.paths import storage_of
 
 FORMAT = "onym-checkpoint"
 VERSION = 1
@@ -204,20 +204,15 @@ class Manifest:
             CheckpointError: there is none, or it is not as it was written.
         """
         path = folder / MANIFEST
-        if object_store.is_remote(path):
-            text = object_store.read_all(path, MOST_JSON_BYTES)
-            if text is not None:
-                return cls.from_json(text.decode(errors="replace"), str(path))
-        if not path.is_file():
+        try:
+            content = storage_of(path).read_all(path, MOST_JSON_BYTES)
+        except OSError as error:
+            raise CheckpointError(f"The manifest '{path}' cannot be read: {error}.") from error
+        if content is None:
             raise CheckpointError(
                 f"The folder '{folder}' holds no {MANIFEST}: it is no checkpoint, or its writing was never completed."
             )
-        try:
-            if path.stat().st_size > MOST_JSON_BYTES:
-                raise CheckpointError(f"The manifest '{path}' has more than {MOST_JSON_BYTES:,} bytes, which are not read.")
-            return cls.from_json(path.read_bytes().decode(), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"The manifest '{path}' cannot be read: {error}.") from error
+        return cls.from_json(content.decode(errors="replace"), str(path))
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:

@@ -1,23 +1,22 @@
-"""What is at a path -> its tensors and texts, opened and not yet read (``files.py``). Opening executes none of its content.
+"""Open what is at a path; tensors and texts are read when they are asked for. Opening executes none of its content.
 
-What a path is, is told from its content: a folder with a manifest, a .safetensors file (of Onym or not), or a state dict
+The kind of a file is recognised by its content: a folder with a manifest, a .safetensors file (of Onym or not), or a state dict
 that ``torch.save`` wrote.
 """
 
 from __future__ import annotations
 
 import functools
-import pickle
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from blake3 import blake3
 from torch import Tensor
 
 from onym.errors import CheckpointError
+from onym.format.chunk_index import CHUNKS, ChunkIndex
+from onym.format.layout import Shard, shard_file
 from onym.format.manifest import (
     CONFIG,
     HEADER_KEY,
@@ -31,14 +30,15 @@ from onym.format.manifest import (
     is_file_name,
     parse_json,
 )
-from onym.format.pickles import called, require_bounded
-from onym.format.sharded_tensor import PIECES, Part, Pieces, piece_file
-from onym.format.tensors import Damage, PickledFile, PiecedFile, SafetensorsFile, TensorFile
-from onym.storage import object_store
+from onym.format.pth import open_pth
+from onym.format.safetensors_file import open_safetensors
+from onym.format.sharded_file import ShardedFile
+from onym.format.tensors import Damage, TensorFile
+from onym.storage.paths import as_path, is_local, storage_of
 
 
 class _TensorFiles:
-    """The tensor files of a folder, each opened when it is asked for. What is in pieces holds this, not the checkpoint."""
+    """The tensor files of a folder, each opened when it is asked for. Sharded files hold this, not the checkpoint."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path, self._manifest = path, manifest
@@ -48,7 +48,7 @@ class _TensorFiles:
         if file not in self._opened:
             entry = self._manifest.files[file]
             with gc_paused():
-                opened = SafetensorsFile(self._path / file)
+                opened = open_safetensors(self._path / file)
                 if opened.data_start != entry.hashed or blake3(opened.start).hexdigest() != entry.blake3:
                     raise CheckpointError(f"'{self._path / file}' is damaged: its header is not what was written.")
                 if file in self._manifest.tensors:
@@ -57,9 +57,6 @@ class _TensorFiles:
                     opened.adopt(Header.from_json(opened.metadata.get(HEADER_KEY, ""), str(opened.path)).tensors)
             self._opened[file] = opened
         return self._opened[file]
-
-
-_NONE = Pieces({})
 
 
 class Checkpoint:
@@ -89,20 +86,20 @@ class Checkpoint:
         self._identity = manifest.identity if manifest else ""
 
     @functools.cached_property
-    def pieces(self) -> Pieces | None:
-        """Which tensors are in pieces, where several processes wrote them; None where one did."""
-        text = self.text(PIECES) if self.manifest is not None else None
+    def chunk_index(self) -> ChunkIndex | None:
+        """Which rank wrote which chunk of which tensor; None where one process wrote all."""
+        text = self.text(CHUNKS) if self.manifest is not None else None
         if text is None or self.manifest is None:
             return None
-        return Pieces.read(text, self.manifest, str(self.path / PIECES))
+        return ChunkIndex.read(text, self.manifest, str(self.path / CHUNKS))
 
     @property
     def holds(self) -> list[str]:
-        """The files that it has; those in pieces under the name of the whole."""
-        files = dict.fromkeys(self.manifest.files if self.manifest else ())
-        if self.pieces is None:
-            return list(files)
-        return [*self.pieces.tensors, *(file for file in files if file not in self.pieces.files and file != PIECES)]
+        """The files that it has; shards under the name of the file that they are shards of."""
+        files = list(self.manifest.files if self.manifest else ())
+        if self.chunk_index is None:
+            return files
+        return [*self.chunk_index.tensors, *(file for file in files if file not in self.chunk_index.files and file != CHUNKS)]
 
     @property
     def model(self) -> TensorFile:
@@ -145,13 +142,14 @@ class Checkpoint:
     def tensors(self, file: str) -> TensorFile:
         """The tensors of another file of the folder (``"optimizer.safetensors"``)."""
         if file not in self._opened:
-            if self.manifest is None or (file not in self._tensor_files and file not in (self.pieces or _NONE).tensors):
+            sharded = self.chunk_index.tensors.get(file) if self.chunk_index else None
+            if self.manifest is None or (sharded is None and file not in self._tensor_files):
                 raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
             self._files = self._files or _TensorFiles(self.path, self.manifest)
-            if self.pieces is not None and file in self.pieces.tensors:
-                self._opened[file] = PiecedFile(self.path / file, self.pieces.tensors[file], self._files.open)
-            else:
+            if sharded is None:
                 self._opened[file] = self._files.open(file)
+            else:
+                self._opened[file] = ShardedFile(self.path / file, sharded, self._files.open)
         return self._opened[file]
 
     def verify(self, files: Iterable[str] | None = None) -> None:
@@ -166,69 +164,71 @@ class Checkpoint:
         for damage in self.damages(files):
             raise CheckpointError(damage.reason)
 
-    def damages(self, files: Iterable[str] | None = None, share: tuple[int, int] = (0, 1)) -> Iterator[Damage]:
+    def damages(self, files: Iterable[str] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Damage]:
         """Everything that is not as it was written, found by reading every byte.
 
         Args:
             files: of a folder, these alone.
-            share: of the tensors, as (which process, of how many); for what several processes check together.
+            rank, world_size: of several ranks that check together each checks some of the tensors.
         """
         if self.manifest is None:
             yield from self.model.damages()
             return
         names = list(self.manifest.files if files is None else files)
-        if len(pieces := [name for name in names if self.pieces and name in self.pieces.files]) >= share[1] > 1:
-            names = [name for name in names if name not in pieces] + self._share_of(pieces, *share)
-            share = (0, 1)
+        shards = [name for name in names if self.chunk_index and name in self.chunk_index.files]
+        if len(shards) >= world_size > 1:  # each rank some of the files, rather than some tensors of each file
+            names = [name for name in names if name not in shards] + self._some_of(shards, rank, world_size)
+            rank, world_size = 0, 1
         for file in names:
             try:
-                if file in self._tensor_files or (self.pieces and file in self.pieces.tensors):
-                    yield from self.tensors(file).damages(share)
+                if file in self._tensor_files or (self.chunk_index and file in self.chunk_index.tensors):
+                    yield from self.tensors(file).damages(rank, world_size)
                 else:
                     self.text(file)
             except CheckpointError as error:
                 yield Damage(file, None, str(error))
+        identity = self._identity
         if MODEL in self.manifest.tensors:
             identity = identity_of(self.manifest.tensors[MODEL])
-        elif self.pieces is not None:
-            identity = self.pieces.identity(self.manifest.files)
+        elif self.chunk_index is not None:
+            identity = self.chunk_index.identity(self.manifest.files)
             yield from self._misfits(set(names))
         if identity != self._identity:
             yield Damage(MANIFEST, None, f"'{self.path / MANIFEST}' is damaged: its identity is not that of its tensors.")
 
-    def _share_of(self, files: list[str], which: int, of_how_many: int) -> list[str]:
-        """The files that one of several processes is to check: each as many bytes, about."""
+    def _some_of(self, files: list[str], rank: int, world_size: int) -> list[str]:
+        """The files that a rank checks: each about as many bytes."""
         assert self.manifest is not None
         sizes = {file: self.manifest.files[file].bytes for file in files}
-        loads, shares = [0] * of_how_many, [list[str]() for _ in range(of_how_many)]
+        loads, parts = [0] * world_size, [list[str]() for _ in range(world_size)]
         for file in sorted(files, key=lambda file: (-sizes[file], file)):
             least = loads.index(min(loads))
             loads[least] += sizes[file]
-            shares[least].append(file)
-        return shares[which]
+            parts[least].append(file)
+        return parts[rank]
 
     def _misfits(self, files: set[str]) -> Iterator[Damage]:
-        """Of tensors in pieces: what these files hold otherwise than ``pieces.json`` says."""
-        assert self.pieces is not None
-        here: dict[tuple[str, int], list[Part]] = {}  # of each layout the parts in these files, found once
-        for file, entries in self.pieces.tensors.items():
+        """Shards that these files do not hold as ``chunks.json`` describes them."""
+        assert self.chunk_index is not None
+        here: dict[tuple[str, int], list[Shard]] = {}  # of each layout the shards in these files, found once
+        for file, entries in self.chunk_index.tensors.items():
             opened = self.tensors(file)
-            assert isinstance(opened, PiecedFile)
+            assert isinstance(opened, ShardedFile)
             for name, entry in entries.items():
                 key = (file, id(entry.layout))
                 if key not in here:
-                    here[key] = [part for part in entry.layout.parts if piece_file(file, part.process) in files]
-                for part in here[key]:
+                    here[key] = [shard for shard in entry.layout.shards if shard_file(file, shard.rank) in files]
+                for shard in here[key]:
                     try:
-                        opened.piece(name, part)
+                        opened.find(name, shard)
                     except CheckpointError as error:
-                        yield Damage(piece_file(file, part.process), name, str(error))
+                        yield Damage(shard_file(file, shard.rank), name, str(error))
 
     @property
     def _tensor_files(self) -> Iterable[str]:
-        """Those with tensors of their own, those with pieces too."""
+        """The .safetensors files of Onym."""
         assert self.manifest is not None
-        return self.manifest.tensors if self.pieces is None else self.pieces.files
+        return self.manifest.tensors if self.chunk_index is None else self.chunk_index.files
 
     def _checked(self, file: str) -> bytes:
         assert self.manifest is not None
@@ -249,30 +249,26 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: it is none of these, or its structure is damaged. Tensor bytes are checked when they are read.
     """
-    path = object_store.as_path(path)
+    path = as_path(path)
     require_path(path)
-    object_store.refresh(path)
-    if (path / MANIFEST).is_file() or path.is_dir():
+    storage = storage_of(path)
+    if storage.has_folder(path, MANIFEST) or path.is_dir():
         return _open_folder(path)
     if not path.exists():
         raise CheckpointError(f"There is nothing at '{path}': check the path.")
-    if object_store.is_remote(path):
-        start = object_store.read_range(path, 0, 9)
-    else:
-        if not path.is_file():
-            raise CheckpointError(f"'{path}' is neither a file nor a folder.")
-        try:
-            with path.open("rb") as file:
-                start = file.read(9)
-        except OSError as error:
-            raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if not path.is_file():
+        raise CheckpointError(f"'{path}' is neither a file nor a folder.")
+    try:
+        start = storage.open_file(path).read(0, 9)
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
     if len(start) == 9 and start[8:] == b"{":
         return _open_single(path)
-    if object_store.is_remote(path):
+    if not storage.is_local:
         raise CheckpointError(
             f"'{path}' is no .safetensors file; files of other kinds are read from this machine: copy it here."
         )
-    return Checkpoint(path, model=_open_pth(path))
+    return Checkpoint(path, model=open_pth(path))
 
 
 def require_path(path: Path) -> None:
@@ -282,7 +278,7 @@ def require_path(path: Path) -> None:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        if not object_store.is_remote(path):
+        if is_local(path):
             raise CheckpointError(f"'{str(path)[:80]!r}' cannot be read: {error}.") from error
 
 
@@ -297,7 +293,7 @@ def _open_folder(path: Path) -> Checkpoint:
     if not set(manifest.tensors) <= set(manifest.files):
         raise CheckpointError(f"The manifest '{manifest_path}' is damaged: it describes files that it does not list.")
     checkpoint = Checkpoint(path, manifest)
-    if MODEL not in manifest.tensors and (checkpoint.pieces is None or MODEL not in checkpoint.pieces.tensors):
+    if MODEL not in manifest.tensors and (checkpoint.chunk_index is None or MODEL not in checkpoint.chunk_index.tensors):
         raise CheckpointError(f"'{path}' holds no {MODEL}.")
     config = checkpoint.text(CONFIG)
     if config is not None:
@@ -309,12 +305,7 @@ def _open_folder(path: Path) -> Checkpoint:
 
 def _check_size(path: Path, entry: FileEntry) -> None:
     try:
-        if object_store.is_remote(path):
-            size = object_store.size(path)
-        else:
-            if path.is_symlink() or not path.is_file():
-                raise CheckpointError(f"'{path}' is listed in the manifest but is no file of its folder's own.")
-            size = path.stat().st_size
+        size = storage_of(path).size(path)
     except OSError as error:
         raise CheckpointError(f"'{path}' is listed in the manifest but cannot be read: {error.strerror or error}.") from error
     if size != entry.bytes:
@@ -323,7 +314,7 @@ def _check_size(path: Path, entry: FileEntry) -> None:
 
 @gc_paused()
 def _open_single(path: Path) -> Checkpoint:
-    opened = SafetensorsFile(path)
+    opened = open_safetensors(path)
     checkpoint = Checkpoint(path, model=opened)
     if HEADER_KEY in opened.metadata:
         header = Header.from_json(opened.metadata[HEADER_KEY], str(path))
@@ -333,86 +324,3 @@ def _open_single(path: Path) -> Checkpoint:
         checkpoint.config, checkpoint.architecture = header.config, header.architecture
         checkpoint.provenance, checkpoint._identity = header.provenance, header.identity
     return checkpoint
-
-
-_OLD_PICKLES = 4  # of a file from before torch 1.6: a magic number, a version, the system, and the object
-
-
-def _open_pth(path: Path) -> TensorFile:
-    state, is_zip = read_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise CheckpointError(f"'{path}' holds a {type(state).__name__}, not a state dict of named tensors.")
-    if not any(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"'{path}' has no tensors at its top level; it has {', '.join(list(state)[:6])}.")
-    return PickledFile(path, state, is_zip)
-
-
-def read_pickle(path: Path) -> tuple[Any, bool]:
-    """What ``torch.save`` wrote, by torch's machinery that runs nothing, and whether it is a zip, whose tensors are mapped.
-
-    Raises:
-        CheckpointError: it is damaged, out of all proportion, or asks for classes and functions; then it says which.
-    """
-    is_zip = False
-    try:
-        is_zip = zipfile.is_zipfile(path)  # since torch 1.6; files from before cannot be mapped
-        if is_zip:
-            _require_plain_zip(path)
-        else:
-            with path.open("rb") as file:
-                require_bounded(file, path, _OLD_PICKLES)
-        return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True), is_zip
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged file can make torch raise nearly anything
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # the pickle asks for a class or function
-            raise CheckpointError(
-                f"'{path}' is not a plain state dict: reading it would run code that is stored in it"
-                f"{_wanted(path, is_zip)}, so it was not read. Where it was made, save again with onym.save(model, path)."
-            ) from error
-        if not is_zip and _begins_as_a_zip(path):
-            raise CheckpointError(
-                f"'{path}' is cut short: it begins as a file of torch.save, and the list at its end is missing. Copy or "
-                "download it again, or take an earlier one."
-            ) from error
-        reason = type(error).__name__ if is_zip else "it is neither safetensors nor written by torch.save"
-        raise CheckpointError(f"'{path}' is no weight file, or it is damaged ({reason}).") from error
-
-
-def _begins_as_a_zip(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"PK\x03\x04"
-    except OSError:
-        return False
-
-
-def _wanted(path: Path, is_zip: bool) -> str:
-    """What a pickle would have called, in words."""
-    try:
-        if is_zip:
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        else:
-            with path.open("rb") as file:
-                names = called(file, _OLD_PICKLES)
-    except Exception:  # it need not even be a whole pickle
-        names = []
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return f" (it asks for {', '.join(name[:80] for name in names[:6])}{more})" if names else ""
-
-
-def _require_plain_zip(path: Path) -> None:
-    """Refuse a zip that unpacks to more than it is: ``torch.save`` does not compress, and writes each part once."""
-    archive = zipfile.ZipFile(path)
-    parts = archive.infolist()
-    if any(part.filename.endswith("/constants.pkl") for part in parts):
-        raise CheckpointError(
-            f"'{path}' is a program of torch.jit.save: code, with the weights inside. It was not read; where it was made, save "
-            "again with onym.save(model, path)."
-        )
-    unpacked = sum(part.file_size for part in parts)
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or unpacked > path.stat().st_size:
-        raise CheckpointError(f"'{path}' is a compressed zip ({unpacked:,} bytes unpacked), which torch.save does not write.")
-    for part in parts:
-        if part.filename.endswith("/data.pkl"):
-            require_bounded(archive.read(part), path)

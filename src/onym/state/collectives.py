@@ -1,4 +1,8 @@
-"""Several processes of one training: the first one decides, and the others do as it does."""
+"""Everything that ranks agree upon by collectives: rank 0 decides, values are gathered, failures are raised in all.
+
+Each rank has to call the same functions in the same order. With one process, or with ``collective=False``, each function uses
+this process alone. A background thread must not call them: see :mod:`onym.checkpoint.coordinator`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,6 @@ import torch
 from onym.errors import CheckpointError, OnymError
 
 T = TypeVar("T")
-Question = TypeVar("Question")
-Answer = TypeVar("Answer")
 
 
 def get_world_size() -> int:
@@ -21,93 +23,70 @@ def get_world_size() -> int:
 
 
 def get_rank() -> int:
-    """This process's number among them."""
+    """This process's rank; 0 without torch.distributed."""
     return torch.distributed.get_rank() if get_world_size() > 1 else 0
 
 
 def is_rank0() -> bool:
-    """Whether this is the one that writes."""
+    """Whether this is the process that decides."""
     return get_rank() == 0
 
 
 def broadcast_from_rank0(decide: Callable[[], T], collective: bool = True) -> T:
-    """What the first process decides, in all of them; each has to call this.
-
-    Args:
-        decide: called in the first process.
-        together: False: each decides for itself, and need not wait for any other.
+    """The result of ``decide`` in rank 0, in all ranks.
 
     Raises:
-        OnymError: what the first one raised, so that none goes on alone.
-    """
-    return broadcast_with_questions(lambda ask: decide(), lambda question: None, collective)
-
-
-def broadcast_with_questions(
-    decide: Callable[[Callable[[Question], list[Answer]]], T], answer: Callable[[Question], Answer], collective: bool = True
-) -> T:
-    """As :func:`agreed`, where the first process asks all of them on its way to a decision.
-
-    Args:
-        decide: called in the first process, with a function that asks all of them and gives their answers.
-        answer: called in each of them for each question, also in the first. It must not raise.
-        together: False: each decides for itself, and answers its own questions.
-
-    Raises:
-        OnymError: what the first one raised.
+        OnymError: in all ranks, where ``decide`` raised in rank 0.
     """
     if get_world_size() == 1 or not collective:
-        return decide(lambda question: [answer(question)])
+        return decide()
+    message: list[Any] = [None]
     if is_rank0():
-
-        def ask(question: Question) -> list[Answer]:
-            _told(("asked", question))
-            return all_gather_object(answer(question))
-
-        said: tuple[str, Any]
         try:
-            said = "decided", decide(ask)
+            message = [(decide(), None)]
         except Exception as error:
-            said = "failed", error if isinstance(error, OnymError) else OnymError(f"The first process failed: {error}")
-        _told(said)
-    else:
-        while (said := _told(None))[0] == "asked":
-            all_gather_object(answer(said[1]))
-    if said[0] == "failed":
-        raise said[1]
-    result: T = said[1]
+            message = [(None, error if isinstance(error, OnymError) else OnymError(f"Rank 0 failed: {error}"))]
+    torch.distributed.broadcast_object_list(message, src=0)
+    result: T
+    result, failure = message[0]
+    if failure is not None:
+        raise failure
     return result
 
 
-def _told(said: Any) -> Any:
-    """What the first process says, in all of them."""
-    message = [said]
-    torch.distributed.broadcast_object_list(message, src=0)
-    return message[0]
-
-
 def all_gather_object(value: T, collective: bool = True) -> list[T]:
-    """Every process's value, in the order of their numbers; each has to call this. Not ``together``: its own alone."""
+    """The values of all ranks, by rank."""
     if get_world_size() == 1 or not collective:
         return [value]
-    values: list[T | None] = [None] * get_world_size()
+    values: list[Any] = [None] * get_world_size()
     torch.distributed.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
+    return values
 
 
 def raise_on_all_ranks(
     failure: BaseException | None, collective: bool = True, error: type[OnymError] = CheckpointError
 ) -> None:
-    """Where something failed in one of several processes, raise in all of them; each has to call this.
+    """Raise in all ranks where one of them failed.
 
     Args:
-        failure: of this process.
-        together: False: the others are not asked.
-        error: what another one's failure is raised as; its own is raised as it is.
+        failure: of this rank; it is raised as it is.
+        collective: False: only this rank's own failure counts.
+        error: the type that another rank's failure is raised as.
     """
-    told = all_gather_object(None if failure is None else str(failure) or type(failure).__name__, collective)
+    reasons = all_gather_object(None if failure is None else str(failure) or type(failure).__name__, collective)
     if failure is not None:
         raise failure
-    for number, reason in enumerate(told):
+    for rank, reason in enumerate(reasons):
         if reason is not None:
-            raise error(reason if number == 0 else f"In process {number}: {reason}")
+            raise error(reason if rank == 0 else f"On rank {rank}: {reason}")
+
+
+def run_on_all_ranks(work: Callable[[], T], collective: bool = True) -> T:
+    """The result of ``work`` on this rank; where it fails on one of them, all raise."""
+    failure: BaseException | None = None
+    try:
+        result = work()
+    except BaseException as error:
+        failure = error
+    raise_on_all_ranks(failure, collective)
+    return result

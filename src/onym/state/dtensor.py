@@ -1,6 +1,6 @@
-"""Tensors that several processes hold in pieces: FSDP2's DTensors, and FSDP1's flat parameters.
+"""Sharded tensors: FSDP2's DTensors, and FSDP1's flat parameters.
 
-Nothing of torch.distributed is imported here: where there is a piece, the program has imported what made it.
+Nothing of torch.distributed is imported here: where there is a sharded tensor, the program has imported its module.
 """
 
 from __future__ import annotations
@@ -15,189 +15,186 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from onym.state.chunks import Chunk
+
 _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, which holds this process's piece."""
+    """Whether it is a DTensor."""
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
 def any_sharded(values: Iterable[Any]) -> bool:
-    """Whether something among these is in pieces, so that all processes have to take part in what is done with it."""
-    return any(_is_in_pieces(value) for value in values)
+    """Whether there is a sharded tensor in these objects, so that all ranks have to take part in what is done with them."""
+    return any(map(_has_sharded, values))
 
 
-def _is_in_pieces(value: Any) -> bool:
+def _has_sharded(value: Any) -> bool:
     if isinstance(value, nn.Module):
         return any(map(is_sharded, chain(value.parameters(), value.buffers()))) or has_flat_parameters(value)
     if isinstance(value, Mapping):
-        return any(map(_is_in_pieces, value.values()))
+        return any_sharded(value.values())
     if isinstance(value, list | tuple):
-        return any(map(_is_in_pieces, value))
+        return any_sharded(value)
     return isinstance(value, Tensor) and is_sharded(value)
 
 
 def without_gradients(sharded: bool) -> AbstractContextManager[object]:
-    """For forward passes alone; what FSDP2 puts together there, training uses too, so it cannot be of ``inference_mode``."""
+    """For forward passes alone. Training reuses what FSDP2 all-gathers in them, so that cannot be of ``inference_mode``."""
     return torch.no_grad() if sharded else torch.inference_mode()
 
 
 def reshard(model: nn.Module) -> None:
-    """After such passes: FSDP2 leaves what is outside of the blocks put together, for a backward pass that does not come."""
+    """After forward passes alone: FSDP2 keeps the root's parameters all-gathered for a backward pass that does not come."""
     fsdp: Any = model
     fsdp.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of it: of a plain tensor, all."""
-    piece: Any = tensor
-    return piece._local_tensor if is_sharded(tensor) else tensor
+    """This rank's chunk of a sharded tensor; a plain tensor itself."""
+    dtensor: Any = tensor
+    return dtensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def computes_on(tensor: Tensor) -> torch.device:
-    """Where a model with this parameter computes: a share may be kept in main memory, and be put together elsewhere."""
-    pieces: Any = tensor
-    return torch.device(pieces.device_mesh.device_type) if is_sharded(tensor) else tensor.device
+    """The device that a model with this parameter computes on: a shard may be offloaded to main memory."""
+    dtensor: Any = tensor
+    return torch.device(dtensor.device_mesh.device_type) if is_sharded(tensor) else tensor.device
 
 
-def is_cut(tensor: Any) -> TypeGuard[Tensor]:
-    """Whether each process has one box of it, or a copy of one: not so where parts are still to be added up, say."""
+def has_chunks(tensor: Any) -> TypeGuard[Tensor]:
+    """Whether it is a DTensor of which each rank has one chunk, or a replica of one: not so for partial sums, say."""
     if not isinstance(tensor, Tensor) or not is_sharded(tensor):
         return False
-    pieces: Any = tensor
+    dtensor: Any = tensor
     kinds = sys.modules["torch.distributed.tensor"]
-    placed = list(zip(pieces.placements, pieces.device_mesh.shape, strict=True))
+    placed = list(zip(dtensor.placements, dtensor.device_mesh.shape, strict=True))
     return all(
         type(placement) in (kinds.Shard, kinds.Replicate)
-        or _is_cut_later(placement, [(each, size) for each, size in placed[number + 1 :] if type(each) is kinds.Shard])
+        or _is_strided_chunk(placement, [(each, size) for each, size in placed[number + 1 :] if type(each) is kinds.Shard])
         for number, (placement, _) in enumerate(placed)
     )
 
 
-def _is_cut_later(placement: Any, inner: list[tuple[Any, int]]) -> bool:
-    """Whether it cuts boxes that ``inner`` (with the number of processes of each) has cut before, as FSDP2 does those of tensor
-    parallelism; what is left is one box still."""
+def _is_strided_chunk(placement: Any, inner: list[tuple[Any, int]]) -> bool:
+    """Whether FSDP2 divided the chunks of tensor parallelism (``inner``, with the sizes of their mesh dimensions) by it."""
     if type(placement).__name__ != "_StridedShard":
         return False
     factor: int = math.prod(size for each, size in inner if each.dim == placement.dim)
     return bool(factor == placement.split_factor)
 
 
-def local_chunk(tensor: Tensor) -> tuple[slice, ...]:
-    """Where in the whole this process's piece is, of a tensor that :func:`is_cut`."""
-    pieces: Any = tensor
-    if pieces.device_mesh.get_coordinate() is None:  # it is other processes' alone
-        return (slice(0, 0),) * tensor.dim()
-    # What torch.distributed.checkpoint finds its own boxes with.
-    boxed = sys.modules["torch.distributed.tensor"]._utils.compute_local_shape_and_global_offset
-    sizes, starts = boxed(pieces.shape, pieces.device_mesh, pieces.placements)
-    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+def local_chunk(tensor: Tensor) -> Chunk:
+    """This rank's chunk of a tensor that :func:`has_chunks`; an empty one if the rank is not in the tensor's mesh."""
+    dtensor: Any = tensor
+    if dtensor.device_mesh.get_coordinate() is None:
+        return Chunk((0,) * tensor.dim(), (0,) * tensor.dim())
+    compute = sys.modules["torch.distributed.tensor"]._utils.compute_local_shape_and_global_offset  # as DCP does it
+    sizes, offsets = compute(dtensor.shape, dtensor.device_mesh, dtensor.placements)
+    return Chunk(tuple(offsets), tuple(sizes))
 
 
-def cut_as(tensor: Any, turn: int) -> Any:
-    """Equal for tensors of one shape of which each process is to write the same box; None for one that is not cut.
+def sharding_key(tensor: Any, turn: int) -> Any:
+    """Equal for tensors of one shape of which each rank writes the same chunk; None for one without chunks.
 
     Args:
-        turn: as for :func:`is_mine_to_write`.
+        turn: as for :func:`writes_chunk`.
     """
-    if not is_cut(tensor):
+    if not has_chunks(tensor):
         return None
-    pieces: Any = tensor
-    _, copies = _copy(pieces)
-    return pieces.device_mesh, pieces.placements, turn % copies
+    dtensor: Any = tensor
+    return dtensor.device_mesh, dtensor.placements, turn % _replicas(dtensor)[1]
 
 
-def is_mine_to_write(tensor: Tensor, turn: int) -> bool:
-    """Of the processes that have a copy of the same box one is to write it.
+def writes_chunk(tensor: Tensor, turn: int) -> bool:
+    """Whether this rank writes its chunk: of the ranks with replicas of a chunk, one does.
 
     Args:
-        tensor: one that :func:`is_cut`.
-        turn: any number, the same in all of them; with another for each tensor they write about as much.
+        tensor: one that :func:`has_chunks`.
+        turn: any number, equal in all ranks; with another one for each tensor the ranks write about as much.
     """
-    pieces: Any = tensor
-    which, copies = _copy(pieces)
-    return which is not None and which == turn % copies
+    replica, count = _replicas(tensor)
+    return replica is not None and replica == turn % count
 
 
-def _copy(pieces: Any) -> tuple[int | None, int]:
-    """Which of the copies this process has, and how many there are."""
+def _replicas(dtensor: Any) -> tuple[int | None, int]:
+    """The number of this rank's replica, and how many there are."""
     replicate = sys.modules["torch.distributed.tensor"].Replicate
-    coordinate = pieces.device_mesh.get_coordinate()
-    which, copies = 0, 1
-    for dimension, (size, placement) in enumerate(zip(pieces.device_mesh.shape, pieces.placements, strict=True)):
+    coordinate = dtensor.device_mesh.get_coordinate()
+    replica, count = 0, 1
+    for dimension, (size, placement) in enumerate(zip(dtensor.device_mesh.shape, dtensor.placements, strict=True)):
         if isinstance(placement, replicate):
-            which, copies = which * size + (coordinate[dimension] if coordinate is not None else 0), copies * size
-    return (which if coordinate is not None else None), copies
+            replica, count = replica * size + (coordinate[dimension] if coordinate is not None else 0), count * size
+    return (replica if coordinate is not None else None), count
 
 
-def from_own_piece(values: Tensor, like: Tensor) -> Tensor:
-    """This process's piece of a tensor that is cut as another one is."""
-    pieces: Any = like
+def from_local_chunk(values: Tensor, like: Tensor) -> Tensor:
+    """A DTensor with the sharding of another one, from this rank's chunk."""
+    dtensor: Any = like
     made: Tensor = sys.modules["torch.distributed.tensor"].DTensor.from_local(
-        values.to(pieces._local_tensor.device),
-        pieces.device_mesh,
-        pieces.placements,
+        values.to(dtensor._local_tensor.device),
+        dtensor.device_mesh,
+        dtensor.placements,
         run_check=False,
-        shape=pieces.shape,
-        stride=pieces.stride(),
+        shape=dtensor.shape,
+        stride=dtensor.stride(),
     )
     return made
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of it, in this process; for a sharded one each process has to call this."""
-    pieces: Any = tensor
-    full: Tensor = pieces.full_tensor() if is_sharded(tensor) else tensor
+    """A sharded tensor all-gathered, for which each rank has to call this; a plain tensor itself."""
+    dtensor: Any = tensor
+    full: Tensor = dtensor.full_tensor() if is_sharded(tensor) else tensor
     return full
 
 
 def distribute_like(value: Tensor, target: Tensor) -> Tensor:
-    """``value`` in the pieces that ``target`` has; a process that has the whole value takes its own piece of it."""
+    """``value`` with the sharding of ``target``; of a full tensor each rank takes its own chunk."""
     if not is_sharded(target):
         return full_tensor(value)
-    pieces: Any = target
+    dtensor: Any = target
     given: Any = value
-    if is_sharded(value) and (given.device_mesh, given.placements) == (pieces.device_mesh, pieces.placements):
+    if is_sharded(value) and (given.device_mesh, given.placements) == (dtensor.device_mesh, dtensor.placements):
         return value
-    if is_cut(target) and tuple(value.shape) == tuple(target.shape):
-        mine = full_tensor(value)[local_chunk(target)].clone(
-            memory_format=torch.contiguous_format
-        )  # without the memory of the rest
-        return from_own_piece(mine, target)  # on the device of the share, not of the mesh
+    if has_chunks(target) and tuple(value.shape) == tuple(target.shape):
+        chunk = full_tensor(value)[local_chunk(target).slices]
+        chunk = chunk.clone(memory_format=torch.contiguous_format)  # else it would hold the memory of the full tensor
+        return from_local_chunk(chunk, target)  # on the device of the shard, which may not be that of the mesh
     distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
-    device = pieces.device_mesh.device_type
-    shared: Tensor = distribute(full_tensor(value).to(device), pieces.device_mesh, pieces.placements, src_data_rank=None)
-    return shared
+    full = full_tensor(value).to(dtensor.device_mesh.device_type)
+    sharded: Tensor = distribute(full, dtensor.device_mesh, dtensor.placements, src_data_rank=None)
+    return sharded
 
 
 def has_flat_parameters(model: nn.Module) -> bool:
-    """Whether FSDP1 is at work in it."""
+    """Whether it has a module that FSDP1 wrapped."""
     module = sys.modules.get(_FSDP1)
     if module is None:
         return False
     seen, ahead = {model}, [model]  # model.modules() takes ten times as long
     while ahead:
-        part = ahead.pop()
-        if isinstance(part, module.FullyShardedDataParallel):
+        current = ahead.pop()
+        if isinstance(current, module.FullyShardedDataParallel):
             return True
-        further = {child for child in part._modules.values() if child is not None and child._modules} - seen
-        seen |= further
-        ahead += further
+        children = {child for child in current._modules.values() if child is not None and child._modules} - seen
+        seen |= children
+        ahead += children
     return False
 
 
 @contextmanager
 def full_parameters(model: nn.Module, *, writeback: bool = False) -> Iterator[bool]:
-    """Within it, FSDP1's flat parameters are the model's own, whole ones; every process has to enter.
+    """Within it, the model has its own full parameters instead of FSDP1's flat ones; every rank has to enter.
 
     Args:
         model: any; without FSDP1 nothing happens.
-        writeback: keep what was copied into them.
+        writeback: changes of the full parameters stay.
 
     Yields:
-        Whether that was needed: the tensors are then gone afterwards.
+        Whether the model has flat parameters; then the full ones are freed afterwards.
     """
     flat = has_flat_parameters(model)
     fsdp: Any = sys.modules[_FSDP1].FullyShardedDataParallel if flat else None

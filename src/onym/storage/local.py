@@ -1,126 +1,35 @@
-"""The few operations that a durable write needs. Everything that Onym keeps reaches a disk through here.
+"""Files and folders of this machine: written completely or not at all, whatever happens.
 
-A file or folder is written in a temporary folder beside its place, flushed to the disk, renamed, and the folder that holds
-it flushed too: after a crash either the old one or the new one is there, and it is whole. Renaming also leaves a reader that
-has the old file mapped undisturbed. On remote storage (``s3://…``) nothing can be renamed: there a file appears when its
-upload is complete, and a folder counts from when its manifest is there (:mod:`onym.storage.object_store`).
+A file or folder is written in a temporary folder beside its place, fsynced and renamed, and the folder that holds it is fsynced
+too: after a crash either the old one or the new one is there. A reader that has the old file mapped is not disturbed.
 
-What a writer that died left behind is told by its name and by a lock that a living one holds; the next writer in the same
-folder deletes it.
+A temporary folder is locked by its writer. The next writer in the same folder deletes those whose writer is dead.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
 import secrets
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
-from typing import Protocol
 
-from onym.errors import StorageError, storage_error
-from onym.storage import object_store
+from onym.errors import CheckpointError, StorageError, storage_error
+from onym.storage.disk import disk
 from onym.storage.lock import NoLocks, lock, this_host
+from onym.storage.protocol import NewFile
+from onym.units import format_size
 
-if sys.platform == "win32":
-    _FOLDER_FLAGS = 0
-else:
-    _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY
-
+is_local = True
 TEMPORARY_PREFIX = ".onym-writing-"
 _TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<host>.*)-[0-9a-f]{12}")
-
-_LARGEST_WRITE = 1 << 20  # larger ones are slower: the chunk stays in the processor's cache, and the kernel in small pages
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
-if _sync_file_range is not None:
-    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-_SYNC_FILE_RANGE_WRITE = 2
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-
-
-class Disk:
-    """The system calls that change something: the seam at which tests make them fail, and cut the power."""
-
-    def create(self, path: Path) -> int:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-
-    def write(self, descriptor: int, data: memoryview, position: int) -> int:
-        return os.pwrite(descriptor, data, position)
-
-    def start_write_back(self, descriptor: int, position: int, length: int) -> None:
-        """Let the disk begin with what was written, where the system has a call for that; it would wait for the flush."""
-        if _sync_file_range is not None:
-            _sync_file_range(descriptor, position, length, _SYNC_FILE_RANGE_WRITE)
-
-    def flush(self, descriptor: int) -> None:
-        os.fsync(descriptor)
-
-    def close(self, descriptor: int) -> None:
-        os.close(descriptor)
-
-    def set_mode(self, path: Path, mode: int) -> None:
-        path.chmod(mode)
-
-    def make_folder(self, path: Path) -> None:
-        path.mkdir()
-
-    def flush_folder(self, path: Path) -> None:
-        """Return when the folder's entries are on the disk. Windows, which cannot open a folder, does it by itself."""
-        if _FOLDER_FLAGS:
-            descriptor = os.open(path, _FOLDER_FLAGS)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-    def rename(self, source: Path, target: Path) -> None:
-        os.replace(source, target)
-
-    def exchange(self, one: Path, other: Path) -> bool:
-        """Swap two names in one step; False where the system or the file system cannot."""
-        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-        if renameat2 is None:
-            return False
-        if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-            return True
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            return False
-        raise OSError(code, os.strerror(code))
-
-    def remove_file(self, path: Path) -> None:
-        path.unlink()
-
-    def remove_folder(self, path: Path) -> None:
-        path.rmdir()
-
-
-disk = Disk()
-
-
-class NewFile(Protocol):
-    """A file in the making."""
-
-    positioned: bool
-    """Whether :meth:`write_at` works, from several threads at once."""
-
-    def write(self, data: bytes | memoryview, /) -> int:
-        """Append."""
-
-    def write_at(self, data: bytes | memoryview, position: int, /) -> None:
-        """Write somewhere."""
-
-    def flush(self) -> None:
-        """For those who take it for an open file. Nothing: what is written is flushed once, at the end."""
-
-    def finish(self) -> None:
-        """Return when the content is on the disk."""
+_REPLACED_PREFIX = ".onym-replaced-"
+_LARGEST_WRITE = 1 << 20  # larger ones are slower: the data stays in the processor's cache, and the kernel in small pages
 
 
 class _LocalFile:
@@ -159,12 +68,11 @@ class _LocalFile:
             disk.close(descriptor)
 
 
-class NewFolder:
-    """A folder in the making."""
+class LocalFolder:
+    """A folder that is being written, under a temporary name. Other ranks open it by its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        """Where it is while it is made."""
         self._files: list[_LocalFile] = []
 
     def create(self, name: str) -> _LocalFile:
@@ -173,7 +81,7 @@ class NewFolder:
         return self._files[-1]
 
     def finish(self, last: str) -> None:
-        """Return when all is on the disk, the file ``last`` after all others."""
+        """Return when all is durable, the file ``last`` after all others."""
         for file in sorted(self._files, key=lambda file: file.path.name == last):
             file.finish()
         disk.flush_folder(self.path)
@@ -184,21 +92,84 @@ class NewFolder:
                 file.close()
 
 
+class MappedFile:
+    """A file that is being read."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.nbytes = os.fstat(self.descriptor).st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def read(self, start: int, end: int) -> bytes:
+        return os.pread(self.descriptor, end - start, start)
+
+    def read_into(self, buffer: memoryview, position: int) -> int:
+        """Fill a buffer from a position; returns how many bytes there were."""
+        return os.preadv(self.descriptor, [buffer], position)
+
+    def map(self) -> mmap:
+        """Its content as private memory: read when it is touched, and never written to the file."""
+        return mmap(self.descriptor, 0, access=ACCESS_COPY)
+
+    def stamp(self) -> tuple[int, int]:
+        """Equal while nobody writes to it."""
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
+
+
+def open_file(path: Path) -> MappedFile:
+    """See :class:`onym.storage.protocol.Storage`, also for the others."""
+    return MappedFile(path)
+
+
+def read_all(path: Path, most: int) -> bytes | None:
+    """The content of a small file."""
+    if not path.is_file():
+        return None
+    if path.stat().st_size > most:
+        raise CheckpointError(f"'{path}' has more than {most:,} bytes, which are not read.")
+    return path.read_bytes()
+
+
+def size(path: Path) -> int:
+    """Bytes in a file; a link is refused."""
+    if path.is_symlink() or not path.is_file():
+        raise OSError(errno.EINVAL, "it is a link, or not a file")
+    return path.stat().st_size
+
+
+def list_names(path: Path) -> list[str]:
+    """The names in a folder; OSError where it cannot be listed."""
+    try:
+        return os.listdir(path)  # noqa: PTH208
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def has_folder(path: Path, last: str) -> bool:
+    """A folder appears by a rename, so it is complete."""
+    return path.is_dir()
+
+
+def has_leftovers(path: Path, last: str) -> bool:
+    """Never: leftovers have names of their own."""
+    return False
+
+
 @contextmanager
 def new_file(path: Path, expected_bytes: int = 0) -> Iterator[NewFile]:
-    """Write a file: yields it to be filled, and puts it in place if the block succeeds.
+    """Write a file: yields it to be filled, and renames it to its place if the block succeeds.
 
     Args:
-        path: where it shall be. A file there is replaced and keeps its mode; a link stays, and what it points to is replaced.
-        expected_bytes: if known, what does not fit is refused before anything is written.
+        path: its place. A file there is replaced and its mode stays; a link stays, and its target is replaced.
+        expected_bytes: if known, a file that does not fit is refused before anything is written.
 
     Raises:
         StorageError: the disk refused; the file that was there before is untouched.
     """
-    if object_store.is_remote(path):
-        with object_store.new_file(path) as file:
-            yield file
-        return
     try:
         path = path.resolve() if path.is_symlink() else path
         make_folder(path.parent)
@@ -220,36 +191,25 @@ def new_file(path: Path, expected_bytes: int = 0) -> Iterator[NewFile]:
         raise storage_error("write", path, error) from error
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a small file, durably."""
-    data = content.encode() if isinstance(content, str) else content
-    with new_file(path, len(data)) as file:
-        file.write(data)
-
-
 @contextmanager
-def new_folder(path: Path, last: str, expected_bytes: int = 0) -> Iterator[NewFolder | object_store.RemoteFolder]:
-    """Write a folder of files: yields it to be filled, and puts it in place if the block succeeds.
+def new_folder(path: Path, last: str, expected_bytes: int = 0) -> Iterator[LocalFolder]:
+    """Write a folder of files: yields it to be filled, and renames it to its place if the block succeeds.
 
     Args:
-        path: where it shall be. A folder that is there already is replaced; whether it may be is for the caller to say.
-        last: the file that says the folder is whole; the others reach the disk before it.
-        expected_bytes: if known, what does not fit is refused before anything is written.
+        path: its place. A folder there is replaced; the caller decides whether it may be.
+        last: the file that is fsynced after all others.
+        expected_bytes: if known, a folder that does not fit is refused before anything is written.
 
     Raises:
         StorageError: the disk refused; nothing was changed.
     """
-    if object_store.is_remote(path):
-        with object_store.new_folder(path, last) as folder:
-            yield folder
-        return
     try:
         path = path.resolve() if path.is_symlink() else path
         make_folder(path.parent)
         with _temporary_sibling(path) as temporary:
             _require_room(path.parent, expected_bytes, path)
             disk.make_folder(temporary)
-            new = NewFolder(temporary)
+            new = LocalFolder(temporary)
             try:
                 yield new
                 new.finish(last)
@@ -261,10 +221,10 @@ def new_folder(path: Path, last: str, expected_bytes: int = 0) -> Iterator[NewFo
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a folder to its name. One that is there changes places with it, and goes with the temporary folder.
+    """Rename a folder to its place. One that is there is exchanged with it, and deleted with the temporary folder.
 
     Where a file system cannot exchange two names, the old one is moved aside first: for a moment nothing is there, and
-    :func:`mend` puts it back if the process dies in that moment.
+    :func:`repair_interrupted` moves it back if the process dies in that moment.
     """
     if not path.exists():
         disk.rename(temporary, path)
@@ -286,12 +246,12 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 def replaced(path: Path) -> Path:
-    """Where the old folder is while a new one takes its place, on a file system that cannot exchange names."""
-    return path.parent / (object_store.REPLACED_PREFIX + path.name)
+    """The old folder while a new one is renamed, on a file system that cannot exchange names."""
+    return path.parent / (_REPLACED_PREFIX + path.name)
 
 
 def repair_interrupted(path: Path) -> None:
-    """Put back a folder whose replacing was cut short."""
+    """Move a folder back whose replacement was interrupted."""
     aside = replaced(path)
     if aside.is_dir():
         if path.exists():
@@ -302,7 +262,7 @@ def repair_interrupted(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, each on the disk before the next."""
+    """Make a folder and those above it, each durable before the next."""
     missing = []
     while not path.is_dir():
         missing.append(path)
@@ -318,7 +278,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def _temporary_sibling(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` that nobody else uses; what is left there at the end is deleted."""
+    """A path in a locked folder beside ``path``; the folder is deleted at the end."""
     sweep(path.parent)
     repair_interrupted(path)
     while True:
@@ -335,7 +295,7 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
             break
         if held is not None:
             os.close(held)
-        # Somebody who swept took it for a dead one's before it was locked: again.
+        # Another writer deleted it before it was locked: try again.
     try:
         yield folder / path.name
     finally:
@@ -346,7 +306,7 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what writers on this host that are dead left in a folder. A living one holds a lock on what is its own."""
+    """Delete the temporary folders of dead writers of this host. A living writer holds a lock on its own."""
     try:
         names = [entry.name for entry in os.scandir(folder) if entry.name.startswith(TEMPORARY_PREFIX)]
     except OSError:
@@ -364,10 +324,8 @@ def sweep(folder: Path) -> None:
                     os.close(held)
 
 
-def remove_folder(path: Path) -> bool:
-    """Delete a checkpoint; whether it is gone. It disappears under its name at once, before its files are deleted."""
-    if object_store.is_remote(path):
-        return object_store.remove_folder(path)
+def remove_folder(path: Path, last: str) -> bool:
+    """Delete a folder: it is renamed first, so it disappears at once."""
     try:
         with _temporary_sibling(path) as doomed:
             disk.rename(path, doomed)
@@ -377,8 +335,8 @@ def remove_folder(path: Path) -> bool:
         return False
 
 
-def move_folder(path: Path, target: Path) -> None:
-    """Rename a folder within the folder that holds it; durably, or it would be back after a power cut."""
+def move_folder(path: Path, target: Path, last: str) -> None:
+    """Rename a folder within the folder that holds it."""
     disk.rename(path, target)
     disk.flush_folder(path.parent)
 
@@ -397,15 +355,15 @@ def remove_file(path: Path) -> None:
 
 
 def repair_all_interrupted(folder: Path) -> None:
-    """Put back every folder in it whose replacing was cut short."""
+    """Move every folder in it back whose replacement was interrupted."""
     with suppress(OSError):
         for entry in list(os.scandir(folder)):
-            if entry.name.startswith(object_store.REPLACED_PREFIX):
-                repair_interrupted(folder / entry.name.removeprefix(object_store.REPLACED_PREFIX))
+            if entry.name.startswith(_REPLACED_PREFIX):
+                repair_interrupted(folder / entry.name.removeprefix(_REPLACED_PREFIX))
 
 
 def _remove_tree(path: Path) -> None:
-    """Delete a folder of ours, and all that is in it."""
+    """Delete a folder and everything in it."""
     for entry in list(os.scandir(path)):
         if entry.is_dir(follow_symlinks=False):
             _remove_tree(Path(entry.path))
@@ -415,16 +373,10 @@ def _remove_tree(path: Path) -> None:
 
 
 def _require_room(folder: Path, needed: int, path: Path) -> None:
-    """Refuse what cannot fit, before an hour of writing shows it."""
-    if not needed:
-        return
+    """Refuse what does not fit before anything is written."""
     usage = shutil.disk_usage(folder)
-    if usage.total and needed > usage.free:
+    if needed and usage.total and needed > usage.free:
         raise StorageError(
-            f"Could not write '{path}': {_megabytes(needed)} are needed and {_megabytes(usage.free)} left, so the disk "
+            f"Could not write '{path}': {format_size(needed)} are needed and {format_size(usage.free)} left, so the disk "
             "is full: free some space, or choose a folder on another disk."
         )
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB"

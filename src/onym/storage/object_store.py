@@ -1,58 +1,26 @@
-"""Remote storage through fsspec, as paths of universal_pathlib: ``s3://bucket/run``, ``gs://…``, ``memory://…``.
+"""Object stores through fsspec, as paths of universal_pathlib: ``s3://bucket/run``, ``gs://…``, ``memory://…``.
 
-Nothing there can be renamed, and a file appears when its upload is complete. So a folder is written in place, its manifest
-last: without that it is no checkpoint.
+An object cannot be renamed, and it appears when its upload is complete. So a folder is written in place, its manifest last:
+without that it is not a checkpoint.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from onym.errors import CheckpointError, ConfigError, OnymError, StorageError
+from onym.errors import CheckpointError, OnymError, StorageError
+from onym.storage.protocol import NewFile
 
-REPLACED_PREFIX = ".onym-replaced-"
-"""What a folder is called while a new one takes its place, where two names cannot be exchanged."""
-
-_LOCAL = ("file://", "local://")
-
-
-def as_path(path: str | os.PathLike[str]) -> Path:
-    """A path on this machine, or, from a text like ``s3://bucket/run``, one on remote storage that is used in the same way.
-
-    Raises:
-        ConfigError: it is remote, and what is needed for that is not installed.
-    """
-    if not isinstance(path, str):
-        return path if hasattr(path, "joinpath") else Path(path)  # type: ignore[return-value]
-    if path.startswith(_LOCAL):
-        return Path(path.split("://", 1)[1])
-    if "://" not in path:
-        return Path(path)
-    protocol = path.split("://", 1)[0]
-    try:
-        from upath import UPath
-
-        remote: Any = UPath(path)
-        remote.fs  # noqa: B018  # imports what the protocol needs
-    except ImportError as error:
-        extra = "s3" if protocol in ("s3", "s3a") else "remote"
-        raise ConfigError(f"'{path}' is remote: pip install 'onym[{extra}]' ({error}).") from error
-    except ValueError as error:
-        raise ConfigError(f"'{path}' is on a storage that fsspec does not know: {error}.") from error
-    path_like: Path = remote
-    return path_like
+is_local = False
+_REPLACED_PREFIX = ".onym-replaced-"
 
 
-def is_remote(path: Path) -> bool:
-    """Whether it is one of fsspec's."""
-    return not isinstance(path, Path)
-
-
-class _RemoteFile:
+class _Upload:
     positioned = False
 
     def __init__(self, path: Path) -> None:
@@ -67,6 +35,9 @@ class _RemoteFile:
     def write_at(self, data: bytes | memoryview, position: int, /) -> None:
         raise AssertionError("an upload is written from its beginning to its end")
 
+    def start_write_back(self, position: int, length: int) -> None:
+        pass
+
     def flush(self) -> None:
         pass
 
@@ -77,7 +48,7 @@ class _RemoteFile:
             self._finished = True
 
     def discard(self) -> None:
-        """Leave nothing of it. Closing would publish what there is."""
+        """Abort it. Closing would publish what was uploaded so far."""
         if not self._finished:
             with suppress(Exception):
                 self._file.discard()
@@ -85,11 +56,38 @@ class _RemoteFile:
                 self._file.closed = True  # or it would be published when it is collected
 
 
+class _UploadedFolder:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.files: dict[str, _Upload] = {}
+
+    def create(self, name: str) -> _Upload:
+        self.files[name] = _Upload(self._path / name)
+        return self.files[name]
+
+
+@dataclass(frozen=True)
+class _Object:
+    path: Path
+
+    @cached_property
+    def nbytes(self) -> int:
+        return size(self.path)
+
+    def read(self, start: int, end: int) -> bytes:
+        return read_range(self.path, start, end)
+
+
+def open_file(path: Path) -> _Object:
+    """See :class:`onym.storage.protocol.Storage`, also for the others."""
+    return _Object(path)
+
+
 @contextmanager
-def new_file(path: Path) -> Iterator[_RemoteFile]:
-    """Upload a file; it appears when the block has succeeded."""
+def new_file(path: Path, expected_bytes: int = 0) -> Iterator[NewFile]:
+    """Upload a file."""
     with translate_errors(path):
-        file = _RemoteFile(path)
+        file = _Upload(path)
         try:
             yield file
             file.finish()
@@ -98,60 +96,36 @@ def new_file(path: Path) -> Iterator[_RemoteFile]:
             raise
 
 
-class RemoteFolder:
-    """A folder in the making."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._files: dict[str, _RemoteFile] = {}
-
-    def create(self, name: str) -> _RemoteFile:
-        """A file in it."""
-        self._files[name] = _RemoteFile(self._path / name)
-        return self._files[name]
-
-    def finish(self, last: str) -> None:
-        """Return when all files are there, ``last`` after all others."""
-        for name in sorted(self._files, key=lambda name: name == last):
-            self._files[name].finish()
-
-    def discard(self) -> None:
-        """Leave nothing of it."""
-        for file in self._files.values():
-            file.discard()
-        remove_folder(self._path)
-
-
 @contextmanager
-def new_folder(path: Path, last: str) -> Iterator[RemoteFolder]:
-    """Upload a folder, whose file ``last`` makes it count. One that is there is moved aside, and back if that fails."""
-    aside = path.parent / (REPLACED_PREFIX + path.name)
+def new_folder(path: Path, last: str, expected_bytes: int = 0) -> Iterator[_UploadedFolder]:
+    """Upload a folder, its file ``last`` after all others. One that is there is moved aside, and back if the upload fails."""
+    aside = path.parent / (_REPLACED_PREFIX + path.name)
     with translate_errors(path):
         refresh(path)
         replacing = (path / last).exists()
         if replacing:
-            move_folder(path, aside)
-        folder = RemoteFolder(path)
+            move_folder(path, aside, last)
+        folder = _UploadedFolder(path)
         try:
             yield folder
-            folder.finish(last)
+            for name in sorted(folder.files, key=lambda name: name == last):
+                folder.files[name].finish()
         except BaseException:
-            folder.discard()
+            for file in folder.files.values():
+                file.discard()
+            remove_folder(path, last)
             if replacing:
                 with suppress(Exception):
-                    move_folder(aside, path)
+                    move_folder(aside, path, last)
             raise
         if replacing:
-            remove_folder(aside)
+            remove_folder(aside, last)
 
 
-def remove_folder(path: Path) -> bool:
-    """Delete a checkpoint, its manifest first; whether it is gone."""
-    from onym.format.manifest import MANIFEST
-
+def remove_folder(path: Path, last: str) -> bool:
+    """Delete a folder's objects, ``last`` first."""
     try:
-        names = sorted(names_in(path), key=lambda name: name != MANIFEST)
-        for name in names:
+        for name in sorted(list_names(path), key=lambda name: name != last):
             (path / name).unlink()
         with suppress(Exception):
             path.rmdir()  # object stores have no folders to remove
@@ -160,10 +134,25 @@ def remove_folder(path: Path) -> bool:
         return False
 
 
+def move_folder(path: Path, target: Path, last: str) -> None:
+    """Copy a folder, ``last`` after all others, and delete it."""
+    here: Any = path
+    there: Any = target
+    with translate_errors(path, "move what is"):
+        for name in sorted(list_names(path), key=lambda name: name == last):
+            here.fs.cp_file((here / name).path, (there / name).path)
+    remove_folder(path, last)
+
+
+def remove_file(path: Path) -> None:
+    """Delete an object."""
+    path.unlink()
+
+
 def read_range(path: Path, start: int, end: int) -> bytes:
-    """Some bytes of a file."""
+    """Some bytes of an object."""
     if start == end:
-        return b""  # some storages take an empty range for the whole
+        return b""  # some storages return the full object for an empty range
     where: Any = path
     with translate_errors(path, "read"):
         try:
@@ -174,56 +163,22 @@ def read_range(path: Path, start: int, end: int) -> bytes:
 
 
 def read_all(path: Path, most: int) -> bytes | None:
-    """The content of a small file; None where there is none. That it cannot be asked for is an error, and says so."""
+    """The content of a small object; None where there is none. A storage that does not answer is an error."""
     where: Any = path
     with translate_errors(path, "read"):
         try:
             if where.fs.size(where.path) > most:
-                raise StorageError(f"'{path}' has more than {most:,} bytes, which are not read.")
+                raise CheckpointError(f"'{path}' has more than {most:,} bytes, which are not read.")
             data: bytes = where.fs.cat_file(where.path)
             return data
         except FileNotFoundError:
             return None
 
 
-def refresh(path: Path) -> None:
-    """Forget what was listed: another process may have written since."""
-    if is_remote(path):
-        where: Any = path
-        where.fs.invalidate_cache()
-
-
-def names_in(path: Path) -> list[str]:
-    """What is in a folder; nothing where there is none."""
-    refresh(path)
-    with translate_errors(path, "list what is"):
-        try:
-            return [entry.name for entry in path.iterdir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-
-def move_folder(path: Path, target: Path) -> None:
-    """Copy a checkpoint and delete it, so that at each moment one of the two is whole."""
-    from onym.format.manifest import MANIFEST
-
-    here: Any = path
-    there: Any = target
-    with translate_errors(path, "move what is"):
-        for name in sorted(names_in(path), key=lambda name: name == MANIFEST):
-            here.fs.cp_file((here / name).path, (there / name).path)
-    remove_folder(path)
-
-
 def size(path: Path) -> int:
-    """How many bytes a file has.
-
-    Raises:
-        FileNotFoundError: there is none.
-        StorageError: the storage does not say.
-    """
+    """Bytes in an object."""
     where: Any = path
-    where.fs.invalidate_cache()
+    refresh(path)
     try:
         return int(where.fs.size(where.path))
     except FileNotFoundError:
@@ -232,9 +187,41 @@ def size(path: Path) -> int:
         raise StorageError(f"Could not read at '{path}': the storage says '{error}'.") from error
 
 
+def list_names(path: Path) -> list[str]:
+    """The names in a folder."""
+    refresh(path)
+    with translate_errors(path, "list what is"):
+        try:
+            return [entry.name for entry in path.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def has_folder(path: Path, last: str) -> bool:
+    """Whether a folder is complete."""
+    refresh(path)
+    with translate_errors(path, "look for checkpoints"):
+        return (path / last).exists()
+
+
+def has_leftovers(path: Path, last: str) -> bool:
+    """An interrupted upload leaves a folder without its last file."""
+    try:
+        size(path / last)
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def refresh(path: Path) -> None:
+    """Drop cached listings: another process may have written since."""
+    where: Any = path
+    where.fs.invalidate_cache()
+
+
 @contextmanager
 def translate_errors(path: Path, action: str = "write") -> Iterator[None]:
-    """Put what a storage's library raises into a sentence."""
+    """Turn exceptions of a storage's library into a sentence."""
     try:
         yield
     except OnymError:

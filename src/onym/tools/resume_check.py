@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from onym.api import open_checkpoint
-from onym.checkpoint.snapshot import stored_generators, stored_values
+from onym.checkpoint.restore import stored_generators, stored_values
 from onym.errors import RunError
 from onym.train.launch import workers
 from onym.train.run_folder import RunFolder

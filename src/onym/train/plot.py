@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onym.storage.local import replace_file
+from onym.storage.paths import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ import os
 import time
 
 from onym.checkpoint.checkpointer import Checkpointer
-from onym.checkpoint.retention import newest_good
+from onym.checkpoint.steps import newest_good
 from onym.errors import LESS_MEMORY, OnymError, ReportedElsewhere, RunError, is_out_of_memory
 from onym.format.reader import Checkpoint
 from onym.train.build import build_trainer, continue_run, init_from

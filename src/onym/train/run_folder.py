@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onym.checkpoint.retention import CHECKPOINTS
+from onym.checkpoint.steps import CHECKPOINTS
 from onym.errors import RunError, storage_error
-from onym.storage.local import replace_file
+from onym.storage.paths import replace_file
 from onym.train.options import TrainOptions, flag
 
 DESCRIPTION, METRICS = "run.json", "metrics.jsonl"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onym.checkpoint.checkpointer import Checkpointer
-from onym.checkpoint.retention import step_folder
-from onym.checkpoint.snapshot import stored_objects
+from onym.checkpoint.restore import stored_objects
+from onym.checkpoint.steps import step_folder
 from onym.errors import CheckpointError, StorageError
 from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint

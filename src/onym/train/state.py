@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from onym.checkpoint.snapshot import stored_values
+from onym.checkpoint.restore import stored_values
 from onym.format.reader import Checkpoint
 from onym.train.step import Result
 

@@ -1,0 +1,244 @@
+"""The files of one checkpoint -> the objects of a training loop. Everything is read and checked before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from onym.checkpoint.snapshot import RNG_VALUES, generator_name, is_optimizer, model_of
+from onym.errors import CheckpointError, ConfigError, OnymError, nearest
+from onym.format.manifest import TRAINER, TRAINER_TENSORS, parse_json
+from onym.format.reader import Checkpoint
+from onym.names.mismatch import compare
+from onym.state.collectives import get_rank, run_on_all_ranks
+from onym.state.dtensor import any_sharded, from_local_chunk, has_chunks, local_chunk
+from onym.state.model import describe, load_state_dict, state_dict
+from onym.state.optimizer import load_optimizer_state
+from onym.state.rng import load_rng_state, require_rng_state
+from onym.state.tree import unflatten
+
+
+def restore_state(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> dict[str, Any]:
+    """Restore objects from a checkpoint.
+
+    Args:
+        checkpoint: an open one.
+        state: the objects, under the names that they were saved under; any may be left out. A dict or list of plain values is
+            filled in place.
+        rng: restore the random number generators too.
+
+    Returns:
+        The plain values that the checkpoint has.
+
+    Raises:
+        CheckpointError: it has nothing under one of the names, or something of another kind, on any rank.
+        MismatchError: it does not fit.
+    """
+    collective = isinstance(state, Mapping) and any_sharded(state.values())
+    return _apply(state, run_on_all_ranks(lambda: _decoded(checkpoint, state, rng), collective))
+
+
+def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> _Decoded:
+    """The state of all objects, read, verified and decoded. Nothing has been changed."""
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            f'restore takes a dict like {{"model": model, "optimizer": optimizer}}, not a {type(state).__name__}.'
+        )
+    stored = _Stored(checkpoint)
+    modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
+    decoded: dict[str, Any] = {}
+    for key, value in state.items():
+        if key not in stored.objects:
+            raise CheckpointError(
+                f"'{checkpoint.path}' holds nothing called {key!r}{nearest(key, stored.objects)}; it holds "
+                f"{', '.join(stored.objects)}."
+            )
+        if _kind_of(value) != stored.kind(key):
+            raise CheckpointError(
+                f"{key!r} in '{checkpoint.path}' is of the kind {stored.kind(key)!r}, not {_kind_of(value)!r}."
+            )
+        if stored.kind(key) == "model":
+            decoded[key] = stored.tensors(key, state_dict(value))
+        elif stored.kind(key) == "optimizer":
+            decoded[key] = stored.tensors(key, _slots_like(stored.names(key), model_of(key, value, modules)))
+        else:
+            decoded[key] = stored.plain(key)
+        if isinstance(value, dict | list) and stored.kind(key) == "values" and not isinstance(decoded[key], type(value)):
+            raise CheckpointError(
+                f"{key!r} in '{checkpoint.path}' is a {type(decoded[key]).__name__}, and a {type(value).__name__} was given to "
+                "be filled: leave it out, and take it from restore(...).values."
+            )
+    values = stored.values()
+    generators = None
+    if rng:
+        with stored.decoding("rng"):
+            generators = stored.generators()
+            if generators is not None:
+                require_rng_state(*generators)
+    return _Decoded(stored, modules, decoded, values, generators)
+
+
+def _apply(state: Mapping[str, Any], content: _Decoded) -> dict[str, Any]:
+    """Change the objects."""
+    stored, modules, decoded = content.stored, content.modules, content.objects
+    fitting = {key: not compare(describe(decoded[key]), describe(state_dict(module))) for key, module in modules.items()}
+    for key in sorted(modules, key=lambda key: fitting[key]):  # one that does not fit says so before any other is changed
+        if not fitting[key]:
+            load_state_dict(modules[key], decoded[key])
+    for key, value in state.items():
+        if stored.kind(key) == "optimizer":
+            with stored.decoding(key):
+                load_optimizer_state(model_of(key, value, modules), value, decoded[key], stored.objects[key]["state"])
+    for key, value in state.items():
+        if stored.kind(key) == "model" and fitting[key]:
+            load_state_dict(value, decoded[key])
+        elif stored.kind(key) == "state":
+            with stored.decoding(key):
+                value.load_state_dict(decoded[key])
+        elif isinstance(value, dict):
+            value.clear()
+            value.update(decoded[key])
+        elif isinstance(value, list) and stored.kind(key) == "values":
+            value[:] = decoded[key]
+    if content.generators is not None:
+        load_rng_state(*content.generators)
+    return content.values
+
+
+def stored_values(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The plain values that a checkpoint has, by name."""
+    return _Stored(checkpoint).values()
+
+
+def stored_generators(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The plain values of the random number generators in a checkpoint."""
+    return _Stored(checkpoint).rng
+
+
+def stored_objects(checkpoint: Checkpoint) -> list[str]:
+    """The names of all objects in a checkpoint: models, optimizers, whatever had a ``state_dict()``, plain values."""
+    return list(_Stored(checkpoint).objects)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """The state of all objects that are to be restored."""
+
+    stored: _Stored
+    modules: dict[str, nn.Module]
+    objects: dict[str, Any]
+    values: dict[str, Any]
+    """The plain values that the checkpoint has."""
+    generators: tuple[dict[str, Tensor], dict[str, Any]] | None
+
+
+class _Stored:
+    """The content of a checkpoint's ``trainer.json``, decoded when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        text = checkpoint.text(TRAINER)
+        if text is None:
+            raise CheckpointError(
+                f"'{checkpoint.path}' holds a model only, not the state of a training: onym.load(path, into=model) loads it."
+            )
+        content = parse_json(text, f"'{checkpoint.path / TRAINER}'")
+        with self.decoding("objects"):
+            self.objects: dict[str, dict[str, Any]] = dict(content["objects"])
+            self.rng: dict[str, Any] = dict(content["rng"])
+            self._kinds = {key: str(entry["kind"]) for key, entry in self.objects.items()}
+        loose = checkpoint.tensors(TRAINER_TENSORS)
+        theirs = re.compile(rf"rng\.process-(?!{get_rank()}\.)")  # other ranks' generators
+        self.loose = {name: loose.tensor(name) for name in loose.names if not theirs.match(name)}
+
+    def kind(self, key: str) -> str:
+        return self._kinds[key]
+
+    def names(self, key: str) -> list[str]:
+        """Of a model's or optimizer's tensors."""
+        with self.decoding(key):
+            return self._checkpoint.tensors(str(self.objects[key]["file"])).names
+
+    def tensors(self, key: str, targets: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a model or optimizer, verified; of sharded targets this rank's chunks."""
+        with self.decoding(key):
+            file = self._checkpoint.tensors(str(self.objects[key]["file"]))
+            extra = self._unflatten(self.objects[key].get("extra", {}))
+            if not any(map(has_chunks, targets.values())):
+                return {**file.state(), **extra}
+            tensors: dict[str, Any] = {}
+            for name in file.shapes:
+                target = targets.get(name)
+                if has_chunks(target) and tuple(target.shape) == tuple(file.shapes[name]):
+                    tensors[name] = from_local_chunk(file.part(name, local_chunk(target).slices), target)
+                else:
+                    tensors[name] = file.tensor(name)
+            return {**tensors, **{alias: tensors[name] for alias, name in file.aliases.items()}, **extra}
+
+    def plain(self, key: str) -> Any:
+        """A structure with its tensors."""
+        with self.decoding(key):
+            return self._unflatten(self.objects[key]["state"])
+
+    def _unflatten(self, structure: Any) -> Any:
+        """Its tensors have memory of their own: the caller may use them when the file is gone."""
+        return unflatten(structure, self.loose, lambda _, tensor: tensor.clone())
+
+    def values(self) -> dict[str, Any]:
+        """All plain values."""
+        return {key: self.plain(key) for key in self.objects if self.kind(key) == "values"}
+
+    def generators(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """This rank's random number generators; None where fewer ranks saved theirs."""
+        rank = get_rank()
+        if rank == 0:
+            return self.loose, self.rng
+        prefix = generator_name("rng.", rank)
+        own = {"rng." + name.removeprefix(prefix): t for name, t in self.loose.items() if name.startswith(prefix)}
+        if not own:  # under DDP only rank 0 saves: the others stay as they were seeded
+            return None
+        return own, json.loads(bytes(own.pop(RNG_VALUES).numpy()))
+
+    @contextmanager
+    def decoding(self, key: str) -> Iterator[None]:
+        """Turn what a file with other content than ours makes Python raise into a sentence."""
+        try:
+            yield
+        except OnymError:
+            raise
+        except (
+            TypeError,
+            KeyError,
+            AttributeError,
+            ValueError,
+            IndexError,
+            OverflowError,
+            RecursionError,
+            RuntimeError,
+        ) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(
+                f"What '{self._checkpoint.path}' holds as {key!r} cannot be restored ({reason[:200]}): it is damaged, or of "
+                "another kind of object than the one given."
+            ) from error
+
+
+def _slots_like(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
+    """The parameter that each of an optimizer's tensors (``state.<slot>.<name>``) belongs to."""
+    parameters = state_dict(model)
+    found = {name: parameters.get(name.split(".", 2)[-1]) for name in names}
+    return {name: parameter for name, parameter in found.items() if isinstance(parameter, Tensor)}
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, nn.Module):
+        return "model"
+    if is_optimizer(value):
+        return "optimizer"
+    return "state" if hasattr(value, "state_dict") and hasattr(value, "load_state_dict") else "values"

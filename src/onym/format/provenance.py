@@ -1,0 +1,42 @@
+"""When, where and with which versions something is written."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+def provenance() -> dict[str, Any]:
+    """As JSON values, for a manifest or header."""
+    about = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onym": version("onym"),
+    }
+    commit = _git_commit()
+    return {**about, "git": commit} if commit else about
+
+
+@cache
+def _git_commit() -> str | None:
+    """The commit that the working folder is at, with ``-dirty`` where tracked files differ from it."""
+    try:
+        said = subprocess.run(
+            ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None if said.returncode == 0 else None

@@ -1,0 +1,194 @@
+"""Files of ``torch.save``: read by torch's machinery that runs nothing, and written for ``torch.load(weights_only=True)``."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from onym.errors import CheckpointError
+from onym.format.pickles import called, require_bounded
+from onym.format.stored import gather, in_memory
+from onym.format.tensors import Damage, TensorFile
+from onym.format.writer import MARGIN_BYTES
+from onym.state.model import describe
+from onym.storage.paths import storage_of
+
+_OLD_PICKLES = 4  # of a file from before torch 1.6: a magic number, a version, the system, and the object
+
+
+class PickledFile(TensorFile):
+    """A state dict that ``torch.save`` wrote, opened by torch's machinery that runs nothing."""
+
+    def __init__(self, path: Path, state: Mapping[str, Any], is_zip: bool) -> None:
+        try:
+            described = describe(state)
+        except RuntimeError as error:  # nested tensors have no shape
+            raise CheckpointError(f"'{path}' holds a tensor that is none of the usual ones: {error}.") from error
+        shapes = {name: shape for name, (shape, _) in described.items()}
+        super().__init__(path, shapes, {name: dtype for name, (_, dtype) in described.items()}, {}, {})
+        versions = getattr(state, "_metadata", None)
+        self.versions = versions if isinstance(versions, Mapping) else None
+        self._state, self.is_mapped = state, is_zip
+
+    def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
+        """As of any file; the tensor itself is asked: it may be sparse."""
+        part: Tensor = self.tensor(name, verify=verify)[index].clone()
+        return part
+
+    def _read(self, name: str) -> Any:
+        value = self._state[name]
+        if isinstance(value, Tensor) and value.is_meta:
+            raise CheckpointError(f"{name} in '{self.path}' has no values: it was on the meta device when it was saved.")
+        return value
+
+    def _check(self, names: list[str], *, reused: bool = True) -> Iterator[Damage]:
+        reason = self._damage
+        if reason is not None:
+            yield Damage(self.path.name, None, reason)
+
+    @functools.cached_property
+    def _damage(self) -> str | None:
+        """What the zip's checksums say, which torch writes and does not read."""
+        try:
+            damaged = zipfile.ZipFile(self.path).testzip() if self.is_mapped else None
+        except Exception as error:  # zipfile does not keep to BadZipFile
+            return f"'{self.path}' is damaged ({error})."
+        if damaged is None:
+            return None
+        return f"'{self.path}' is damaged: the bytes of its part {damaged!r} are not those that were written."
+
+
+def open_pth(path: Path) -> TensorFile:
+    """Open a file that has a state dict.
+
+    Raises:
+        CheckpointError: it has something else, or see :func:`read_pickle`.
+    """
+    state, is_zip = read_pickle(path)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"'{path}' holds a {type(state).__name__}, not a state dict of named tensors.")
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"'{path}' has no tensors at its top level; it has {', '.join(list(state)[:6])}.")
+    return PickledFile(path, state, is_zip)
+
+
+def read_pickle(path: Path) -> tuple[Any, bool]:
+    """The content of a file of ``torch.save``, and whether it is a zip, whose tensors are mapped.
+
+    Raises:
+        CheckpointError: it is damaged, much larger in memory than on disk, or asks for classes and functions, which are named.
+    """
+    is_zip = False
+    try:
+        is_zip = zipfile.is_zipfile(path)  # since torch 1.6; files from before cannot be mapped
+        if is_zip:
+            _require_plain_zip(path)
+        else:
+            with path.open("rb") as file:
+                require_bounded(file, path, _OLD_PICKLES)
+        return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True), is_zip
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file can make torch raise nearly anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # the pickle asks for a class or function
+            raise CheckpointError(
+                f"'{path}' is not a plain state dict: reading it would run code that is stored in it"
+                f"{_wanted(path, is_zip)}, so it was not read. Where it was made, save again with onym.save(model, path)."
+            ) from error
+        if not is_zip and _begins_as_a_zip(path):
+            raise CheckpointError(
+                f"'{path}' is cut short: it begins as a file of torch.save, and the list at its end is missing. Copy or "
+                "download it again, or take an earlier one."
+            ) from error
+        reason = type(error).__name__ if is_zip else "it is neither safetensors nor written by torch.save"
+        raise CheckpointError(f"'{path}' is no weight file, or it is damaged ({reason}).") from error
+
+
+def _begins_as_a_zip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError:
+        return False
+
+
+def _wanted(path: Path, is_zip: bool) -> str:
+    """The functions that a pickle would call, for a sentence."""
+    try:
+        if is_zip:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        else:
+            with path.open("rb") as file:
+                names = called(file, _OLD_PICKLES)
+    except Exception:  # it need not even be a complete pickle
+        names = []
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f" (it asks for {', '.join(name[:80] for name in names[:6])}{more})" if names else ""
+
+
+def _require_plain_zip(path: Path) -> None:
+    """Refuse a zip that is larger unpacked than packed: ``torch.save`` does not compress, and writes each part once."""
+    archive = zipfile.ZipFile(path)
+    parts = archive.infolist()
+    if any(part.filename.endswith("/constants.pkl") for part in parts):
+        raise CheckpointError(
+            f"'{path}' is a program of torch.jit.save: code, with the weights inside. It was not read; where it was made, save "
+            "again with onym.save(model, path)."
+        )
+    unpacked = sum(part.file_size for part in parts)
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or unpacked > path.stat().st_size:
+        raise CheckpointError(f"'{path}' is a compressed zip ({unpacked:,} bytes unpacked), which torch.save does not write.")
+    for part in parts:
+        if part.filename.endswith("/data.pkl"):
+            require_bounded(archive.read(part), path)
+
+
+def write_pth(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a plain state dict for ``torch.load(path, weights_only=True)``, durably. Tied tensors stay tied."""
+    stored = gather({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    plain = {name: _alone(tensor) for name, tensor in stored.tensors.items()}
+    ordered = OrderedDict(
+        (name, plain[stored.aliases.get(name, name)] if isinstance(value, Tensor) else value) for name, value in state.items()
+    )
+    if hasattr(state, "_metadata"):  # the layout versions of the modules, which their load_state_dict asks for
+        ordered._metadata = state._metadata  # type: ignore[attr-defined]
+    write_pickle(path, ordered, stored.nbytes)
+
+
+def write_pickle(path: Path, content: Any, expected_bytes: int = 0) -> None:
+    """Write what ``torch.load(path, weights_only=True)`` opens, durably."""
+    with storage_of(path).new_file(path, expected_bytes + MARGIN_BYTES) as file:
+        failed: list[OSError] = []
+
+        class Sink:
+            """Keeps the first error: torch closes its zip after a failed write, and that fails in another way."""
+
+            flush = file.flush
+
+            def write(self, data: bytes | memoryview) -> int:
+                try:
+                    return file.write(data)
+                except OSError as error:
+                    failed.append(error)
+                    raise
+
+        try:
+            torch.save(content, cast(IO[bytes], Sink()))
+        except KeyError as error:  # int4 and the like
+            raise CheckpointError(f"torch.save cannot write this model ({error.args[0]}): save to .safetensors.") from error
+        except RuntimeError as error:
+            raise failed[0] if failed else error from None
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Without the rest of its storage, which ``torch.save`` would write too."""
+    plain = in_memory(tensor)
+    return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()

@@ -1,0 +1,130 @@
+"""The tensors of a state dict, ready to be stored: each once, with the further names of tied ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from onym.errors import CheckpointError
+from onym.format.hashing import TensorHash, hash_of, unknown
+from onym.format.manifest import TensorEntry, is_text
+from onym.format.safetensors import as_bytes, dtype_name, is_plain
+from onym.state.chunks import Shape
+from onym.state.model import tensor_identity
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Nothing is copied: the tensors are the live ones."""
+
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Further name -> the name it is stored under."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def entries(self, hashes: Mapping[str, TensorHash]) -> dict[str, TensorEntry]:
+        """Their entries in a manifest or header."""
+        aliases: dict[str, list[str]] = {}
+        for alias, name in self.aliases.items():
+            aliases.setdefault(name, []).append(alias)
+        return {
+            name: TensorEntry(
+                dtype_name(tensor.dtype), list(tensor.shape), hashes[name].blake3, aliases.get(name, []), hashes[name].blocks
+            )
+            for name, tensor in self.tensors.items()
+        }
+
+    def described(self) -> dict[str, tuple[torch.dtype, Shape]]:
+        """Their dtypes and shapes."""
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+
+    def unhashed(self) -> dict[str, TensorHash]:
+        """Placeholders for their hashes, of the same length."""
+        return {name: unknown(tensor.nbytes) for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is materialised when it is written, and freed afterwards. Large ones are materialised one at a time."""
+
+    dtype: torch.dtype
+    shape: Shape
+    make: Callable[[], Tensor]
+    aliases: tuple[str, ...] = ()
+    """Further names of it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def gather(state: Mapping[str, Any]) -> Stored:
+    """The tensors of a state dict; a tied one is stored under the first of its names.
+
+    Raises:
+        CheckpointError: a value is no tensor, or a tensor has no values to store.
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in state.items():
+        if isinstance(value, LazyTensor):
+            tensors[name] = cast(Tensor, value)  # it has the attributes that are used until it is written
+            aliases |= dict.fromkeys(value.aliases, name)
+            continue
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name} is a {type(value).__name__}, not a tensor: only tensors can be stored in .safetensors. "
+                "Take it out of the model's state (get_extra_state), or save to .pth."
+            )
+        if name == "__metadata__" or (not is_text(name)):
+            raise CheckpointError(f"{name!r} cannot be a tensor's name in a .safetensors file: rename the attribute.")
+        if value.is_meta or isinstance(value, torch.nn.UninitializedParameter):
+            raise CheckpointError(
+                f"{name} has no values yet (it is on the meta device, or its layer is lazy): load or initialise the model "
+                "before saving it."
+            )
+        if value.layout != torch.strided:
+            raise CheckpointError(f"{name} is {value.layout}, which cannot be stored: store its to_dense().")
+        if value.is_quantized:
+            raise CheckpointError(f"{name} is quantized ({value.dtype}), which cannot be stored: store its int_repr().")
+        if is_traceable_wrapper_subclass(value):
+            raise CheckpointError(
+                f"{name} is a {type(value).__name__}, a tensor made of others, which cannot be stored: store a plain one "
+                "(dequantize() gives it)."
+            )
+        identity = tensor_identity(value)
+        if identity is not None and identity in seen:
+            aliases[name] = seen[identity]
+            continue
+        if identity is not None:
+            seen[identity] = name
+        tensors[name] = value.detach()
+    return Stored(tensors, aliases)
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The values, contiguous in main memory; the tensor itself if it is that already."""
+    if isinstance(tensor, LazyTensor):
+        return in_memory(tensor.make().detach())
+    if tensor.layout != torch.strided:
+        raise CheckpointError("One of the tensors is sparse, which is not written here: take its to_dense() first.")
+    if is_plain(tensor):
+        return tensor
+    return tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
+
+
+def tensor_hash(tensor: Tensor) -> TensorHash:
+    """The hash of a tensor's bytes."""
+    return hash_of(as_bytes(in_memory(tensor)).numpy().data)
