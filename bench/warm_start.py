@@ -31,7 +31,7 @@ from onym.train.precision import choose_compute
 from onym.train.step import Stepper
 preset, vocab_size, batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 compute = choose_compute("auto", "auto")
-compute.repeat_exactly(False)
+compute.set_deterministic(False)
 torch.manual_seed(0)
 model = GPT(GPTConfig.preset(preset, vocab_size=vocab_size)).to(compute.device)
 stepper = Stepper(model, OptimizationOptions(), compute)

@@ -32,7 +32,7 @@ from onym.train.options import OptimizationOptions
 from onym.train.precision import choose_compute
 from onym.train.step import Stepper
 compute = choose_compute("cpu", "fp32")
-compute.repeat_exactly(False)
+compute.set_deterministic(False)
 model = GPT(GPTConfig(vocab_size=61, context_length=16, emb_dim=16, n_heads=2, n_layers=1))
 stepper = Stepper(model, OptimizationOptions(), compute)
 batch = torch.zeros(2, 2, 16, dtype=torch.int64).unbind()
@@ -263,7 +263,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_training(here: Path) -> No
     with warm_start(True, notes.append):
         pass
     assert len(notes) == 1
-    assert notes[0].startswith("Compiled code is not kept for the next start. Could not write at ")
+    assert notes[0].startswith("Compiled code is not cached for the next start. Could not write at ")
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root")
@@ -279,7 +279,7 @@ def test_a_read_only_cache_does_not_stop_training(here: Path) -> None:
     finally:
         subprocess.run(["umount", here.parent], check=True)
     assert len(notes) == 1
-    assert notes[0].startswith("Compiled code is not kept for the next start. Could not write at ")
+    assert notes[0].startswith("Compiled code is not cached for the next start. Could not write at ")
 
 
 def put(folder: Path, name: str, size: int, days_ago: float) -> Path:
@@ -298,12 +298,12 @@ def test_the_size_is_bounded_and_what_was_used_longest_ago_goes_first(here: Path
         put(here / key, "aa/code.so", 1000, days)
         put(here / key, ABOUT, 2, days)
     put(here, "notes.txt", 1000, 100)
-    total = sum(kept.size for kept in cache.all_kept())
+    total = sum(entry.size for entry in cache.entries())
     assert bound(total) == 0
     assert bound(total - 1) == 1002
-    assert {kept.key for kept in cache.all_kept()} == {mine.name, old, recent}
+    assert {entry.key for entry in cache.entries()} == {mine.name, old, recent}
     assert bound(total - 1500) == 1002
-    assert {kept.key for kept in cache.all_kept()} == {mine.name, recent}
+    assert {entry.key for entry in cache.entries()} == {mine.name, recent}
     assert (here / "notes.txt").exists(), "what is not a key is not ours"
 
 
@@ -318,7 +318,7 @@ def test_of_this_machines_key_files_go_but_not_those_just_used(
     module = type(sys)("found_compiled")
     module.__file__ = str(used[0])
     monkeypatch.setitem(sys.modules, "found_compiled", module)
-    size = sum(kept.size for kept in cache.all_kept())
+    size = sum(entry.size for entry in cache.entries())
     assert bound(size - 1500) == 2000
     assert [path.exists() for path in unused] == [False, False, True, True, True]
     bound(0)
@@ -342,7 +342,7 @@ def test_what_another_process_compiles_into_stays(here: Path) -> None:
     freed, busy = cache.clear()
     assert freed > 2000
     assert busy == []
-    assert cache.all_kept() == []
+    assert cache.entries() == []
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_training_stops_when_it_gets_no_better(onym: Run, book: Path, tmp_path: 
     run = (*EAGER, "--steps", 200, "--learning-rate", 0.5, "--patience", 1, "--warmup-steps", 1, "--eval-every", 5)
     done = onym("train", "--data", book, *run)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Stopped after step \d+: 1 measurements without a better held-out loss", done.stdout)
+    assert re.search(r"Stopped after step \d+: 1 evaluations without a better held-out loss", done.stdout)
     assert metrics(tmp_path / "runs/book")[-1]["step"] < 200
     again = onym("train", "--data", book, *run)
     assert "finished already: nothing to do" in again.stdout

@@ -109,7 +109,7 @@ def test_ctrl_c_in_the_terminal_reaches_each_once(book: Path, tmp_path: Path, en
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert error.count("Finishing the step and keeping it") == 1
+    assert error.count("Finishing the step and saving it") == 1
     assert "all of it is kept" in out
 
 
@@ -232,7 +232,7 @@ def test_compiled_they_train_the_same_too(onym_process: Run, book: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--processes", 3), "A step of 4 sequences cannot be shared by 3 processes: take --batch-size 3."),
+        (("--processes", 3), "A step of 4 sequences cannot be divided among 3 processes: take --batch-size 3."),
         (("--processes", 0), "--processes must be more than 0, not 0."),
         (("--processes", 2, "--data", "nowhere.txt"), "nowhere.txt"),
     ],

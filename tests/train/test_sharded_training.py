@@ -328,14 +328,14 @@ def test_weights_put_together_in_bf16(folder: Path, said: Callable[[str], list[t
     [
         (
             ("--cpu-offload", "--parallel", "ddp"),
-            "--cpu-offload is about weights that are shared out: add --parallel fsdp, or leave it out.",
+            "--cpu-offload is about sharded weights: add --parallel fsdp, or leave it out.",
         ),
         (
             ("--gather-dtype", "bf16", "--parallel", "ddp"),
-            "--gather-dtype bf16 is about weights that are shared out: add --parallel fsdp, or leave it out.",
+            "--gather-dtype bf16 is about sharded weights: add --parallel fsdp, or leave it out.",
         ),
-        (("--optimizer", "muon"), "Muon needs whole matrices, and --parallel fsdp shares them out: take --optimizer adamw"),
-        (("--precision", "fp16"), "shares them out: take --precision bf16 or fp32, or --parallel ddp."),
+        (("--optimizer", "muon"), "Muon needs full matrices, and --parallel fsdp shards them: take --optimizer adamw"),
+        (("--precision", "fp16"), "shards them: take --precision bf16 or fp32, or --parallel ddp."),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(

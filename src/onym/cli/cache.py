@@ -45,7 +45,7 @@ def run(given: CacheArguments) -> int:
 
 def _list(*, as_json: bool) -> None:
     here = facts()
-    key, there = key_of(here), cache.all_kept()
+    key, there = key_of(here), cache.entries()
     total = sum(kept.size for kept in there)
     if as_json:
         print_json(

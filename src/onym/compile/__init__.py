@@ -1,1 +1,1 @@
-"""Compiling the model in place: whether it pays, where the code is kept, and how it is carried to another machine."""
+"""Compiling the model in place: whether it pays, the cache of compiled code, and moving that to another machine."""

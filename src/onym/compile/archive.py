@@ -160,7 +160,7 @@ def _is_moved(path: Path) -> bool:
 
 def _bad(source: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"'{source}' was not written by onym cache export, or was changed since: {what}. Nothing was imported."
+        f"'{source}' was not written by onym tools cache export, or was changed since: {what}. Nothing was imported."
     )
 
 

@@ -1,10 +1,10 @@
-"""Compiled code, kept from one run to the next: a restarted one reaches its first step in a fraction of the time.
+"""A cache of compiled code: a restarted run reaches its first step in a fraction of the time.
 
     <cache>/compiled/<key>/about.json   what the code is valid for, in words; its time says when it was last used
                           …             torch.compile's own files: graphs, kernels, C++ objects, the precompiled header
                     <key>.lock          shared by those that compile; whoever deletes needs it alone
 
-torch keeps all of this by itself, but in the system's temporary folder: gone after a restart, and in reach of others. Here it
+torch caches all of this by itself, but in the system's temporary folder: gone after a restart, and in reach of others. Here it
 lies in the user's own cache, under a key of everything that makes compiled code valid, and bounded in size. torch looks up
 each graph by a hash of the graph and of its own settings, so what is found under the right key fits, and deleting any of it at
 any time costs a compilation and nothing else.
@@ -35,11 +35,7 @@ import platformdirs
 from onym.compile.cache_key import facts, key_of, read_facts
 from onym.compile.inductor import HEADERS, Counts, counters, point_at, user_decides
 from onym.errors import StorageError, storage_error
-
-if sys.platform == "win32":
-    fcntl = None
-else:
-    import fcntl
+from onym.storage.lock import NoLocks, lock
 
 LIMIT_BYTES = 2 << 30
 """Of all keys together. A key has some 160 MB of precompiled header, and a model of one shape 5 MB on a CPU."""
@@ -50,8 +46,8 @@ _ABANDONED_AFTER_SECONDS = 86_400.0  # a temporary folder whose maker must be go
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What is there for one key."""
+class Entry:
+    """The compiled code of one key."""
 
     key: str
     path: Path
@@ -63,7 +59,7 @@ class Kept:
 
 
 class WarmStart:
-    """What came of it; ``str`` of it goes into the line that tells of compiling."""
+    """What the cache had; ``str`` of it goes into the line about compiling."""
 
     def __init__(self) -> None:
         self._before = counters()
@@ -80,13 +76,13 @@ class WarmStart:
 
 @contextmanager
 def warm_start(wanted: bool, warn: Callable[[str], None] = lambda _: None) -> Iterator[WarmStart]:
-    """Let what is compiled in this block be looked up and kept; afterwards, what was used longest ago goes.
+    """Cache what is compiled in this block; afterwards, delete what was used longest ago.
 
-    Whatever is wrong with the cache is told in a sentence, and does not stop the program: torch then keeps its own.
+    Whatever is wrong with the cache is reported in a sentence, and does not stop the program: torch then uses its own cache.
 
     Args:
         wanted: False where nothing will be compiled.
-        warn: told why there is no cache.
+        warn: is called with the reason why there is no cache.
     """
     descriptor: int | None = None
     folder: Path | None = None
@@ -97,8 +93,8 @@ def warm_start(wanted: bool, warn: Callable[[str], None] = lambda _: None) -> It
             point_at(folder)
         except (OSError, StorageError) as error:
             folder = None
-            told = storage_error("write", root(), error) if isinstance(error, OSError) else error
-            warn(f"Compiled code is not kept for the next start. {told}")
+            reason = storage_error("write", root(), error) if isinstance(error, OSError) else error
+            warn(f"Compiled code is not cached for the next start. {reason}")
     try:
         yield WarmStart()
     finally:
@@ -163,7 +159,7 @@ def require_private(folder: Path) -> None:
             )
 
 
-def all_kept() -> list[Kept]:
+def entries() -> list[Entry]:
     """All that is there, the newest first."""
     found = []
     for path in _folders():
@@ -172,8 +168,8 @@ def all_kept() -> list[Kept]:
         except OSError:
             used_at = 0.0
         size = sum(entry.stat.st_size for entry in _files(path))
-        found.append(Kept(path.name, path, size, used_at, _facts_in(path)))
-    return sorted(found, key=lambda kept: kept.used_at, reverse=True)
+        found.append(Entry(path.name, path, size, used_at, _facts_in(path)))
+    return sorted(found, key=lambda entry: entry.used_at, reverse=True)
 
 
 def clear() -> tuple[int, list[str]]:
@@ -183,11 +179,11 @@ def clear() -> tuple[int, list[str]]:
         Bytes freed, and the keys that are in use.
     """
     freed, busy = 0, []
-    for kept in all_kept():
-        if _delete(kept.path):
-            freed += kept.size
+    for entry in entries():
+        if _delete(entry.path):
+            freed += entry.size
         else:
-            busy.append(kept.key)
+            busy.append(entry.key)
     return freed + _sweep(older_than_seconds=0), busy
 
 
@@ -200,12 +196,12 @@ def bound(limit: int) -> int:
         Bytes freed.
     """
     freed = _sweep(_ABANDONED_AFTER_SECONDS)
-    there = all_kept()
-    excess = sum(kept.size for kept in there) - limit
+    there = entries()
+    excess = sum(entry.size for entry in there) - limit
     mine = key_of(facts()) if excess > 0 else ""
-    for kept in reversed(there):
-        if excess > 0 and kept.key != mine and _delete(kept.path):
-            excess, freed = excess - kept.size, freed + kept.size
+    for entry in reversed(there):
+        if excess > 0 and entry.key != mine and _delete(entry.path):
+            excess, freed = excess - entry.size, freed + entry.size
     if excess > 0 and (root() / mine).is_dir():
         freed += _thin(root() / mine, excess)
     return freed
@@ -311,16 +307,11 @@ def _lock(folder: Path, *, alone: bool) -> int | None:
 
     Where the file system has no locks, it is as if nobody else were there: torch compiles again what is missing.
     """
-    descriptor = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:
-            pass
-    return descriptor
+    path, flags = folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT
+    try:
+        return lock(path, flags, shared=not alone)
+    except NoLocks:
+        return os.open(path, flags, 0o600)
 
 
 def _only_mine(group: int) -> bool:

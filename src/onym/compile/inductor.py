@@ -1,4 +1,4 @@
-"""Where torch's compiler keeps what it makes, and what it found there: the only file that knows torch's private corners.
+"""Where torch's compiler caches what it makes, and what it found there: the only file that knows torch's private corners.
 
 What is not where torch 2.13 has it is left alone; that costs time, and nothing else.
 """
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onym.units import plural
+
 HEADERS = "precompiled_headers"
 _set_here: dict[str, str] = {}  # environment variables that were set by this module, not by the user
 
@@ -26,8 +28,8 @@ class Counts:
 
     def __str__(self) -> str:
         if not self.made:
-            return f"warm, {_graphs(self.found)} from the cache" if self.found else ""
-        return f"{self.found} of {_graphs(self.found + self.made)} from the cache" if self.found else "cold"
+            return f"warm, {plural(self.found, 'graph')} from the cache" if self.found else ""
+        return f"{self.found} of {plural(self.found + self.made, 'graph')} from the cache" if self.found else "cold"
 
 
 def user_decides(ours: Path) -> bool:
@@ -123,7 +125,3 @@ def counters() -> tuple[int, int]:
         return 0, 0
     counted = dynamo.counters["inductor"]
     return int(counted["fxgraph_cache_hit"]), int(counted["fxgraph_cache_miss"] + counted["fxgraph_cache_bypass"])
-
-
-def _graphs(count: int) -> str:
-    return f"{count} graph{'' if count == 1 else 's'}"

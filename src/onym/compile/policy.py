@@ -4,10 +4,10 @@
     2. what compiling costs and saves is known from the last run of this shape here, or else assumed from what was measured
        elsewhere (docs/performance.md)
     3. the way that leaves most is taken; where none leaves anything, the model is not compiled. Half of a cost counts: the
-       code is kept, and the next run, or this one going on, finds it
-    4. what it did cost and save is told, and remembered for the next run
+       code is cached, and the next run, or this one when it continues, finds it
+    4. what it did cost and save is reported, and remembered for the next run
 
-What is remembered decides nothing but time. A run keeps to the way that it has begun with: another one rounds otherwise.
+What is remembered decides nothing but time. A run continues as it began: another way rounds otherwise.
 """
 
 from __future__ import annotations

@@ -36,8 +36,10 @@ def this_host() -> str:
     return re.sub(r"[^A-Za-z0-9_.]", "_", platform.node() or "localhost")
 
 
-def lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
+def lock(path: Path, flags: int = os.O_RDONLY, *, shared: bool = False) -> int | None:
     """Lock a file or folder until the descriptor that is returned is closed or the process ends; None if another has it.
+
+    ``shared``: several processes can have it, and it is waited for while one has it alone.
 
     Raises:
         NoLocks: nobody can have it.
@@ -47,7 +49,7 @@ def lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
         raise NoLocks
     descriptor = os.open(path, flags, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None

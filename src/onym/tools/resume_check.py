@@ -1,4 +1,4 @@
-"""Whether a run that is killed again and again ends with the same bits as one that is not.
+"""Whether a run that is killed again and again ends bitwise identical to one that is not.
 
 Both runs are processes as a user starts them; the kills are SIGKILL, at random moments, so nothing gets a chance to tidy up.
 """
@@ -27,26 +27,26 @@ from onym.train.launch import workers
 from onym.train.run_folder import RunFolder
 from onym.train.state import KEY
 
-Told = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 """What is being done, how much of it is done, and of how much (0: unknown)."""
 
-# What tells how long something took, and not what came of it.
+# Durations, which differ from run to run.
 _CLOCKS = {"seconds", "tokens_per_second", "data_wait"}
 
 
 @dataclass
 class Comparison:
-    """What came of it."""
+    """The result."""
 
     tensors: int = 0
     rows: int = 0
     kills: list[int] = field(default_factory=list)
     """The last steps that metrics.jsonl had when a process was killed; -1 before the first."""
     differences: list[str] = field(default_factory=list)
-    """In words; none where all is the same to the last bit."""
+    """In words; none where everything is bitwise identical."""
 
 
-def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int, told: Told) -> Comparison:
+def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int, progress: Progress) -> Comparison:
     """Train twice, once straight and once with kills, and compare.
 
     Args:
@@ -59,7 +59,7 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
         RunError: a run fails by itself.
     """
     straight, killed = RunFolder(folder / "straight"), RunFolder(folder / "killed")
-    told("straight", 0, 0)
+    progress("straight", 0, 0)
     began = time.monotonic()
     process = _start(arguments, straight)
     seconds_to_first = 0.0
@@ -69,7 +69,7 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
         time.sleep(0.01)
     _require_success(process)
     described = straight.description()
-    if described is not None and described.get("compiled"):  # what pays is decided by the clock: let it be decided once
+    if described is not None and described.get("compiled"):  # measured times decide what pays: let them decide once
         arguments = [*arguments, "--compile", described["compiled"]]
     steps = _last_step(straight)
     seconds_a_step = (time.monotonic() - began - seconds_to_first) / max(1, steps)
@@ -77,7 +77,7 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
     moments = random.Random(seed)
     result = Comparison()
     for number, target in enumerate(sorted(moments.randrange(steps) for _ in range(kills))):
-        told(f"kill {number + 1} of {kills}", number, kills)
+        progress(f"kill {number + 1} of {kills}", number, kills)
         process = _start(arguments, killed)
         if moments.random() < 0.2:  # while it starts, reads what is there, or compiles
             _wait(process, moments.uniform(0, seconds_to_first))
@@ -93,7 +93,7 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
             os.kill(moments.choice(workers(process.pid) or [process.pid]), signal.SIGKILL)
             result.kills.append(step)
         process.communicate()
-    told("to the end", kills, kills)
+    progress("to the end", kills, kills)
     process = _start(arguments, killed)
     _require_success(process)
     _compare(straight, killed, result)

@@ -38,7 +38,7 @@ def launch(count: int, command: Sequence[str]) -> int:
     """
     port = free_port()
     threads = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
-    # torch's warnings about connections that end are not for the user, who is told in a sentence.
+    # The user reads one sentence instead of torch's warnings about connections that end.
     shared = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), LAUNCHER: str(os.getpid())}
     processes: list[subprocess.Popen[bytes]] = []
@@ -74,7 +74,7 @@ def free_port() -> int:
 
 
 def can_find_workers() -> bool:
-    """Whether this system tells which processes one has started."""
+    """Whether this system shows which processes another one started."""
     return Path("/proc/self/stat").exists()
 
 
@@ -112,7 +112,7 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def leave_with_the_launcher() -> None:
-    """End this process when the one that started it has gone: nobody would tell it to stop."""
+    """End this process when the one that started it has gone: nothing else would stop it."""
     parent = os.environ.get(LAUNCHER, "")
     if not parent.isdecimal() or os.getppid() != int(parent):
         return

@@ -140,7 +140,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = _MEA
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or what this process has resident now; 0 where nobody can tell."""
+    """Bytes: the most that was allocated on a GPU, or what this process has resident now; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

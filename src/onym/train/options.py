@@ -1,4 +1,4 @@
-"""What a user can choose for a run: one frozen dataclass a subject, checked when they are put together.
+"""What a user can choose for a run: one frozen dataclass a subject, checked when they are combined.
 
 The command line is made from these: each field is a flag, its docstring the help.
 """
@@ -31,7 +31,7 @@ SIZES = ("batch_size", "tokens_per_step")
 """Those that say how much goes into a step."""
 
 Parallel = Literal["ddp", "fsdp", "hybrid"]
-"""What several processes have of the model."""
+"""How several processes hold the model."""
 
 _PresetInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_PRESETS)]
 _PresetFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=_PRESETS)]
@@ -48,7 +48,7 @@ class DataOptions:
     text_field: str = "text"
     """Field of .jsonl lines, or column of .parquet files, that holds the text."""
     held_out: float = 0.05
-    """Share of the text that is kept from training, to measure the loss on."""
+    """Share of the text that is held out of training, to evaluate the loss on."""
     tokenizer: Annotated[str | None, arg(metavar="FILE|NAME", help_behavior_hint="(default: train one)")] = None
     """An existing tokenizer: a tokenizer.json, a folder with one, or a name on the Hugging Face hub (gpt2)."""
     vocab_size: int = 1024
@@ -56,7 +56,7 @@ class DataOptions:
     cache_dir: Path = field(
         default_factory=lambda: Path(os.environ.get("ONYM_CACHE_DIR") or platformdirs.user_cache_dir("onym"))
     )
-    """Where tokenised text is kept for the next run; safe to delete. The environment's ONYM_CACHE_DIR sets it too."""
+    """Cache of tokenised text for the next run; safe to delete. The environment's ONYM_CACHE_DIR sets it too."""
 
     def check(self) -> None:
         """Raise a ConfigError for a value that cannot work."""
@@ -126,7 +126,7 @@ class OptimizationOptions:
     tokens_per_step: Annotated[str | None, arg(metavar="COUNT", help_behavior_hint="(in the place of --batch-size)")] = None
     """Tokens in a step, as 32k; the nearest whole number of sequences is taken."""
     micro_batch: Annotated[str, arg(metavar="INT|auto")] = "auto"
-    """Sequences that go through the model at once; their gradients add up to a step. auto: as many as fit into memory."""
+    """Sequences that go through the model at once; their gradients are accumulated. auto: as many as fit into memory."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the blocks' matrices, AdamW for the rest, at the same learning rate."""
     learning_rate: float = 1.5e-3
@@ -146,10 +146,10 @@ class OptimizationOptions:
     ema: float = 0.0
     """Keep a moving average of the weights too, with this decay (0.999); 0 for none."""
     spike_sigma: float = 8.0
-    """A step whose loss or gradient norm is this many standard deviations above the mean of the last ones is not applied; 0 to
-    leave out only those that are not finite."""
+    """A step whose loss or gradient norm is this many standard deviations above the mean of the last ones is skipped; 0 to
+    skip only those that are not finite."""
     patience: int = 0
-    """Stop after so many measurements without a better held-out loss; 0 never."""
+    """Stop after so many evaluations without a better held-out loss; 0 never."""
     gradient_checkpointing: bool = False
     """Compute each block's activations again on the way back: less memory, a third more work."""
     seed: int = 0
@@ -185,22 +185,22 @@ class RunOptions:
     runs_dir: Path = Path("runs")
     """Folder of all runs."""
     eval_every: int = 100
-    """Steps from one measurement of the held-out loss to the next; a sample of text is kept with each."""
+    """Steps from one evaluation of the held-out loss to the next; a sample of text is written with each."""
     eval_batches: int = 20
-    """Most batches in such a measurement."""
+    """Most batches in an evaluation."""
     save_every: int = 275
-    """Steps from one checkpoint to the next; the last step is always kept."""
+    """Steps from one checkpoint to the next; the last step is always saved."""
     keep_last: int = 3
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints are retained."""
     keep_every: int = 0
-    """Further checkpoints that stay: those whose step is a multiple of this; 0 for none."""
+    """Further checkpoints that are retained: those whose step is a multiple of this; 0 for none."""
     keep_best: bool = False
-    """Whether the checkpoint with the lowest held-out loss stays too."""
+    """Whether the checkpoint with the lowest held-out loss is retained too."""
     log_every: int = 10
     """Steps from one line of metrics.jsonl to the next."""
     compile: Literal["auto", "whole", "blocks", "off"] = "auto"
-    """Compile the model in place (torch.compile): the whole of it, each block, or what pays over the steps to come. Where it
-    cannot work, the run says why and goes on without."""
+    """Compile the model in place (torch.compile): all of it, each block, or what pays over the steps to come. Where it cannot
+    work, the run reports why and continues without."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the computation; weights and optimizer state are fp32. auto: bf16 where the machine computes in it."""
     deterministic: bool = False
@@ -208,7 +208,7 @@ class RunOptions:
     data_changed: Literal["refuse", "accept"] = "refuse"
     """Whether a run may go on although its text is another one than before."""
     time_limit: Annotated[str | None, arg(metavar="TIME", help_behavior_hint="(default: none)")] = None
-    """Stop, with everything kept, before this much time has passed, as 3h55m: for batch schedulers. Exit code 75."""
+    """Stop, with everything saved, before this much time has passed, as 3h55m: for batch schedulers. Exit code 75."""
     track: Annotated[Literal["tensorboard", "wandb"] | None, arg(help_behavior_hint="(default: none)")] = None
     """Send the figures there too; both are extras: pip install 'onym[tensorboard]'."""
     processes: int = 1
@@ -216,13 +216,12 @@ class RunOptions:
     peer_timeout: int = 600
     """Seconds after which a process that does not answer the others is given up, and with it the run."""
     parallel: Parallel = "ddp"
-    """What they share besides. ddp: nothing, each has the whole model; fsdp: weights, gradients and the optimizer's state;
-    hybrid: those too, among the processes of one machine."""
+    """What is sharded over the processes. ddp: nothing, each has the full model; fsdp: weights, gradients and the optimizer's
+    state; hybrid: the same, among the processes of one machine."""
     gather_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What a block's shared out weights are put together in, to compute with. bf16: half of that is sent and held, and the
-    weights of norms are rounded too."""
+    """All-gather dtype of block parameters. bf16: half as much is sent and held, and the weights of norms are rounded too."""
     cpu_offload: bool = False
-    """Keep what is shared out, and the optimizer, in main memory; a GPU has the block that it computes with."""
+    """Keep shards and the optimizer in main memory; a GPU has the block that it computes with."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
 
@@ -251,16 +250,16 @@ class TrainOptions:
             part.check()
         if self.run.parallel == "ddp" and (self.run.cpu_offload or self.run.gather_dtype != "fp32"):
             given = "--cpu-offload" if self.run.cpu_offload else f"--gather-dtype {self.run.gather_dtype}"
-            raise ConfigError(f"{given} is about weights that are shared out: add --parallel fsdp, or leave it out.")
+            raise ConfigError(f"{given} is about sharded weights: add --parallel fsdp, or leave it out.")
         if self.run.parallel != "ddp":
             flags = f"--parallel {self.run.parallel}"
             if self.optimization.optimizer == "muon":
                 raise ConfigError(
-                    f"Muon needs whole matrices, and {flags} shares them out: take --optimizer adamw, or --parallel ddp."
+                    f"Muon needs full matrices, and {flags} shards them: take --optimizer adamw, or --parallel ddp."
                 )
             if self.run.precision == "fp16":
                 raise ConfigError(
-                    f"The scaler of fp16 looks at one process's gradients alone, and {flags} shares them out: take "
+                    f"The gradient scaler of fp16 looks at one process's gradients alone, and {flags} shards them: take "
                     "--precision bf16 or fp32, or --parallel ddp."
                 )
 

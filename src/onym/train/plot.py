@@ -47,7 +47,14 @@ def plot_losses(rows: Rows, path: Path, title: str) -> None:
             axes.plot(*zip(*points, strict=True), label=f"{name} ({points[-1][1]:.3f})", **style)
     if events := [row["step"] for row in rows if "event" in row]:
         transform = axes.get_xaxis_transform()  # x in steps, y from 0 at the bottom to 1
-        axes.plot(events, [0.01] * len(events), "^", color=EVENT, transform=transform, label=f"left out ({len(events)})")
+        axes.plot(
+            events,
+            [0.01] * len(events),
+            "^",
+            color=EVENT,
+            transform=transform,
+            label=f"skipped ({len(events)})",
+        )
     if axes.has_data():
         axes.legend(frameon=False)
     if rates := _points(rows, "step", "lr"):

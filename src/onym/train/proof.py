@@ -52,11 +52,11 @@ def prove(
         expected: what the trained model's held-out loss is.
         token_cache: the folder with the run's tokens.
         batch_size, eval_batches, device, precision: as the training process measures.
-        rounded: whether it computed with the blocks' weights in bf16, and not with those that it keeps.
+        rounded: whether it computed with block weights rounded to bf16, unlike those in the checkpoint.
 
     Raises:
-        CheckpointError: the process failed; its last line says why.
-        MemoryError: it has not the memory for all of the model.
+        CheckpointError: the process failed; its last line gives the reason.
+        MemoryError: it has no memory for all of the model.
     """
     request = {
         "checkpoint": str(checkpoint),

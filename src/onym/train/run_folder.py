@@ -34,7 +34,7 @@ CHANGEABLE = {
     *("micro_batch", "grad_clip", "spike_sigma", "patience", "gradient_checkpointing"),
     *("parallel", "gather_dtype", "cpu_offload"),
 }
-"""What may differ when a run is continued: how it goes on, and not what has been trained so far."""
+"""Options that may differ when a run is continued."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class RunFolder:
 
     path: Path
     writes: bool = True
-    """False in a process that leaves writing to another one: what would be written is passed over."""
+    """False on ranks other than 0, which write nothing."""
 
     @property
     def checkpoints(self) -> Path:
-        """Where the steps are kept."""
+        """The folder of the steps."""
         return self.path / CHECKPOINTS
 
     @property
@@ -135,7 +135,7 @@ class RunFolder:
             raise storage_error("write the metrics", self.metrics, error) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows; a last one that was cut off is left out."""
+        """All rows; a last one that was cut off is skipped."""
         if not self.metrics.exists():
             return []
         rows = []
@@ -151,13 +151,13 @@ class RunFolder:
         return rows
 
     def keep_metrics(self, count: int) -> None:
-        """Take out all rows after the first ``count``: their steps will be trained again."""
+        """Delete all rows after the first ``count``: their steps will be trained again."""
         if not self.writes:
             return
         replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in self.read_metrics()[:count]))
 
     def sync_metrics(self) -> None:
-        """Return when the rows are on the disk."""
+        """Make the rows durable (fsync)."""
         if not self.writes:
             return
         try:
@@ -167,17 +167,17 @@ class RunFolder:
             raise storage_error("write the metrics", self.metrics, error) from error
 
     def add_sample(self, step: int, text: str) -> None:
-        """Keep a sample of what the model writes."""
+        """Write a sample of what the model generates."""
         if not self.writes:
             return
         replace_file(self.path / "samples" / f"step-{step:09d}.txt", text)
 
 
-_NOT_WORTH_TELLING = ("--cache-dir", "--name", "--runs-dir", "--data-changed", "--time-limit", "--keep")
+_NOT_REPORTED = ("--cache-dir", "--name", "--runs-dir", "--data-changed", "--time-limit", "--keep")
 
 
 def require_same_run(stored: Mapping[str, Mapping[str, Any]], options: TrainOptions, path: Path) -> list[str]:
-    """Hold the options of a run that goes on against those it was started with.
+    """Compare the options of a run that continues with those it was started with.
 
     Returns:
         The changes, in words, that a run may have.
@@ -199,7 +199,7 @@ def require_same_run(stored: Mapping[str, Mapping[str, Any]], options: TrainOpti
             f"The run '{path}' was started with other options ({'; '.join(refused)}): give the ones it was started with to "
             "continue it, or another --name to start a new one."
         )
-    return [change for change in changed if not change.startswith(_NOT_WORTH_TELLING)]
+    return [change for change in changed if not change.startswith(_NOT_REPORTED)]
 
 
 def _shown(value: Any) -> str:

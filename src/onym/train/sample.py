@@ -1,4 +1,4 @@
-"""What the model writes at a measurement: a document that it has never seen, begun by its author and continued by the model."""
+"""A sample of text: the beginning of a held-out document, continued by the model."""
 
 from __future__ import annotations
 

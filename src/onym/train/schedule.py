@@ -48,7 +48,7 @@ class Schedule:
         return options.learning_rate * (options.min_learning_rate + (1 - options.min_learning_rate) * above)
 
     def micro_batches(self, given: str, processes: int = 1) -> list[int]:
-        """The sizes of micro-batch to try, the largest first; each divides a process's share of the batch.
+        """The sizes of micro-batch to try, the largest first; each divides a rank's part of the batch.
 
         Raises:
             ConfigError: the one that is asked for does not divide it, or the processes cannot share it.
@@ -57,7 +57,8 @@ class Schedule:
         if left:
             nearest = max(1, round(self.batch_size / processes)) * processes
             raise ConfigError(
-                f"A step of {self.batch_size} sequences cannot be shared by {processes} processes: take --batch-size {nearest}."
+                f"A step of {self.batch_size} sequences cannot be divided among {processes} processes: take --batch-size "
+                f"{nearest}."
             )
         fitting = [size for size in range(share, 0, -1) if share % size == 0]
         if given == "auto":

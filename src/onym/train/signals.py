@@ -1,6 +1,6 @@
 """Why a run stops before its end: Ctrl-C, a signal of a batch scheduler, or its time being up.
 
-Each of them finishes the step and keeps it, whatever else is sent meanwhile. Only a second Ctrl-C stops at once, with the last
+Each of them finishes the step and saves it, whatever else is sent meanwhile. Only a second Ctrl-C stops at once, with the last
 checkpoint intact.
 """
 
@@ -32,7 +32,7 @@ class StopRequest:
 
     def __init__(self, time_limit: float | None = None, since: float = 0.0, ranks: DistContext = DistContext()) -> None:  # noqa: B008
         self.exit_code = 0
-        """0, or the exit code that tells why to stop: 128 and the signal's number, as a shell has it, or 75 for the time."""
+        """0, or the exit code that says why to stop: 128 and the signal's number, as a shell has it, or 75 for the time."""
         self.reason = ""
         self.reserve = 0.0
         """Seconds that stopping takes: writing the last checkpoint."""
@@ -49,11 +49,11 @@ class StopRequest:
         self._longest, self._looked_at = max(self._longest, now - self._looked_at), now
         if not self.exit_code and self._ends is not None and now + self._longest + self.reserve >= self._ends:
             self.exit_code, self.reason = TIME_IS_UP, "the --time-limit is reached"
-        agreed = self._ranks.max(self.exit_code)
-        if agreed and agreed != self.exit_code:
-            self.exit_code = agreed
-            self.reason = "the --time-limit is reached" if agreed == TIME_IS_UP else _reason(agreed - 128)
-        return bool(agreed)  # not what has come while they agreed: that is for the next time
+        code = self._ranks.max(self.exit_code)
+        if code and code != self.exit_code:
+            self.exit_code = code
+            self.reason = "the --time-limit is reached" if code == TIME_IS_UP else _reason(code - 128)
+        return bool(code)  # not a signal that came during the all-reduce: the next call sees it
 
     def __enter__(self) -> StopRequest:
         self._looked_at = time.monotonic()
@@ -70,7 +70,7 @@ class StopRequest:
         if not self.exit_code:
             self.exit_code, self.reason = 128 + number, _reason(number)
         if self._ranks.is_rank0:
-            print(f"\nFinishing the step and keeping it{again}.", file=sys.stderr, flush=True)
+            print(f"\nFinishing the step and saving it{again}.", file=sys.stderr, flush=True)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,6 +1,6 @@
-"""Which steps are not applied: those whose loss or gradient is not finite, or far from what it was.
+"""Which steps are skipped: those whose loss or gradient is not finite, or far above the recent ones.
 
-Judged on the device, without waiting for it: the answer is a tensor, which the optimizer reads there.
+The device decides, and nothing waits for it: the answer is a tensor, which the optimizer reads there.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 _WINDOW = 128
-_ENOUGH = 64  # values from which a standard deviation says something
+_ENOUGH = 64  # values from which a standard deviation is meaningful
 
 TOO_MANY = 10
-"""Steps in a row that are not applied, after which the weights themselves are taken to be the trouble. fp16 leaves out a few
-when it begins, until its scale fits."""
+"""Skipped steps in a row after which the weights themselves count as corrupted. fp16 skips a few at its beginning, until its
+scale fits."""
 
 
 class SpikeDetector:
@@ -31,7 +31,7 @@ class SpikeDetector:
         self._recent = torch.zeros((2, _WINDOW), device=device)  # losses, gradient norms
         self._seen = torch.zeros((), dtype=torch.int64, device=device)
         self.streak = torch.zeros((), dtype=torch.int64, device=device)
-        """Steps in a row, up to the last one, that were not applied."""
+        """Steps in a row, up to the last one, that were skipped."""
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether a step is bad, a 0-d bool.
@@ -47,9 +47,10 @@ class SpikeDetector:
             count = self._seen.clamp(1, _WINDOW)
             mean = self._recent.sum(dim=1) / count
             deviation = (((self._recent - mean[:, None]) * filled).square().sum(dim=1) / count).sqrt()
-            limit = 1.1 * mean + self._sigma * deviation  # where nothing varies any more, a breath is no spike
+            # A tenth more, too: where nothing varies any more, a tiny rise is no spike.
+            limit = 1.1 * mean + self._sigma * deviation
             bad = bad | ((now > limit).any() & (self._seen >= _ENOUGH))
-            # A spike is taken in too: where the values have come to stay higher, the next ones are none.
+            # Skipped values still enter the window, so a lasting shift stops counting as a spike.
             place = (self._seen % _WINDOW).expand(2, 1)
             self._recent.scatter_(1, place, torch.where(finite, now[:, None], self._recent.gather(1, place)))
             self._seen += finite
