@@ -38,7 +38,7 @@ check: venv
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 prove: venv
 	$(VENV)/bin/python -m pytest tests/names/test_any_nesting.py tests/state/test_tree.py --hypothesis-profile=prove --durations=0 $(ARGS)
@@ -48,7 +48,7 @@ bench: venv
 	for claim in bench/[a-z]*.py; do $(VENV)/bin/python $$claim $(ARGS) || exit 1; done
 
 docs: venv
-	$(VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 reference: $(BASE)
 	$(VENV)/bin/python -m onym.cli.reference > docs/options.md
