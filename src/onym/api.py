@@ -1,7 +1,7 @@
 """One call each: save a model, load weights into one, or build one from what was saved.
 
-The three practices, as functions: keep the original module's state (``save``), make sure that the structure matches
-(``load``), keep the whole model where programs switch between compiled and not (``save`` + ``load_model``).
+The three practices as functions: save the original module's state (``save``), make sure that the structure matches (``load``),
+save the complete model where programs switch between compiled and not (``save`` + ``load_model``).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from onym.storage.paths import as_path
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Keep a model under its own names, plain or wrapped, durably: the file is there as a whole or not at all.
+    """Save a model under its own names, plain or wrapped, durably: the file exists completely or not at all.
 
     The path's ending decides what is written:
 
@@ -52,7 +52,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         CheckpointError: the model has something that the format cannot hold.
-        ConfigError: ``model`` is no module, or its configuration cannot be kept as JSON.
+        ConfigError: ``model`` is no module, or its configuration cannot be stored as JSON.
         StorageError: the disk refused; what was there before is untouched.
 
     >>> compiled = torch.compile(nn.Linear(2, 1))
@@ -213,7 +213,7 @@ def _load_into(
     renamed = recover_names(state, known)
     state = _renamed(state, renamed)
     try:
-        if any(tensor.is_meta for tensor in model.parameters()):  # what does not fit is told before memory is asked for
+        if any(tensor.is_meta for tensor in model.parameters()):  # report mismatches before memory is allocated
             stored, wanted = describe(state), describe(state_dict(model))
             if (differences := compare(stored, wanted)).shapes:
                 raise MismatchError(differences, diagnose(differences, stored, wanted))
@@ -271,7 +271,7 @@ def _require_same_computation(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def _renamed(state: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The state under other names, and with it the layout versions of its modules, which PyTorch keeps beside it."""
+    """The state under other names, and with it the layout versions of its modules, which PyTorch stores beside it."""
     out: OrderedDict[str, Any] = OrderedDict((renamed.get(name, name), value) for name, value in state.items())
     versions = getattr(state, "_metadata", None)
     if versions is not None:
@@ -303,7 +303,7 @@ def _found(
     part: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """The checkpoint that a path means; tells of damaged ones that were passed over."""
+    """The checkpoint that a path means; warns of damaged ones that were skipped."""
     found = open_any(_path(path), step, verify=verify, part=part, settings=settings)
     for skipped, reason in found.skipped:
         warnings.warn(f"Passed over '{skipped}': {reason}", stacklevel=3)

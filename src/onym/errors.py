@@ -48,7 +48,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class ReportedElsewhere(OnymError):
-    """Another process tells the user of it."""
+    """The error was reported by another process already; this one only exits."""
 
 
 LESS_MEMORY = "lower --micro-batch or --context-length, give --gradient-checkpointing, or take a smaller --preset"

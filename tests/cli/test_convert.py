@@ -115,7 +115,7 @@ def test_inspect_and_verify_know_them(onym: Run, tmp_path: Path) -> None:
         (("model.pth", "x", "--to", "huggingfase"), "no format 'huggingfase' (did you mean 'huggingface'?)"),
         (("model.pth", "x.bin"), "'.bin' does not say which format is wanted"),
         (("model.pth", "x", "--to", "book"), "end 'x' in .pth or .pt"),
-        (("model.pth", "x.pth", "--drop", "gelu"), "keeps every tensor as it is"),
+        (("model.pth", "x.pth", "--drop", "gelu"), "writes every tensor as it is"),
         (("model.pth", "x", "--to", "huggingface", "--shard-size", "big"), "'big' is no size"),
         (("model.pth", "x.pt", "--to", "nanogpt"), "--drop gelu"),
         (("model.pth", "x", "--n-heads", "7"), "cannot be split over n_heads=7"),

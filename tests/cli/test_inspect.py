@@ -163,7 +163,7 @@ def test_no_tensor_is_read(onym: Run, run_folder: Path, monkeypatch: pytest.Monk
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a tensor was read")
 
-    for method in ("tensor", "part", "state", "damages", "_require_right"):
+    for method in ("tensor", "part", "state", "damages", "require_verified"):
         monkeypatch.setattr(TensorFile, method, refuse)
     for arguments in ((run_folder,), (run_folder, "--step", "latest"), (run_folder / "x.safetensors",)):
         assert onym("inspect", *arguments).returncode == 0

@@ -16,8 +16,8 @@ from tests.convert import peers
 def test_names_in_a_bare_state_dict(tmp_path: Path) -> None:
     model = peers.book()
     torch.save(torch.compile(model).state_dict(), tmp_path / "model.pth")
-    mended = repair(tmp_path / "model.pth")
-    assert (mended.wrappers, mended.compared) == ({"_orig_mod": 47}, 47)
+    repaired = repair(tmp_path / "model.pth")
+    assert (repaired.wrappers, repaired.compared) == ({"_orig_mod": 47}, 47)
     peers.book().load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True), strict=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
     before = (tmp_path / "model.pth").read_bytes()

@@ -312,7 +312,7 @@ def test_a_last_measurement_that_is_no_number_is_repeated(
     monkeypatch.setattr(evaluate, "held_out_loss", lambda *given: plain(*given) * (factors.pop(0) if factors else 1.0))
     done = onym("train", "--data", book, *EAGER, "--steps", 8)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the same to the last bit" in done.stdout
+    assert "bitwise identical" in done.stdout
     monkeypatch.setattr(evaluate, "held_out_loss", lambda *given: torch.nan)
     done = onym("train", "--data", book, *EAGER, "--steps", 8, "--name", "other")
     assert done.returncode == 2

@@ -131,7 +131,7 @@ def test_a_token_cache_that_is_deleted_in_mid_run_is_written_again(
     monkeypatch.setattr(Stepper, "__call__", step)
     done = onym("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 10)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the same to the last bit" in done.stdout
+    assert "bitwise identical" in done.stdout
     cache = open_tokens(Path(json.loads((tmp_path / "runs/book/run.json").read_text())["token_cache"]))
     assert cache is not None
     assert cache.description["vocab_size"] == 300

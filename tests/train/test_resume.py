@@ -55,7 +55,7 @@ def test_kills_change_nothing(onym_process: Run, book: Path, tmp_path: Path, opt
     kills = 50 if IN_FULL else 2
     done = onym_process("tools", "check-resume", "--kills", kills, "--folder", tmp_path / "both", "--data", book, *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "The same to the last bit" in done.stdout
+    assert "Bitwise identical" in done.stdout
     killed = re.search(r"after (\d+) kills", done.stdout)
     assert killed, done.stdout
     assert int(killed[1]) >= kills * 2 // 3, "it was over before it could be killed"

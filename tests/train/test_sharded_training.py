@@ -207,7 +207,7 @@ def test_the_losses_of_the_command_are_those_of_one_process(onym_process: Run, o
         assert done.returncode == 0, done.stderr
         assert not done.stderr
         assert f"; {count} processes, weights sharded\n" in done.stdout
-        assert done.stdout.count("the same to the last bit") == 1, "one of them talks"
+        assert done.stdout.count("bitwise identical") == 1, "one of them talks"
         assert_the_same_run(tmp_path / "runs/1", tmp_path / f"runs/{count}")
 
 
@@ -316,7 +316,7 @@ def test_weights_put_together_in_bf16(folder: Path, said: Callable[[str], list[t
     """About the same losses; what is proven is the model that computed them, and what is kept is fp32."""
     assert [code for code, _, _ in said("rounded")] == [0, 0], said("rounded")
     assert "; 2 processes, weights sharded, all-gathered in bf16\n" in said("rounded")[0][1]
-    assert "the same to the last bit" in said("rounded")[0][1]
+    assert "bitwise identical" in said("rounded")[0][1]
     assert onym("train", "--data", folder / "book.txt", *ROUNDED, "--name", "1", "--runs-dir", folder / "r").returncode == 0
     assert 0 < losses_apart(folder / "runs/rounded", folder / "r/1") <= 0.03
     weights = library.load_model(folder / "runs/rounded").trf_blocks[0].norm1.weight

@@ -17,7 +17,7 @@ from onym.train.options import DataOptions, ModelOptions, OptimizationOptions, R
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Train a GPT on text and keep it under its own names.
+    """Train a GPT on text, and save it under its own names.
 
     Without any option: a small GPT on the documentation that Python carries, in a few minutes on two cores. The same command
     continues a run that was stopped; of a run that exists, options that are not given are those it was started with.
@@ -130,7 +130,7 @@ class ConvertArguments:
     """Repair SRC itself: names that wrappers changed (_orig_mod. and the like), or an index that does not match its files. The
     old file stays beside it until the new one is verified."""
     to: Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="(default: by the ending of DST)")] = None
-    """huggingface, nanogpt, book, book-fast; safetensors and pth keep the names of the source; onym is a model folder."""
+    """huggingface, nanogpt, book, book-fast; safetensors and pth leave the source's names; onym is a model folder."""
     part: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model)")] = None
     """Of a file with several models, which: state_dict_ema, say."""
     step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: the newest good one)")] = "latest"
@@ -166,7 +166,7 @@ class PruneArguments:
     dry_run: bool = False
     """Only say what would be deleted, and why the others stay."""
     pin: Annotated[int, tyro.conf.arg(metavar="STEP", help_behavior_hint="")] = -1
-    """Keep this step whatever comes, under the name that --as gives it; nothing is deleted."""
+    """Never delete this step; --as gives it a name. Nothing is deleted now."""
     as_: Annotated[str, tyro.conf.arg(name="as", metavar="NAME", help_behavior_hint="")] = ""
     """The name for --pin; the step is found by it, as in onym generate RUN --step NAME."""
     unpin: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
@@ -183,7 +183,7 @@ class DoctorArguments:
     runs_dir: Path = RunOptions().runs_dir
     """Folder of all runs, as for train."""
     cache_dir: Path = field(default_factory=lambda: DataOptions().cache_dir)
-    """Where tokenised text is kept, as for train."""
+    """Where tokenised text is cached, as for train."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
     quick: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
@@ -244,7 +244,7 @@ class CheckResumeArguments:
 
 @dataclass(frozen=True)
 class CacheArguments:
-    """Say where compiled code is kept and what for; move it to an equal machine (it is code), or delete it."""
+    """List compiled code that is cached; move it to an equal machine (it is code), or delete it."""
 
     action: Annotated[
         tyro.conf.Positional[Literal["list", "export", "import", "clear"]], tyro.conf.arg(help_behavior_hint="(default: list)")

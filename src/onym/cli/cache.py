@@ -1,4 +1,4 @@
-"""``onym tools cache``: compiled code that is kept for the next start."""
+"""``onym tools cache``: compiled code, cached for the next start."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def run(given: CacheArguments) -> int:
             print("It is code: whoever imports it runs it with their own rights. Give it only to machines that trust this one.")
     elif given.action == "import":
         added = import_cache(file, trusted=given.i_trust_it)
-        told = f"{plural(added, 'file')} taken over from '{file}'; what was there already stayed."
-        print_json({"file": file, "added": added}) if given.json else print(told)
+        message = f"{plural(added, 'file')} imported from '{file}'; existing files are unchanged."
+        print_json({"file": file, "added": added}) if given.json else print(message)
     elif given.action == "clear":
         freed, busy = cache.clear()
         left = f" Left alone, because another process is compiling: {', '.join(busy)}." if busy else ""
@@ -67,7 +67,7 @@ def _list(*, as_json: bool) -> None:
     for kept in there:
         about = ", ".join(kept.facts.get(fact, "?").partition(",")[0] for fact in ("torch", "Python", "processor", "GPU"))
         rows.append(("*" if kept.key == key else "", kept.key, format_size(kept.size), format_age(_utc(kept.used_at)), about))
-    print_table(rows) if there else print("Nothing is there yet: onym train keeps what it compiles.")
+    print_table(rows) if there else print("Nothing is there yet: onym train caches what it compiles.")
 
 
 def _utc(seconds: float) -> str:

@@ -46,14 +46,14 @@ def run(given: tuple[CheckResumeArguments, list[str]]) -> int:
     if not result.kills:
         raise ConfigError("The run was over before it could be killed: give more --steps.")
     if result.differences:
-        display.fail(f"Not the same, in {len(result.differences)} places (--kill-seed {seed}; both are in '{folder}'):")
+        display.fail(f"Different in {len(result.differences)} places (--kill-seed {seed}; both are in '{folder}'):")
         for difference in result.differences[:_SHOWN]:
             display.note(f"  {difference}")
         if len(result.differences) > _SHOWN:
             display.note(f"  … and {len(result.differences) - _SHOWN} more")
         return 1
     display.note(
-        f"The same to the last bit: {result.tensors} tensors and {result.rows} rows of metrics, after {len(result.kills)} "
+        f"Bitwise identical: {result.tensors} tensors and {result.rows} rows of metrics, after {len(result.kills)} "
         f"kills ({time.monotonic() - began:.0f} s)."
     )
     if ours.folder is None:

@@ -38,9 +38,9 @@ def run(given: DiffArguments) -> int:
         for skipped, reason in found.skipped:
             print(f"Passed over '{skipped}': {reason}", file=sys.stderr)
         pair.append(found.checkpoint)
-    told = compare(*pair)
-    print_json(told) if given.json else _print(told, given.a, given.b)
-    return 0 if told["equal"] else DIFFERENT
+    report = compare(*pair)
+    print_json(report) if given.json else _print(report, given.a, given.b)
+    return 0 if report["equal"] else DIFFERENT
 
 
 @dataclass
@@ -62,7 +62,7 @@ class _Gap:
         self.squares += other.squares
         self.scale += other.scale
 
-    def told(self) -> dict[str, float]:
+    def report(self) -> dict[str, float]:
         relative = math.sqrt(self.squares / self.scale) if self.scale else math.inf if self.squares else 0.0
         return {"largest": self.largest, "relative": relative, "changed": self.changed / max(self.values, 1)}
 
@@ -73,7 +73,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
     Raises:
         CheckpointError: one of them is damaged.
     """
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         "equal": True,
         "identity": [a.identity, b.identity],
         "found": [each.origin.kind if each.origin is not None else None for each in (a, b)],
@@ -89,19 +89,19 @@ def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
     if a.identity is not None and a.identity == b.identity:
         for each in (a, b):  # the identity is of what was written; whether that is still there, only the bytes say
             each.verify([MODEL] if each.manifest else None)
-        return told
+        return report
     renamed = _renames(a.names, b.names)
-    told["renamed"] = {**_cleaned(a=a, b=b), **renamed}
+    report["renamed"] = {**_cleaned(a=a, b=b), **renamed}
     first, second = _originals(a, renamed.get("a", {})), _originals(b, renamed.get("b", {}))
-    told["only_a"] = [name for name in first if name not in second]
-    told["only_b"] = [name for name in second if name not in first]
+    report["only_a"] = [name for name in first if name not in second]
+    report["only_b"] = [name for name in second if name not in first]
     total, groups, same = _Gap(), dict[str, _Gap](), 0
     known: dict[tuple[str, str], _Gap | bool] = {}  # tied names are compared once
     for name in (name for name in first if name in second):
         one, other = first[name], second[name]
         was, now = _kind(a, one), _kind(b, other)
         if was != now:
-            told["kinds"][name] = [was, now]
+            report["kinds"][name] = [was, now]
         if was[1] != now[1] or (_VALUE in (was[0], now[0]) and was != now):
             continue
         again = (one, other) in known
@@ -111,19 +111,19 @@ def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
         if isinstance(gap, bool):
             same += gap
             if not gap:
-                told["other_values"].append(name)
+                report["other_values"].append(name)
             continue
         same += not gap.changed
         if gap.changed:
-            told["values"][name] = gap.told()
+            report["values"][name] = gap.report()
         if not again:
             total.add(gap)
             groups.setdefault(_family(name), _Gap()).add(gap)
-    told["equal_tensors"] = same
-    told["groups"] = {family: gap.told() for family, gap in groups.items() if gap.changed}
-    told["total"] = total.told()
-    told["equal"] = not any(told[what] for what in ("only_a", "only_b", "kinds", "values", "other_values"))
-    return told
+    report["equal_tensors"] = same
+    report["groups"] = {family: gap.report() for family, gap in groups.items() if gap.changed}
+    report["total"] = total.report()
+    report["equal"] = not any(report[what] for what in ("only_a", "only_b", "kinds", "values", "other_values"))
+    return report
 
 
 def _renames(a: Sequence[str], b: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -212,47 +212,47 @@ def _different_fields(one: Mapping[str, Any] | None, other: Mapping[str, Any] | 
     return {field: [one.get(field), other.get(field)] for field in fields if one.get(field) != other.get(field)}
 
 
-def _print(told: Mapping[str, Any], a: str, b: str) -> None:
-    if told["equal"]:
-        identity = told["identity"][0]
-        same = f" (identity {identity[:12]})" if identity is not None and identity == told["identity"][1] else ""
+def _print(report: Mapping[str, Any], a: str, b: str) -> None:
+    if report["equal"]:
+        identity = report["identity"][0]
+        same = f" (identity {identity[:12]})" if identity is not None and identity == report["identity"][1] else ""
         print_heading(f"The same weights{same}: every name, shape, dtype and value.")
-    for which, kind in zip("AB", told["found"], strict=True):
+    for which, kind in zip("AB", report["found"], strict=True):
         if kind is not None:
             print(shown(f"{which} is {kind}."))
-    for which, names in told["renamed"].items():
+    for which, names in report["renamed"].items():
         print(f"Names of {which.upper()} that wrappers had changed were put right, {len(names)}:")
         _print_some([(name, f"-> {right}") for name, right in names.items()])
-    for field, (was, now) in told["config"].items():
+    for field, (was, now) in report["config"].items():
         print(shown(f"config: {field} is {was} in A, {now} in B"))
-    if told["equal"]:
+    if report["equal"]:
         return
-    for which, path, names in (("A", a, told["only_a"]), ("B", b, told["only_b"])):
+    for which, path, names in (("A", a, report["only_a"]), ("B", b, report["only_b"])):
         if names:
             print_heading(f"Only in {which} ({path}), {len(names)}:")
             print_table(_families(names))
-    if told["kinds"]:
-        print_heading(f"Of other shapes or dtypes, {len(told['kinds'])}:")
-        kinds = [(name, *(f"{dtype} {shape}" for dtype, shape in pair)) for name, pair in told["kinds"].items()]
+    if report["kinds"]:
+        print_heading(f"Of other shapes or dtypes, {len(report['kinds'])}:")
+        kinds = [(name, *(f"{dtype} {shape}" for dtype, shape in pair)) for name, pair in report["kinds"].items()]
         _print_some(kinds, ("", "A", "B"))
-    if told["other_values"]:
-        print_heading(f"With other values that have no distance, {len(told['other_values'])}:")
-        _print_some([(name,) for name in told["other_values"]])
-    if told["values"]:
-        _print_values(told)
+    if report["other_values"]:
+        print_heading(f"With other values that have no distance, {len(report['other_values'])}:")
+        _print_some([(name,) for name in report["other_values"]])
+    if report["values"]:
+        _print_values(report)
 
 
-def _print_values(told: Mapping[str, Any]) -> None:
-    values = sorted(told["values"].items(), key=lambda item: -item[1]["relative"])
+def _print_values(report: Mapping[str, Any]) -> None:
+    values = sorted(report["values"].items(), key=lambda item: -item[1]["relative"])
     verb = "has" if len(values) == 1 else "have"
     more = " Those that differ most:" if len(values) > _SHOWN else ""
-    print_heading(f"{plural(len(values), 'tensor')} {verb} other values, {told['equal_tensors']} are equal.{more}")
+    print_heading(f"{plural(len(values), 'tensor')} {verb} other values, {report['equal_tensors']} are equal.{more}")
     titles = ("", "relative L2", "largest", "values changed")
     rows = [titles, *(_gap_row(name, gap) for name, gap in values[:_SHOWN])]
-    print_table([*rows, _gap_row("all tensors of both", told["total"])])
+    print_table([*rows, _gap_row("all tensors of both", report["total"])])
     if len(values) > _SHOWN:
         print_heading("By kind, all layers together:")
-        print_table([titles, *(_gap_row(family, gap) for family, gap in told["groups"].items())])
+        print_table([titles, *(_gap_row(family, gap) for family, gap in report["groups"].items())])
 
 
 def _gap_row(name: str, gap: Mapping[str, float]) -> tuple[str, str, str, str]:

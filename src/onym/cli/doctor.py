@@ -82,7 +82,7 @@ def _print(machine: Machine, diagnosis: Diagnosis) -> None:
     versions, cores, memory = machine.versions, machine.cores, machine.memory
     may = f", {cores.quota:g} of them allowed" if cores.quota is not None else ""
     limited = f", {format_size(memory.limit)} allowed" if memory.limit is not None else ""
-    held = "not told by this system" if memory.total is None else format_size(memory.total)
+    held = "unknown" if memory.total is None else format_size(memory.total)
     free = f", {format_size(memory.available)} available" if memory.available is not None else ""
     copied = f"; copies {format_size(machine.copied_per_second)} a second" if machine.copied_per_second else ""
     extras = [f"{name} {version or '-'}" for name, version in versions.extras.items()]
@@ -117,11 +117,11 @@ def _gpus(machine: Machine) -> str:
     documented = [
         f", {gpu.documented_flops / 1e12:.0f} TFLOP/s documented" if gpu.documented_flops else "" for gpu in machine.gpus
     ]
-    told = [
+    names_shown = [
         f"{gpu.name} ({format_size(gpu.memory)}, {gpu.capability}{flops})"
         for gpu, flops in zip(machine.gpus, documented, strict=True)
     ]
-    return f"{', '.join(told)}; driver {machine.driver or 'not told'}, torch for CUDA {machine.versions.cuda}"
+    return f"{', '.join(names_shown)}; driver {machine.driver or 'not names_shown'}, torch for CUDA {machine.versions.cuda}"
 
 
 def _rates(rates: dict[str, float]) -> str:

@@ -41,12 +41,12 @@ def run(given: InspectArguments) -> int:
     path = as_path(given.path)
     directory = checkpoints_folder(path)
     if directory is not None and not given.step:
-        told = describe_run(path, directory)
-        print_json(told) if given.json else _print_run(told)
+        report = describe_run(path, directory)
+        print_json(report) if given.json else _print_run(report)
         return 0
     checkpoint = open_any(path, as_step(given.step or "latest"), verify=False, part=given.part).checkpoint
-    told = describe(checkpoint)
-    print_json(told) if given.json else _print_checkpoint(told, checkpoint)
+    report = describe(checkpoint)
+    print_json(report) if given.json else _print_checkpoint(report, checkpoint)
     return 0
 
 
@@ -76,7 +76,7 @@ def describe_run(path: Path, directory: Path) -> dict[str, Any]:
 
 
 def _writer(directory: Path) -> dict[str, Any] | None:
-    """Who has the lease, and whether that process lives; None for that where it cannot be told from here."""
+    """Who has the lease, and whether that process lives; None where this machine cannot know."""
     who = None if not is_local(directory) else holder(directory)
     if who is None:
         return None
@@ -95,7 +95,7 @@ def _writer(directory: Path) -> dict[str, Any] | None:
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Everything that the headers of a checkpoint or file say."""
+    """Everything that the headers of a checkpoint or file state."""
     manifest, model, origin = checkpoint.manifest, checkpoint.model, checkpoint.origin
     main = model.path.name
     if origin is not None:  # what is there, under the names that it has there
@@ -153,10 +153,10 @@ def _totals(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int
     }
 
 
-def _print_run(told: Mapping[str, Any]) -> None:
-    print_heading(f"{told['path']}: a run with {plural(len(told['steps']), 'checkpoint')}")
+def _print_run(report: Mapping[str, Any]) -> None:
+    print_heading(f"{report['path']}: a run with {plural(len(report['steps']), 'checkpoint')}")
     rows = [("step", "written", "size", "identity", "")]
-    for step in told["steps"]:
+    for step in report["steps"]:
         notes = [f"{name} {value:.6g}" for name, value in step.get("metrics", {}).items()]
         notes += [f"pinned as {name}" for name in step["pinned"]]
         if "damaged" in step:
@@ -171,38 +171,38 @@ def _print_run(told: Mapping[str, Any]) -> None:
                     ", ".join(notes),
                 )
             )
-    if told["steps"]:
+    if report["steps"]:
         print_table(rows)
-    writer = told["writer"]
+    writer = report["writer"]
     if writer:
         lives = {True: "Being written by {}.", False: "Left by {}, which is gone.", None: "Written by {}, or left by it."}
         print_heading(lives[writer["lives"]].format(writer["said"]), style="")
 
 
-def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    about = told["provenance"]
+def _print_checkpoint(report: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    about = report["provenance"]
     parent = about.get("parent") or {}
-    print_heading(f"{told['path']}: {told['kind']}")
+    print_heading(f"{report['path']}: {report['kind']}")
     facts = {
-        "step": None if told["step"] is None else str(told["step"]),
-        "metrics": ", ".join(f"{name} {value:.6g}" for name, value in told["metrics"].items()),
-        "size": f"{format_size(told['bytes'])}, {plural(told['parameters'], 'parameter')}",
-        "identity": told["identity"] or "none: it holds no hashes (what onym.save writes as .safetensors does)",
+        "step": None if report["step"] is None else str(report["step"]),
+        "metrics": ", ".join(f"{name} {value:.6g}" for name, value in report["metrics"].items()),
+        "size": f"{format_size(report['bytes'])}, {plural(report['parameters'], 'parameter')}",
+        "identity": report["identity"] or "none: it holds no hashes (what onym.save writes as .safetensors does)",
         "goes on from": f"step {parent.get('step')}, {str(parent.get('identity'))[:12]}" if parent else None,
-        "architecture": told["architecture"],
-        "config": ", ".join(f"{name}={value}" for name, value in (told["config"] or {}).items()),
+        "architecture": report["architecture"],
+        "config": ", ".join(f"{name}={value}" for name, value in (report["config"] or {}).items()),
         "written": f"{about['time']} ({format_age(about['time'])}) on {about.get('host')}" if about.get("time") else None,
         "versions": ", ".join(f"{name} {about[name]}" for name in ("onym", "torch", "python") if name in about),
         "git": None if about.get("git") is None else str(about["git"]),
     }
-    if told["found"] is not None and told["found"]["format"] is not None:
-        facts |= _found_facts(told["found"], told["config"])
+    if report["found"] is not None and report["found"]["format"] is not None:
+        facts |= _found_facts(report["found"], report["config"])
     print_facts(facts)
-    for file, tensors in told["tensors"].items():
-        held = f" ({format_size(told['files'][file])})" if file in told["files"] else ""
+    for file, tensors in report["tensors"].items():
+        held = f" ({format_size(report['files'][file])})" if file in report["files"] else ""
         totals = [
             (f"{total['parameters']:,} {dtype}", "" if total["bytes"] is None else f"({format_size(total['bytes'])})")
-            for dtype, total in told["totals"][file].items()
+            for dtype, total in report["totals"][file].items()
         ]
         alone = f", {' '.join(totals[0])}" if len(totals) == 1 else ""
         print_heading(f"{file}{held}: {plural(len(tensors), 'tensor')}{alone}")
@@ -212,8 +212,8 @@ def _print_checkpoint(told: Mapping[str, Any], checkpoint: Checkpoint) -> None:
             said = {name: _said(entry) for name, entry in tensors.items()}
             ties = {alias: name for name, entry in tensors.items() for alias in entry.get("aliases", [])}
             print_table(tree(said, ties))
-    for file, count in told["files"].items():
-        if file not in told["tensors"]:
+    for file, count in report["files"].items():
+        if file not in report["tensors"]:
             print_heading(f"{file} ({format_size(count)})", style="")
 
 

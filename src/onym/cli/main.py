@@ -82,7 +82,7 @@ def program() -> NoReturn:
     code = main()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
-    # As Python does: pools are told to end (the compiler leaves one), and threads are waited for.
+    # As Python does: pools are shut down (the compiler leaves one), and threads are waited for.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

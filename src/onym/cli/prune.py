@@ -60,14 +60,14 @@ def _change_pins(given: PruneArguments, directory: Path) -> None:
         raise ConfigError("--pin takes a step and --as its name: give both, as in --pin 1000 --as before-lr-drop.")
     if given.unpin and given.as_:
         raise ConfigError("--pin and --unpin are two things: give one of them, then the other.")
-    told: dict[str, Any]
+    result: dict[str, Any]
     if given.unpin:
         unpin(directory, given.unpin)
-        told, said = {"unpinned": given.unpin}, f"{given.unpin!r} is no pin any more."
+        result, message = {"unpinned": given.unpin}, f"{given.unpin!r} is no pin any more."
     else:
         pin(directory, given.pin, given.as_)
-        told, said = {"pinned": {given.as_: given.pin}}, f"Step {given.pin} stays, as {given.as_!r}."
-    print_json(told) if given.json else print(said)
+        result, message = {"pinned": {given.as_: given.pin}}, f"Step {given.pin} stays, as {given.as_!r}."
+    print_json(result) if given.json else print(message)
 
 
 def _require_metric(directory: Path, best: str) -> None:

@@ -32,7 +32,7 @@ def reference() -> str:
     ]
     for section, options in _SECTIONS.items():
         hints = get_type_hints(options, include_extras=True)
-        told = _docstrings(options)
+        docstrings = _docstrings(options)
         lines += [
             "",
             f"## [{section}]: {inspect.getdoc(options)}".rstrip("."),
@@ -42,7 +42,7 @@ def reference() -> str:
         ]
         for field in dataclasses.fields(options):
             star = " *" if field.name in CHANGEABLE else ""
-            cells = (f"`{flag(field.name)}`{star}", _values(hints[field.name]), _default(field), told[field.name])
+            cells = (f"`{flag(field.name)}`{star}", _values(hints[field.name]), _default(field), docstrings[field.name])
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

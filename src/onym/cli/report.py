@@ -1,4 +1,4 @@
-"""What the commands that tell something share: where a run's steps are, plain tables, ages, and one JSON object instead."""
+"""What reporting commands share: where a run's steps are, plain tables, and JSON output."""
 
 from __future__ import annotations
 

@@ -32,10 +32,10 @@ def run(given: tuple[TrainOptions, list[str]]) -> int:
     if not outcome.is_rank0:
         return outcome.exit_code
     if outcome.status != FINISHED:
-        kept = f"all of it is kept in '{outcome.checkpoint}'. The same command continues."
+        kept = f"everything is saved in '{outcome.checkpoint}'. The same command continues."
         if outcome.non_finite:
             where = f"from the one before, '{outcome.checkpoint}'" if outcome.checkpoint else "from the beginning"
-            kept = f"its weights are not finite, so it was not kept. The same command goes on {where}."
+            kept = f"its weights are non-finite, so they were not saved. The same command continues {where}."
         display.note(f"Stopped after step {outcome.state.step} ({outcome.reason}); {kept}")
         return outcome.exit_code
     _summarise(outcome, display)
@@ -43,7 +43,7 @@ def run(given: tuple[TrainOptions, list[str]]) -> int:
 
 
 def _summarise(outcome: Outcome, display: Display) -> None:
-    """What was kept, how it is known to be right, and what to do next."""
+    """What was saved, how it was proved, and what to do next."""
     run, command = outcome.folder.path, program()
     assert outcome.checkpoint is not None
     if outcome.compilation is None and outcome.proof is None:
@@ -53,7 +53,7 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     drop = 1 - outcome.state.held_out / outcome.state.first_held_out
     rows = [
         (
-            "kept",
+            "saved",
             f"{outcome.checkpoint} ({format_size(_bytes_in(outcome.checkpoint))}; the model alone {_model_size(outcome)})",
         ),
         (
@@ -80,7 +80,7 @@ def _summarise(outcome: Outcome, display: Display) -> None:
             (
                 "proof",
                 f"a fresh process without torch.compile opened it: held-out loss {outcome.proof.held_out:.6f}, "
-                f"{'the same to the last bit' if difference == 0 else f'{difference:.1e} apart'}",
+                f"{'bitwise identical' if difference == 0 else f'{difference:.1e} apart'}",
             )
         )
     elif outcome.compilation is not None:

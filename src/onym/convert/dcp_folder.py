@@ -32,7 +32,7 @@ _MOST_BYTES = 256 << 20
 
 _M, _FS = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _METADATA = (_M, "Metadata")
-# The classes that a .metadata may name. None of them is looked up: each has a stand-in, which keeps what it is given.
+# The classes that a .metadata may name. None of them is looked up: each has a stand-in that stores what it is given.
 _STOOD_IN = {
     _METADATA,
     *(

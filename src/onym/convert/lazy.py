@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onym.convert.mapping import KEPT, View
+from onym.convert.mapping import UNCHANGED, View
 from onym.convert.sources import as_json
 from onym.errors import CheckpointError, storage_error
 from onym.format.manifest import MODEL
@@ -95,7 +95,7 @@ def mapped_on_disk(tensors: TensorFile, path: Path, progress: Progress | None) -
 def _is_mapped(tensors: TensorFile) -> bool:
     """Whether every tensor is one of a mapped file of ``torch.save``'s, as it is, and all of its storage."""
     if isinstance(tensors, View):
-        return all(recipe.change is KEPT for recipe in tensors.recipes.values()) and _is_mapped(tensors.source)
+        return all(recipe.change is UNCHANGED for recipe in tensors.recipes.values()) and _is_mapped(tensors.source)
     if not isinstance(tensors, PickledFile) or not tensors.is_mapped:
         return False
     values = [tensors.tensor(name, verify=False) for name in tensors.names]

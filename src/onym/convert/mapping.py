@@ -36,7 +36,7 @@ class Change:
     """The values; a view where one will do."""
 
 
-KEPT = Change("", lambda shapes: shapes[0], lambda tensors: tensors[0])
+UNCHANGED = Change("", lambda shapes: shapes[0], lambda tensors: tensors[0])
 TRANSPOSED = Change("transposed", lambda shapes: _matrix(shapes[0])[::-1], lambda tensors: tensors[0].t())
 JOINED = Change("joined", lambda shapes: _stacked(shapes), lambda tensors: torch.cat(list(tensors)))
 
@@ -79,9 +79,9 @@ class Rule:
 
     theirs: tuple[str, ...]
     ours: str
-    change: Change = KEPT
+    change: Change = UNCHANGED
     """From theirs to ours."""
-    back: tuple[Change, ...] = (KEPT,)
+    back: tuple[Change, ...] = (UNCHANGED,)
     """From ours to each of theirs."""
 
 
@@ -105,7 +105,7 @@ class Recipe:
     """How one tensor comes of others."""
 
     sources: tuple[str, ...] = ()
-    change: Change = KEPT
+    change: Change = UNCHANGED
     dtype: str = ""
     """Of a tensor that comes of none."""
 

@@ -1,4 +1,4 @@
-"""The registry of formats: what a model family tells the library of its files.
+"""The registry of formats: what the library knows of a model family's files.
 
 A format is a table of (their name, our name, transformation), with how it is recognised and what its settings mean. A family
 registers its formats from outside (:func:`register_format`); the library knows none by itself.

@@ -1,4 +1,4 @@
-"""A file or folder mended in place: names that wrappers changed, an index that does not fit its files.
+"""A file or folder repaired in place: names that wrappers changed, an index that does not match its files.
 
 The new file is written beside the old one, which stays as ``….bak`` until every tensor was read back and found equal.
 Everything else that a file holds (an optimizer, a step number) goes over as it is.
@@ -34,7 +34,7 @@ from onym.storage.paths import as_path, is_local, replace_file
 
 
 @dataclass
-class Mended:
+class Repaired:
     """What was found, and done."""
 
     path: str
@@ -44,15 +44,15 @@ class Mended:
     compared: int = 0
 
 
-def repair(path: str | Path, *, dry_run: bool = False) -> Mended:
-    """Mend what only needs names or structure mended.
+def repair(path: str | Path, *, dry_run: bool = False) -> Repaired:
+    """Repair names or an index; nothing else is changed.
 
     Args:
         path: a file of torch.save, a .safetensors file, or a folder with an index.
         dry_run: say what would be done.
 
     Raises:
-        CheckpointError: it is damaged in another way, which nothing can mend.
+        CheckpointError: it is damaged in another way, which cannot be repaired.
         StorageError: a ``.bak`` is there already, or the disk refused.
     """
     path = as_path(path)
@@ -62,34 +62,34 @@ def repair(path: str | Path, *, dry_run: bool = False) -> Mended:
     if path.is_dir():
         indexes = sorted(path.glob("*.index.json"))
         if len(indexes) != 1:
-            raise CheckpointError(f"'{path}' is a folder without an index: name the file in it that is to be mended.")
-        return _mend_index(indexes[0], dry_run)
+            raise CheckpointError(f"'{path}' is a folder without an index: name the file in it that is to be repaired.")
+        return _repair_index(indexes[0], dry_run)
     checkpoint = open_any(path).checkpoint
     if checkpoint.origin is None:
-        return Mended(str(path), "a file that Onym wrote", "nothing: its names are clean")
+        return Repaired(str(path), "a file that Onym wrote", "nothing: its names are clean")
     contents: Contents = checkpoint.origin.contents
     kind: str = checkpoint.origin.kind
     names, wrappers = _new_names(contents.tensors)
     changed = sum(old != new for old, new in names.items())
     if not changed:
-        return Mended(str(path), kind, "nothing: its names are clean")
+        return Repaired(str(path), kind, "nothing: its names are clean")
     done = f"{changed} of {len(names)} tensors renamed"
     if contents.further:  # as in a file with a model and its average
         done += f"; {', '.join(contents.further)} left as it is"
     if dry_run:
-        return Mended(str(path), kind, done, wrappers)
+        return Repaired(str(path), kind, done, wrappers)
     contents.tensors.require_verified(contents.tensors.shapes)
     recipes = {new: Recipe((old,)) for old, new in names.items()}
     expected = View(contents.tensors, recipes)
-    with _Kept(path) as kept:
+    with _Backup(path) as backup:
         if isinstance(contents.tensors, SafetensorsFile):
             write_safetensors(path, lazily(expected))
         else:
             _rewrite_pickle(path, contents, names)
         again = open_contents(path, contents.within).tensors
         compared = compare(expected, again, path)
-        kept.verified()
-    return Mended(str(path), kind, done, wrappers, compared)
+        backup.verified()
+    return Repaired(str(path), kind, done, wrappers, compared)
 
 
 def _new_names(stored: TensorFile) -> tuple[dict[str, str], dict[str, int]]:
@@ -147,7 +147,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
-def _mend_index(index: Path, dry_run: bool) -> Mended:
+def _repair_index(index: Path, dry_run: bool) -> Repaired:
     """Make an index say what the files beside it hold."""
     try:
         text = index.read_text(encoding="utf-8")
@@ -172,28 +172,28 @@ def _mend_index(index: Path, dry_run: bool) -> Mended:
         )
     kind = f"{len(shards)} files with an index"
     if isinstance(content, dict) and content.get("weight_map") == placed:
-        return Mended(str(index.parent), kind, "nothing: its index fits its files")
+        return Repaired(str(index.parent), kind, "nothing: its index fits its files")
     total = sum(_nbytes(open_contents(file).tensors) for file in shards)
     said = f"the index now lists {len(placed)} tensors in {len(shards)} files"
     if not dry_run:
-        with _Kept(index) as kept:
+        with _Backup(index) as backup:
             replace_file(index, as_json({"metadata": {"total_size": total}, "weight_map": placed}))
             open_contents(index)
-            kept.verified()
-    return Mended(str(index.parent), kind, said)
+            backup.verified()
+    return Repaired(str(index.parent), kind, said)
 
 
 def _nbytes(file: TensorFile) -> int:
     return sum(nbytes(file, name) for name in file.shapes)
 
 
-class _Kept:
+class _Backup:
     """The old file as ``….bak``; it goes once the new one is verified, and comes back if it is not."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._old, self._verified = path, path.with_name(f"{path.name}.bak"), False
 
-    def __enter__(self) -> _Kept:
+    def __enter__(self) -> _Backup:
         if self._old.exists():
             raise StorageError(f"'{self._old}' is there already, perhaps from a repair that was cut short: move it away first.")
         try:
@@ -202,7 +202,7 @@ class _Kept:
             except OSError:  # a file system without links
                 shutil.copy2(self._path, self._old)
         except OSError as error:
-            raise storage_error("keep the old file", self._old, error) from error
+            raise storage_error("rename the old file", self._old, error) from error
         return self
 
     def verified(self) -> None:

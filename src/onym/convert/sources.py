@@ -1,6 +1,6 @@
 """What a file or folder holds, before anybody asks whose layout it is: named tensors, plain values, texts beside them.
 
-Files are told apart by their first bytes and by what is in them, never by their names; of a folder's files, an index or a
+Files are recognised by their first bytes and their content, never by their names; of a folder's files, an index or a
 ``.metadata`` says which belong together. Nothing is executed, and tensors are mapped, not read.
 """
 
@@ -54,7 +54,7 @@ class Contents:
 
     path: Path
     kind: str
-    """How the bytes are kept, in words."""
+    """How the bytes are stored, in words."""
     tensors: TensorFile
     """Under the names that they are stored under."""
     within: str | None = None

@@ -120,7 +120,7 @@ def convert(
     if target in ("safetensors", "pth"):
         if drop or vocab_size is not None:
             raise ConfigError(
-                f"{target} keeps every tensor as it is: leave --drop and --vocab-size out, or choose a format (--to)."
+                f"{target} writes every tensor as it is: leave --drop and --vocab-size out, or choose a format (--to)."
             )
         job: _Plain | _Translated = _Plain(checkpoint, path, report, how)
     else:
@@ -206,9 +206,10 @@ def _require_architecture(checkpoint: Checkpoint, target: str) -> None:
             f"'{checkpoint.path}' is {origin.kind}, which cannot be written as {target}: "
             f"{origin.not_ours}. --to safetensors and --to pth write its tensors as they are."
         )
+    what = (known.architecture if known is not None else None) or "model"
     raise CheckpointError(
-        f"'{checkpoint.path}' is not a {(known.architecture if known else None) or 'model'} that is known here, so it cannot be "
-        f"written as {target}: --to safetensors and --to pth write its tensors as they are, under clean names."
+        f"'{checkpoint.path}' is not a {what} that is known here, so it cannot be written as {target}: --to safetensors "
+        "and --to pth write its tensors as they are, under clean names."
     )
 
 

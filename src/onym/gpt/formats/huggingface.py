@@ -1,6 +1,6 @@
 """transformers' GPT-2: a folder with ``config.json``, or one of its files; with and without ``transformer.`` before the names.
 
-Its ``Conv1D`` keeps matrices as ``[in, out]``. The head is not stored where it is the embedding. Old files hold masks, which
+Its ``Conv1D`` stores matrices as ``[in, out]``. The head is not stored where it is the embedding. Old files hold masks, which
 are buffers (``attn.bias``, ``attn.masked_bias``). Source: transformers' modeling_gpt2.py and configuration_gpt2.py.
 """
 
@@ -34,7 +34,7 @@ GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "g
 def _recognise(found: NamedShapes) -> str | None:
     shape = found.shape("transformer.h.0.attn.c_attn.weight")
     if shape is not None and len(shape) == 2 and shape[1] == 3 * shape[0]:
-        return "attn.c_attn is [width, 3 x width], as transformers' Conv1D keeps it"
+        return "attn.c_attn is [width, 3 x width], as transformers' Conv1D stores it"
     return None
 
 

@@ -46,7 +46,7 @@ ARGUMENTS = {
 def _recognise(found: NamedShapes) -> str | None:
     shape = found.shape("transformer.h.0.attn.c_attn.weight")
     if shape is not None and len(shape) == 2 and shape[0] == 3 * shape[1]:
-        return "attn.c_attn is [3 x width, width], as nn.Linear keeps it"
+        return "attn.c_attn is [3 x width, width], as nn.Linear stores it"
     return None
 
 

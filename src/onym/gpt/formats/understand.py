@@ -147,7 +147,7 @@ def _with_head(origin: Origin, view: View, recipes: dict[str, Recipe], stated: S
             "does not use either: it was left out."
         )
         return tied
-    origin.notes.append("Its head differs from the embedding, so it was kept as one of its own.")
+    origin.notes.append("Its head differs from the embedding, so it stays a separate one.")
     return recipes
 
 
