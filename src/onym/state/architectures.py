@@ -28,6 +28,7 @@ class Architecture:
 
 _ARCHITECTURES: dict[str, Architecture] = {}
 
+
 def register_architecture(
     name: str,
     model_cls: type[nn.Module],
