@@ -230,6 +230,16 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
+def test_tensors_inside_of_objects_come_back(tmp_path: Path) -> None:
+    """DCP takes dicts and lists apart; a tuple it leaves to the writer."""
+    model = torch.nn.Linear(2, 2).state_dict()
+    dcp.save({"model": model, "pair": (torch.ones(3), 1)}, storage_writer=onym.DCPWriter(tmp_path / "x"), no_dist=True)
+    state: dict[str, Any] = {"model": model, "pair": (torch.zeros(3), 0)}
+    dcp.load(state, storage_reader=onym.DCPReader(tmp_path / "x"), no_dist=True)
+    assert torch.equal(state["pair"][0], torch.ones(3))
+    assert state["pair"][1] == 1
+
+
 def test_what_is_damaged_is_never_loaded(saved: Path) -> None:
     state = {"model": onym.GPT(onym.GPTConfig.preset("nano", vocab_size=50)).state_dict(), "step": 0}
     for file in sorted(saved.iterdir()):

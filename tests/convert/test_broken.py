@@ -184,7 +184,7 @@ ZOO: dict[Callable[[Path], Path], str] = {
     not_a_state_dict: "holds a list, not a state dict",
     an_empty_folder: "holds no weights, neither Onym's nor another program's",
     several_files: r"several files with weights \(first.pth, second.pth\): name one",
-    a_distributed_one_cut_short: "is shorter than it was written, and holds a piece of",
+    a_distributed_one_cut_short: "is shorter than it was written, and holds a chunk of",
 }
 
 

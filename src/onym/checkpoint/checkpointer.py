@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from onym.checkpoint.background import BackgroundTask, Staging
-from onym.checkpoint.coordinator import rendezvous_store
 from onym.checkpoint.restore import restore_state
 from onym.checkpoint.retention import Retention, archive_steps, write_step
 from onym.checkpoint.sharded import ShardedSave
@@ -28,7 +27,6 @@ from onym.format.writer import About, write_folder
 from onym.state.collectives import (
     all_gather_object,
     broadcast_from_rank0,
-    get_rank,
     get_world_size,
     is_rank0,
     run_on_all_ranks,
@@ -138,7 +136,6 @@ class Checkpointer:
         self._parent: dict[str, Any] | None = None
         self._abandoned: list[int] = []  # steps after the one that was restored
         self._shared_disk = is_local(self.directory)  # whether several ranks write, each its own files
-        self._store: tuple[Any, Any] = (None, None)  # the rendezvous store, and a connection of our own to it
 
     def save(
         self,
@@ -196,9 +193,14 @@ class Checkpointer:
 
         tensors = run_on_all_ranks(lambda: self._staged(snapshot.tensors))
         progress = Progress(step, _nbytes(tensors))
-        save = self._new_sharded_save(step, progress.bytes_total)
+        save = ShardedSave.begin(step_folder(self.directory, step), progress.bytes_total, self.acquire)
         if save is None:
-            return self._save(step, state, given, files)  # again: rank 0 writes everything
+            self._shared_disk = False
+            self.notes.append(
+                f"'{self.directory}' is not seen by all ranks: rank 0 gathers and writes everything. To restore, all ranks "
+                "have to see it."
+            )
+            return self._save(step, state, given, files)
         content = RankContent(tensors, snapshot.chunks, snapshot.table)
 
         def lead() -> None:
@@ -233,37 +235,6 @@ class Checkpointer:
     def _staged(self, tensors: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
         """The tensors to write: a copy if the training goes on meanwhile."""
         return self._staging.copy(tensors) if self._background else tensors
-
-    def _new_sharded_save(self, step: int, nbytes: int) -> ShardedSave | None:
-        """The folder that all ranks write to; None where they do not see the same disk."""
-        reports = all_gather_object((step, nbytes))
-        if len({number for number, _ in reports}) > 1:
-            raise ConfigError(f"The ranks are at different steps ({', '.join(str(number) for number, _ in reports[:4])}).")
-        path, store = step_folder(self.directory, step), self._own_store()
-        created: list[ShardedSave] = []
-
-        def create() -> tuple[str, str]:
-            self.acquire()
-            created.append(ShardedSave.create(path, sum(nbytes for _, nbytes in reports), get_world_size(), store))
-            return created[0].temporary, created[0].token
-
-        place = broadcast_from_rank0(create)
-        save = created[0] if created else ShardedSave(path, *place, get_rank(), get_world_size(), store)
-        if all(all_gather_object(save.seen)):
-            return save
-        save.discard()
-        self._shared_disk = False
-        self.notes.append(
-            f"'{self.directory}' is not seen by all ranks: rank 0 gathers and writes everything. To restore, all ranks have to "
-            "see it."
-        )
-        return None
-
-    def _own_store(self) -> Any:
-        rendezvous = rendezvous_store()
-        if self._store[0] is not rendezvous:
-            self._store = rendezvous, rendezvous.clone()  # it does not wait for operations of torch
-        return self._store[1]
 
     def _start(self, progress: Progress, work: Callable[[], None]) -> None:
         """Do the work, in the background or here."""

@@ -29,9 +29,16 @@ _SILENT = "no sign of life for {:.0f} seconds"
 T = TypeVar("T")
 
 
+_connection: tuple[Any, Any] = (None, None)
+
+
 def rendezvous_store() -> Any:
-    """The rendezvous store of torch.distributed."""
-    return torch.distributed.distributed_c10d._get_default_store()
+    """A connection of our own to the rendezvous store of torch.distributed: operations of torch do not block it."""
+    global _connection
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    if _connection[0] is not store:
+        _connection = store, store.clone()
+    return _connection[1]
 
 
 class StoreCoordinator:

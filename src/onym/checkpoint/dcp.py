@@ -309,13 +309,7 @@ class DCPReader(StorageReader):
         for item in plan.items:
             name = item.storage_index.fqn
             if item.type == LoadItemType.BYTE_IO:
-                tensors = self._opened().tensors(STATE) if STATE in self._opened().holds else None
-                content = io.BytesIO()
-                torch.save(
-                    unflatten(index.objects[name], _ObjectTensors(tensors, self._verify)), content
-                )  # as a planner takes it
-                content.seek(0)
-                planner.load_bytes(item, content)
+                planner.load_bytes(item, self._pickled(index.objects[name]))
                 continue
             target = planner.resolve_tensor(item).detach()
             offsets = tuple(item.storage_index.offset) if item.storage_index.offset is not None else (0,) * target.dim()
@@ -336,6 +330,20 @@ class DCPReader(StorageReader):
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _pickled(self, structure: Any) -> io.BytesIO:
+        """A stored object as a planner takes it: as a pickle, in memory. Its tensors are read when they are asked for."""
+        opened = self._opened()
+        names: dict[str, Any] = {name: name for name in (opened.tensors(STATE).names if STATE in opened.holds else ())}
+
+        def read(_: str, name: Any) -> torch.Tensor:
+            value: torch.Tensor = opened.tensors(STATE).tensor(name, verify=self._verify).clone()
+            return value
+
+        content = io.BytesIO()
+        torch.save(unflatten(structure, names, read), content)
+        content.seek(0)
+        return content
 
     def _read_in_threads(self, groups: list[list[_Read]]) -> None:
         """Each thread a group at a time, if there is enough to read."""
@@ -381,20 +389,6 @@ class DCPReader(StorageReader):
             for name, shape in model.shapes.items()
         }
         return ChunkIndex({MODEL: tensors})
-
-
-class _ObjectTensors(dict[str, torch.Tensor]):
-    """The tensors inside of objects, read when they are asked for, in memory of their own."""
-
-    def __init__(self, file: TensorFile | None, verify: bool) -> None:
-        super().__init__()
-        self._file, self._verify = file, verify
-
-    def __missing__(self, name: str) -> torch.Tensor:
-        if self._file is None:
-            raise KeyError(name)
-        value: torch.Tensor = self._file.tensor(name, verify=self._verify).clone()
-        return value
 
 
 def _names_in_model(names: list[str], paths: Mapping[str, Any]) -> dict[str, str]:

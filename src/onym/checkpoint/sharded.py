@@ -7,13 +7,13 @@ manifest and renames the folder. If a rank fails or dies nothing is committed, a
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from onym.checkpoint.coordinator import StoreCoordinator
-from onym.errors import CheckpointError, OnymError, StorageError, storage_error
+from onym.checkpoint.coordinator import StoreCoordinator, rendezvous_store
+from onym.errors import CheckpointError, ConfigError, OnymError, StorageError, storage_error
 from onym.format.assembly import assemble
 from onym.format.chunk_index import ChunkIndex, ShardedTensor
 from onym.format.manifest import MANIFEST, Manifest
@@ -21,6 +21,7 @@ from onym.format.rank_files import RankContent, RankReport, complete_folder, wri
 from onym.format.reader import read_checkpoint
 from onym.format.tensor_writing import Progress
 from onym.format.writer import About
+from onym.state.collectives import all_gather_object, broadcast_from_rank0, get_rank, get_world_size
 from onym.storage.local import LocalFolder, new_folder
 
 _VERIFY = "verify"
@@ -55,6 +56,37 @@ class ShardedSave:
         save = cls(path, str(folder.path), secrets.token_hex(8), 0, world_size, store)
         save._commit, save._folder = commit, folder
         return save
+
+    @classmethod
+    def begin(cls, path: Path, nbytes: int, acquire: Callable[[], None]) -> ShardedSave | None:
+        """Make the folder, and open it on all ranks, which all call this; None where they do not see the same disk.
+
+        Args:
+            path: the place of the checkpoint.
+            nbytes: that this rank writes.
+            acquire: takes the right to write there, in rank 0.
+
+        Raises:
+            ConfigError: the ranks are at different steps.
+            StorageError: the disk refused, or has no room for all.
+        """
+        plans = all_gather_object((path.name, nbytes))
+        if len({name for name, _ in plans}) > 1:
+            raise ConfigError(f"The ranks are at different steps ({', '.join(name for name, _ in plans[:4])}).")
+        store = rendezvous_store()
+        created: list[ShardedSave] = []
+
+        def create() -> tuple[str, str]:
+            acquire()
+            created.append(cls.create(path, sum(nbytes for _, nbytes in plans), get_world_size(), store))
+            return created[0].temporary, created[0].token
+
+        place = broadcast_from_rank0(create)
+        save = created[0] if created else cls(path, *place, get_rank(), get_world_size(), store)
+        if all(all_gather_object(save.seen)):
+            return save
+        save.discard()
+        return None
 
     @property
     def seen(self) -> bool:

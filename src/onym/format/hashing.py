@@ -1,6 +1,6 @@
-"""The hash of a tensor: BLAKE3 of its bytes; of one that is larger than a block, BLAKE3 of its blocks' hashes.
+"""The hash of a tensor: BLAKE3 of its bytes, or, if it is larger than a block, BLAKE3 of its blocks' hashes.
 
-So a part of a large tensor is checked by the blocks that it lies in, and still each byte is hashed once.
+So a chunk of a large tensor is verified by the blocks that it is in, and still each byte is hashed once.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ NO_HASH = "0" * 64
 
 
 class TensorHash(NamedTuple):  # a file may have a hundred thousand, and these are made fastest
-    """What a tensor's bytes must hash to."""
+    """The expected hash of a tensor's bytes."""
 
     blake3: str
     """In hexadecimal: of the bytes, or of the blocks' hashes."""
     blocks: str = ""
-    """In hexadecimal, the hashes of the blocks one after the other; empty for a tensor that is hashed in one piece."""
+    """In hexadecimal, the concatenated hashes of the blocks; empty for a tensor that is not larger than a block."""
 
     @property
     def agrees(self) -> bool:
-        """Whether the blocks' hashes have that hash."""
+        """Whether ``blake3`` is the hash of the blocks' hashes."""
         return not self.blocks or blake3(bytes.fromhex(self.blocks)).hexdigest() == self.blake3
 
     def block(self, number: int) -> str:
-        """The hash of a block, counted from 0; what is hashed in one piece is one."""
+        """The hash of a block, counted from 0; a tensor without blocks is one block."""
         return self.blocks[64 * number : 64 * (number + 1)] if self.blocks else self.blake3
 
 
 def blocks_of(nbytes: int) -> int:
-    """How many blocks so many bytes are hashed in; 0 where in one piece."""
+    """How many blocks so many bytes are hashed in; 0 for one hash of all."""
     return -(-nbytes // BLOCK) if nbytes > BLOCK else 0
 
 
 def unknown(nbytes: int) -> TensorHash:
-    """A hash not known yet, as long as the real one will be."""
+    """A placeholder, as long as the hash of so many bytes."""
     return TensorHash(NO_HASH, NO_HASH * blocks_of(nbytes))
 
 
 def hash_of(data: Any) -> TensorHash:
-    """The hash of bytes that are all there."""
+    """The hash of bytes in memory."""
     if len(data) <= BLOCK:
         return TensorHash(blake3(data).hexdigest())
     hasher = Hasher(len(data))
@@ -52,7 +52,7 @@ def hash_of(data: Any) -> TensorHash:
 
 
 class Hasher:
-    """The hash of bytes that come one part after the other.
+    """The hash of bytes that come in parts.
 
     Args:
         nbytes: how many will come.
@@ -77,7 +77,7 @@ class Hasher:
             view = view[len(part) :]
 
     def result(self) -> TensorHash:
-        """Of all that came."""
+        """The hash of all bytes."""
         if self._done is None:
             return TensorHash(self._current.hexdigest())
         if self._filled:

@@ -1,7 +1,7 @@
-"""The on-disk format: which files a model folder or checkpoint holds, and what its manifest says. See docs/format.md.
+"""The on-disk format: the files of a model folder or checkpoint, and its manifest. See docs/format.md.
 
-A manifest carries the hash of its own text, not of the values in it: programs in other languages print numbers and accents in
-other ways. The text ends with the hash, and the hash is that of the text with zeros in its place.
+A manifest contains the hash of its own text, not of its values: programs in other languages print numbers and accents
+differently. The text ends with the hash, which is computed with zeros in its place.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 TRAINER = "trainer.json"
 
-# A single .safetensors file says the same in its header, in one string under this key.
+# A single .safetensors file has the same in its header, in one string under this key.
 HEADER_KEY = "onym"
 
-# What is read whole before anything in it can be checked. Half a million tensors need about 100 MB.
+# Limits of a text that is parsed before anything in it can be checked. Half a million tensors need about 100 MB.
 MOST_JSON_BYTES = 256 << 20
 MOST_JSON_VALUES = 5_000_000
 
@@ -47,8 +47,8 @@ _SELF_HASH = re.compile(r'"blake3": ?"([0-9a-f]{64})"\s*\}\s*\Z')
 class FileEntry:
     """One file beside the manifest.
 
-    ``blake3`` is the hash of its first ``hashed`` bytes: of the whole file, or of a tensor file its header, because each of
-    its tensors has a hash of its own. So every byte is hashed once.
+    ``blake3`` is the hash of its first ``hashed`` bytes: of all bytes, or of the header of a tensor file, because each of its
+    tensors has a hash of its own. So every byte is hashed once.
     """
 
     bytes: int
@@ -58,7 +58,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: what it is, and what its bytes must hash to."""
+    """One tensor, and the expected hash of its bytes."""
 
     dtype: str
     shape: list[int]
@@ -69,12 +69,12 @@ class TensorEntry:
 
     @property
     def hash(self) -> TensorHash:
-        """What its bytes must hash to."""
+        """The expected hash of its bytes."""
         return TensorHash(self.blake3, self.blocks)
 
 
 def identity_of(tensors: Mapping[str, TensorEntry]) -> str:
-    """What makes two sets of tensors equal: names, dtypes, shapes and bytes, whatever file they are in and in which order.
+    """Equal for equal names, dtypes, shapes and bytes, in any files and in any order.
 
     BLAKE3, in hexadecimal, of one line for each name, further names of tied tensors included, in the order of their UTF-8
     bytes: ``<bytes of the name> <name> <dtype> <shape, as 2,3> <blake3>\\n``.
@@ -90,7 +90,7 @@ def identity_of(tensors: Mapping[str, TensorEntry]) -> str:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """For making a great many objects that stay: Python would look through all of them, again and again, for cycles."""
+    """For making many long-lived objects: Python would search all of them for cycles, again and again."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -114,16 +114,16 @@ def require_seal(text: str, what: str) -> None:
     Raises:
         CheckpointError: it is not as it was written.
     """
-    found = _SELF_HASH.search(text)
-    if found is None:
+    seal = _SELF_HASH.search(text)
+    if seal is None:
         raise CheckpointError(f"{what} is damaged: its end is missing.")
-    start, end = found.span(1)
-    if blake3((text[:start] + NO_HASH + text[end:]).encode()).hexdigest() != found.group(1):
+    start, end = seal.span(1)
+    if blake3((text[:start] + NO_HASH + text[end:]).encode()).hexdigest() != seal.group(1):
         raise CheckpointError(f"{what} is damaged: its content is not what was written.")
 
 
 def require_bounded_json(text: str | bytes, what: str) -> None:
-    """Refuse what is too large to be read whole: on reading, and on writing what could then not be read again.
+    """Refuse a text that is too large to be parsed: when it is read, and when it is written.
 
     Raises:
         CheckpointError: it has too many bytes, or too many values.
@@ -136,7 +136,7 @@ def require_bounded_json(text: str | bytes, what: str) -> None:
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """JSON from a file that anybody may have made: bounded in size, without doubled names.
+    """JSON from an untrusted file: bounded in size, without duplicate names.
 
     Raises:
         CheckpointError: it is no JSON, too large, or names something twice.
@@ -163,17 +163,17 @@ def parse_json(text: str | bytes, what: str) -> Any:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder holds. A folder without one is not a checkpoint."""
+    """The content of a folder. A folder without a manifest is not a checkpoint."""
 
     files: dict[str, FileEntry]
     tensors: dict[str, dict[str, TensorEntry]]
     """By file, then by canonical name."""
     architecture: str | None = None
-    """The name under which the model class is registered, where it is."""
+    """The name that the model class is registered under, if it is."""
     step: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
-    """When, where and with which versions it was written, and which checkpoint came before."""
+    """When, where and with which versions it was written, and the checkpoint that it continues."""
     identity: str = ""
     """Of the model's tensors; see :func:`identity_of`."""
 
@@ -216,7 +216,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:
-        """Read what :meth:`to_json` wrote. Fields that it does not know are passed over.
+        """Read what :meth:`to_json` wrote. Unknown fields are ignored.
 
         Raises:
             CheckpointError: it is no manifest, or one of a later version.

@@ -1,8 +1,7 @@
 """What a pickle would build, found out without building it.
 
-torch's ``weights_only`` unpickler runs no code, but it builds whatever it is told to: a few hundred bytes can ask for
-gigabytes, or for a tuple that takes for ever to hash. So a file is read through once before, and the size of each object is
-counted.
+torch's ``weights_only`` unpickler runs no code, but it builds every object that a pickle asks for: a few hundred bytes can ask
+for gigabytes, or for a tuple whose hash takes for ever. So a file is read once before, and the size of each object is counted.
 """
 
 from __future__ import annotations

@@ -171,7 +171,8 @@ def write_pickle(path: Path, content: Any, expected_bytes: int = 0) -> None:
         class Sink:
             """Keeps the first error: torch closes its zip after a failed write, and that fails in another way."""
 
-            flush = file.flush
+            def flush(self) -> None:
+                """Nothing: the content is fsynced once, at the end."""
 
             def write(self, data: bytes | memoryview) -> int:
                 try:

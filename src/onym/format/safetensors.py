@@ -1,9 +1,8 @@
 """The safetensors format, both ways: a little-endian u64 with the header's length, the header as JSON, the tensors' bytes.
 
-Written and read here, not by the safetensors library: equal models shall be equal files (the library orders its metadata anew
-each time), a file is hashed while it is written and mapped while it is checked, parts of it are fetched from remote storage,
-and nothing in a header is believed before it is checked. The tests open what is written with the library, and read what it
-writes.
+Written and read here, not by the safetensors library: equal models are equal files (the order of the library's metadata
+varies), a file is hashed while it is written and mapped while it is verified, chunks of it are fetched from an object store,
+and a header is checked before it is used. The tests read our files with the library, and its files with this module.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ _FORMAT_NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in _FORMAT_NAMES.items()}
 
-# Dtypes that the format has not, kept as one of those that it has, with one more dimension: their bytes are the same.
-_KEPT_AS = {torch.complex128: (torch.float64, 2), torch.complex32: (torch.float16, 2)}
+# Dtypes that the format does not have, stored as one that it has, with one more dimension: the bytes are the same.
+_STORED_AS = {torch.complex128: (torch.float64, 2), torch.complex32: (torch.float16, 2)}
 
 _LONGEST_HEADER = 100_000_000  # what the safetensors library reads; a longer one would open here alone
 
@@ -68,22 +67,22 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @cache
 def dtype_called(name: str) -> torch.dtype | None:
-    """The dtype that torch calls so; None where this version has none of that name, or where it is a quantized one."""
+    """torch's dtype of that name; None where this version has none, or where it is a quantized one."""
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) and not name.startswith("q") else None
 
 
 @cache
 def format_dtype(dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:
-    """The format's name for the dtype that it is kept as, and what that adds to the shape.
+    """The format's name for the dtype that it is stored as, and the dimensions that this adds to the shape.
 
-    A dtype that the format has no name for (complex128, int4, float4 …) is kept as one that it has.
+    A dtype that the format does not have (complex128, int4, float4 …) is stored as one that it has.
     """
     if dtype in _FORMAT_NAMES:
         return _FORMAT_NAMES[dtype], ()
-    if dtype in _KEPT_AS:
-        kept, further = _KEPT_AS[dtype]
-        return _FORMAT_NAMES[kept], (further,)
+    if dtype in _STORED_AS:
+        stored_as, further = _STORED_AS[dtype]
+        return _FORMAT_NAMES[stored_as], (further,)
     return "U8", () if dtype.itemsize == 1 else (dtype.itemsize,)
 
 
@@ -93,7 +92,7 @@ def torch_dtype(format_name: str) -> torch.dtype | None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether its memory, in this machine's and in one piece, is its values."""
+    """Whether its values are contiguous in main memory."""
     return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
@@ -126,9 +125,9 @@ def header_of(
     end = 0
     for name in ordered:
         dtype, shape = tensors[name]
-        kept, further = format_dtype(dtype)
+        stored_as, further = format_dtype(dtype)
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kept, "shape": [*shape, *further], "data_offsets": [start, end]}
+        header[name] = {"dtype": stored_as, "shape": [*shape, *further], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _LONGEST_HEADER:

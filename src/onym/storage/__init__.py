@@ -1,1 +1,1 @@
-"""Where bytes become durable: files of this machine and objects of a store, written whole or not at all."""
+"""Where bytes become durable: files and folders on a disk or in an object store, written completely or not at all."""

@@ -54,9 +54,6 @@ class _LocalFile:
     def start_write_back(self, position: int, length: int) -> None:
         disk.start_write_back(self._descriptor, position, length)
 
-    def flush(self) -> None:
-        pass
-
     def finish(self) -> None:
         if self._descriptor >= 0:
             disk.flush(self._descriptor)

@@ -38,9 +38,6 @@ class _Upload:
     def start_write_back(self, position: int, length: int) -> None:
         pass
 
-    def flush(self) -> None:
-        pass
-
     def finish(self) -> None:
         if not self._finished:
             self._file.close()

@@ -26,9 +26,6 @@ class NewFile(Protocol):
     def start_write_back(self, position: int, length: int) -> None:
         """Let the disk begin with what was written; otherwise it waits for the fsync."""
 
-    def flush(self) -> None:
-        """Nothing, for code that takes it for an open file: the content is fsynced once, at the end."""
-
     def finish(self) -> None:
         """Return when the content is durable."""
 

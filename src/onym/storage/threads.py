@@ -1,4 +1,4 @@
-"""A few threads that share one piece of work.
+"""A few threads that divide one job.
 
 Not ``concurrent.futures``: its pools take no work while Python exits, which is when the last checkpoint may still be written.
 """
@@ -33,11 +33,11 @@ def run_in_threads(work: Callable[[int], None], count: int) -> None:
     for number in range(1, count):
         try:
             threading.Thread(target=attempt, args=(number,), name=f"onym-{number}").start()
-        except RuntimeError:  # no more threads are to be had: the work is done all the same
+        except RuntimeError:  # no more threads can be started: the work is done here
             here.append(number)
     for number in here:
         attempt(number)
-    for event in ended:  # also after Ctrl-C: they use what the caller has
+    for event in ended:  # also after Ctrl-C: they use the caller's memory
         while not event.is_set():
             try:
                 event.wait()
