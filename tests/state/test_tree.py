@@ -124,7 +124,7 @@ class Colour(Enum):
         ({"a": np.zeros(2)}, r"x\.a is a ndarray.*from_numpy"),
         ({"a": Colour.RED}, r"x\.a is a Colour"),
         ({"a": torch.float32}, r"x\.a is a dtype"),
-        ({"1": torch.zeros(1), 1: torch.zeros(1)}, r"Two tensors would be kept under the name 'x\.1'"),
+        ({"1": torch.zeros(1), 1: torch.zeros(1)}, r"Two tensors would be stored under the name 'x\.1'"),
     ],
 )
 def test_what_cannot_be_kept_is_named_with_its_path_and_a_remedy(value: Any, message: str) -> None:

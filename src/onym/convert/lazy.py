@@ -141,7 +141,7 @@ def compare(source: TensorFile, written: TensorFile, path: Path) -> int:
 
 
 def _equal_bytes(one: Tensor, other: Tensor, rows: int = 1 << 20) -> bool:
-    """Whether two tensors are equal bit for bit, in pieces, so that no copy of either is made."""
+    """Whether two tensors are bitwise identical, compared in chunks, so that no copy of either is made."""
     if one.dim() == 0 or one.numel() <= rows:
         return torch.equal(as_bytes(one.contiguous()), as_bytes(other.contiguous()))
     step = max(1, rows // max(1, one[0].numel()))

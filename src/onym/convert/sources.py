@@ -273,14 +273,14 @@ def _open_index(index: Path) -> Contents:
             "into the same folder."
         )
     files = [open_contents(index.parent / name).tensors for name in shards]
-    whole = Joined(index.parent, files)
+    joined = Joined(index.parent, files)
     by_name = dict(zip(shards, files, strict=True))
     wrong = [name for name, shard in placed.items() if name not in by_name[shard].names]
     if wrong:
         raise CheckpointError(f"'{index}' is wrong: {placed[wrong[0]]} does not hold {wrong[0]}, which it is said to.")
-    if more := [name for name in whole.names if name not in placed]:
+    if more := [name for name in joined.names if name not in placed]:
         raise CheckpointError(f"'{index}' is wrong: it does not list {more[0]}, which is in one of its files.")
-    return Contents(index.parent, f"{len(shards)} files with an index", whole, texts=_texts(index.parent))
+    return Contents(index.parent, f"{len(shards)} files with an index", joined, texts=_texts(index.parent))
 
 
 def _open_shards(path: Path, files: list[Path]) -> Contents:
@@ -294,8 +294,8 @@ def _open_shards(path: Path, files: list[Path]) -> Contents:
             f"'{path}' holds {len(files)} of {count} files: number {', '.join(map(str, absent[:8])) or '?'} is missing. Fetch "
             "all of them into the same folder."
         )
-    whole = Joined(path, [open_contents(file).tensors for file in files])
-    return Contents(path, f"{count} files without an index", whole, texts=_texts(path))
+    joined = Joined(path, [open_contents(file).tensors for file in files])
+    return Contents(path, f"{count} files without an index", joined, texts=_texts(path))
 
 
 def _open_distributed(path: Path, part: str | None) -> Contents:

@@ -156,7 +156,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_activations = False
-        """Whether a block keeps its input alone for the way back: less memory, a third more work."""
+        """Whether blocks store their inputs alone for the backward pass: less memory, a third more work."""
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)

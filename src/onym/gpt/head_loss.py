@@ -12,8 +12,7 @@ The gradients are made on the way forward, because the loss needs nothing from w
 logits are computed once, not twice as with checkpointing. The idea is that of Liger's and Apple's fused linear cross-entropy
 (Hsu et al., 2024; Wijmans et al., 2024).
 
-To a compiler this is one operation that it looks not into: left to itself it keeps the chunks side by side, which is what they
-are to avoid.
+It is an opaque custom op: Inductor would otherwise materialise all chunks at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a file and a model differ: what was compared, and the error that tells it."""
+"""How a file and a model differ: what was compared, and the error that reports it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def plain_view(model: nn.Module) -> nn.Module:
         ``model`` itself where nothing in it is wrapped.
 
     Raises:
-        ConfigError: something in the model has no names that could be kept: a TorchScript module, or a wrapper with an
+        ConfigError: something in the model has no stable names: a TorchScript module, or a wrapper with an
             attribute of the same name as the module inside it.
 
     >>> model = nn.Sequential(torch.compile(nn.Linear(1, 1)))
@@ -82,7 +82,7 @@ class _Peeling:
         if type(wrapper).get_extra_state is not nn.Module.get_extra_state:
             raise ConfigError(
                 f"The wrapper {type(wrapper).__name__} has extra state of its own, which has no place beside the model's: "
-                "keep it as a buffer."
+                "make it a buffer."
             )
         children = {name: self.view(child) for name, child in _children_of_its_own(wrapper)}
         parameters = {name: parameter for name, parameter in wrapper._parameters.items() if parameter is not None}
@@ -91,7 +91,7 @@ class _Peeling:
             if name in inner._parameters or name in inner._buffers or name in inner._modules:
                 raise ConfigError(
                     f"The wrapper {type(wrapper).__name__} and the {type(inner).__name__} inside it both have {name!r}, so "
-                    "both would be kept under one name: rename it in the wrapper."
+                    "both would be stored under one name: rename it in the wrapper."
                 )
         if not (parameters or buffers or children):
             return inner
@@ -126,7 +126,7 @@ class _Twin:
     __slots__ = ("_buffers", "_load_state_dict_pre_hooks", "_modules", "_parameters")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A class that keeps a register of its subclasses is not to hear of this one."""
+        """A class that registers its subclasses must not register this one."""
 
     def __del__(self) -> None:
         """What the author's class does at the end of a module is not to be done at the end of a twin."""

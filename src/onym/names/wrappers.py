@@ -38,7 +38,7 @@ def register_wrapper(cls: type[nn.Module], inner: str) -> None:
     Args:
         cls: the wrapper; its subclasses count too.
         inner: the attribute, a registered submodule, that holds the wrapped module. What else the wrapper has of parameters
-            and buffers is kept beside the model's.
+            and buffers is stored beside the model's.
 
     Raises:
         ConfigError: ``cls`` is not a module class, or ``inner`` no attribute name.

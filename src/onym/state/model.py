@@ -1,7 +1,7 @@
 """A model's state under its own names, whatever wraps it, in both directions.
 
 Values come from the module's own ``state_dict()``, so its hooks, buffers and extra state are honoured. Loading copies into the
-tensors that are there, so an optimizer keeps its parameters and compiled code stays valid; all is checked before the first
+tensors that are there, so an optimizer's parameters and compiled code stay valid; all is checked before the first
 copy, so a load that fails has changed nothing.
 """
 
@@ -65,8 +65,8 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     (``n_averaged`` of ``AveragedModel``) is in it too.
 
     Returns:
-        {canonical name: tensor}. The tensors are the live ones, detached and not copied: clone them to keep them past the
-        next training step. FSDP2's are DTensors, this process's pieces. FSDP1's are copies, whole; every process has to call.
+        {canonical name: tensor}. The tensors are the live ones, detached and not copied: clone them if they are needed after
+        the next training step. FSDP2's are DTensors, this rank's shards. FSDP1's are full copies; every rank has to call.
 
     Raises:
         ConfigError: ``model`` is no module (``torch.compile(torch.compile(m))`` is a function, for one), is a TorchScript
@@ -87,7 +87,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def full_state_dict(state: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The state with sharded tensors put together, and whether this process is the one to write it.
+    """The state with sharded tensors all-gathered, and whether this rank writes it.
 
     Where tensors are sharded every process has to call this, and the first one writes.
     """
@@ -103,7 +103,7 @@ def load_state_dict(
 
     Args:
         model: any module; its tensors keep their identity, device and dtype.
-        state: {canonical name: tensor}; not changed. A tied tensor may be given under any of its names. Whole tensors load into
+        state: {canonical name: tensor}; not changed. A tied tensor may be given under any of its names. Full tensors load into
             sharded ones (FSDP) and the other way round.
         strict: refuse names that are missing or unexpected. Shapes must agree in any case.
         dtype: ``"exact"`` refuses a tensor of another dtype, ``"cast"`` converts and reports it, though never floating-point
@@ -150,7 +150,7 @@ def load_state_dict(
             shapes=differences.shapes,
             dtypes=differences.dtypes if dtype == "exact" else uncastable,
         )
-        # Modules read the layout version of their state here. A .safetensors file keeps none, and is taken to be of this one.
+        # Modules read the layout version of their state here. A .safetensors file has none, so the present version is assumed.
         versions = getattr(state, "_metadata", getattr(live, "_metadata", OrderedDict()))
         if refused and not _has_names_alone(refused):
             raise MismatchError(refused, diagnose(refused, stored, target))
@@ -180,7 +180,7 @@ def materialise_meta(model: nn.Module, device: str | torch.device = "cpu") -> It
         Where their memory is (``data_ptr()``): it holds no values yet.
 
     Raises:
-        ConfigError: one of them is a buffer that no file keeps, so that nothing could give it its values.
+        ConfigError: one of them is a buffer that is never saved, so nothing could give it values.
     """
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     new: dict[int, Tensor] = {}
@@ -258,7 +258,7 @@ def _has_names_alone(differences: Differences) -> bool:
 
 
 def _castable(stored: str, live: str) -> bool:
-    """Whether a cast keeps what kind of number it is: float to float, integer to float, but not float to integer."""
+    """Whether a cast preserves the kind of number: float to float, integer to float, but not float to integer."""
     was, now = getattr(torch, stored, None), getattr(torch, live, None)
     return isinstance(was, torch.dtype) and isinstance(now, torch.dtype) and torch.can_cast(was, now)
 
@@ -283,7 +283,7 @@ def tensor_identity(tensor: Tensor) -> tuple[Any, ...] | None:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether its values are one piece of memory: not those of a sparse tensor, or of one that is made of others."""
+    """Whether its values are one block of memory: not those of a sparse tensor, or of one that is made of others."""
     if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
         return False
     return tensor.data_ptr() != 0
@@ -321,13 +321,11 @@ def _require_writable(live: Mapping[str, Any]) -> None:
                 f"{name} was made in torch.inference_mode() and cannot be changed outside of it: load within it too, or build "
                 "the model outside."
             )
-        piece = local(value)
-        if piece.layout == torch.strided and any(
-            step == 0 and size > 1 for step, size in zip(piece.stride(), piece.shape, strict=True)
+        shard = local(value)
+        if shard.layout == torch.strided and any(
+            step == 0 and size > 1 for step, size in zip(shard.stride(), shard.shape, strict=True)
         ):
-            raise ConfigError(
-                f"{name} is an expanded view, several of whose values are one: make it whole with .clone() first."
-            )
+            raise ConfigError(f"{name} is an expanded view, several of whose values are one: call .clone() first.")
 
 
 def _ties(state: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -344,7 +342,7 @@ def _require_equal_ties(ties: Mapping[str, list[str]], state: Mapping[str, Any])
         for other in others:
             if name < other and name in state and other in state:
                 mine, theirs = state[name], state[other]
-                # Pieces are put together in any case: every process has to take part, also one whose piece is empty.
+                # Shards are all-gathered in any case: every rank has to take part, even one whose shard is empty.
                 sharded = is_sharded(mine) or is_sharded(theirs)
                 same = not sharded and _identity_or_self(mine) == _identity_or_self(theirs)
                 if not same and not _equal(full_tensor(mine), full_tensor(theirs)):
@@ -380,8 +378,8 @@ def _ready(value: Any, target: Any, storages: set[int]) -> Any:
 
 def _storages(values: Iterable[Any]) -> set[int]:
     """Where the memory behind some tensors is."""
-    pieces = [local(value) for value in values if isinstance(value, Tensor)]
-    return {piece.untyped_storage().data_ptr() for piece in pieces if _has_memory(piece)}
+    shards = [local(value) for value in values if isinstance(value, Tensor)]
+    return {shard.untyped_storage().data_ptr() for shard in shards if _has_memory(shard)}
 
 
 @contextmanager

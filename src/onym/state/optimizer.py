@@ -2,7 +2,7 @@
 
 PyTorch numbers the state by the order in which parameters were handed to the optimizer, so a regrouped optimizer restores
 wrongly without a word. Here each tensor is ``state.<slot>.<name>``, and each parameter's hyperparameters are found by its
-name too. Reading never steps the optimizer; restoring is checked as a whole before anything is changed.
+name too. Reading never steps the optimizer. Restoring checks everything before it changes anything.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def optimizer_state(model: nn.Module, optimizers: Optimizers) -> tuple[dict[str,
         and the values that are no tensors.
 
     Raises:
-        CheckpointError: something in the state cannot be kept, or belongs to no parameter of the model.
+        CheckpointError: something in the state cannot be saved, or belongs to no parameter of the model.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -88,17 +88,15 @@ def optimizer_state(model: nn.Module, optimizers: Optimizers) -> tuple[dict[str,
                 what = (
                     f"of shape {list(key.shape)}, which is in none of its groups" if isinstance(key, Tensor) else f"as {key!r}"
                 )
-                raise CheckpointError(
-                    f"{kind} keeps state for a parameter {what}: keep that beside the optimizer, or delete it."
-                )
+                raise CheckpointError(f"{kind} has state for a parameter {what}: save that beside the optimizer, or delete it.")
         try:
             further = set(optimizer.state_dict()) - {"state", "param_groups"}
         except Exception as error:  # its own code
             raise CheckpointError(f"{kind} does not give its state: {error}") from error
         if further:
             raise CheckpointError(
-                f"{kind} keeps {', '.join(sorted(map(repr, further)))} in its state besides what belongs to its parameters: "
-                "keep that beside the optimizer."
+                f"{kind} has {', '.join(sorted(map(repr, further)))} in its state besides what belongs to its parameters: "
+                "save that beside the optimizer."
             )
         for group in optimizer.param_groups:
             members = [names.of(parameter) for parameter in group["params"]]
@@ -153,7 +151,7 @@ def load_optimizer_state(
     if unknown := accepted - set(get_args(Difference)):
         raise ConfigError(f"accept takes {', '.join(map(repr, get_args(Difference)))}, not {', '.join(map(repr, unknown))}.")
     if not (isinstance(description, Mapping) and {"groups", "parameters"} <= set(description)):
-        raise CheckpointError("This is no optimizer state as this version of Onym keeps it: start with a fresh optimizer.")
+        raise CheckpointError("This is no optimizer state as this version of Onym saves it: start with a fresh optimizer.")
     names = _Names(model)
     # A stored name may be another one of a tied parameter's names here.
     stored = {names.first_of(name): entry for name, entry in description["parameters"].items()}
@@ -241,7 +239,7 @@ class _Names:
         require_module(model)
         if has_flat_parameters(model):
             raise CheckpointError(
-                "The state of an optimizer over FSDP1's flat parameters cannot be kept by name: use fully_shard (FSDP2)."
+                "The state of an optimizer over FSDP1's flat parameters cannot be saved by name: use fully_shard (FSDP2)."
             )
         self._first: dict[int, str] = {}  # by the parameter's identity; a tied one has several names
         self._first_of: dict[str, str] = {}
@@ -266,7 +264,7 @@ class _Names:
 
 
 class _Problems:
-    """The differences that nobody accepted, to be told all at once."""
+    """The differences that nobody accepted, to be reported together."""
 
     def __init__(self, accepted: set[str]) -> None:
         self._accepted, self._lines = accepted, list[str]()
@@ -303,8 +301,8 @@ class _Placing:
         if is_sharded(self._parameter) and value.dim() > 0:
             if value.shape != self._parameter.shape and not is_sharded(value):
                 raise CheckpointError(
-                    f"The optimizer keeps a {key!r} of shape {list(value.shape)} for a sharded parameter of another shape, "
-                    "which cannot be shared out: restore the model alone."
+                    f"The optimizer has a {key!r} of shape {list(value.shape)} for a sharded parameter of another shape, "
+                    "which cannot be sharded: restore the model alone."
                 )
             return distribute_like(value, self._parameter).clone()
         return full_tensor(value).to(self._parameter.device, copy=True)
@@ -350,7 +348,7 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     tensors, structure = flatten(kept, "group")
     if tensors:
         raise CheckpointError(
-            f"The hyperparameter {next(iter(tensors))} is a tensor of more than one number, which cannot be kept."
+            f"The hyperparameter {next(iter(tensors))} is a tensor of more than one number, which cannot be saved."
         )
     return dict(structure)
 

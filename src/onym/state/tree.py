@@ -1,7 +1,7 @@
 """Any state made of tensors, numbers, text, lists and dicts <-> named tensors and plain JSON.
 
 What a scheduler's, a gradient scaler's or an optimizer's ``state_dict()`` holds. The JSON has the structure; where a tensor
-stood it says under which name the tensor is kept. What JSON cannot say by itself is an object with one key that begins with
+stood it says under which name the tensor is stored. What JSON cannot say by itself is an object with one key that begins with
 ``$``: ``$tensor`` (a name), ``$tuple``, ``$dict`` (pairs: keys that are no strings), ``$counter``, ``$ordered``, ``$float``
 (``"nan"``, ``"inf"``, ``"-inf"``).
 """
@@ -49,7 +49,7 @@ def flatten(value: Any, prefix: str, suffix: str = "") -> tuple[dict[str, Tensor
         if isinstance(item, Tensor):
             name = path + suffix
             if name in tensors:
-                raise CheckpointError(f"Two tensors would be kept under the name {name!r}: rename one of the keys.")
+                raise CheckpointError(f"Two tensors would be stored under the name {name!r}: rename one of the keys.")
             tensors[name] = item.detach()
             return {"$tensor": name}
         if isinstance(item, np.generic):
@@ -68,7 +68,7 @@ def flatten(value: Any, prefix: str, suffix: str = "") -> tuple[dict[str, Tensor
         if kind in _MAPPINGS:
             return {_MAPPINGS[kind]: pairs(item, path)}
         raise CheckpointError(
-            f"{path}{suffix} is a {kind.__name__}, which cannot be kept: only tensors, numbers, text, booleans, None, and "
+            f"{path}{suffix} is a {kind.__name__}, which cannot be saved: only tensors, numbers, text, booleans, None, and "
             f"lists, tuples and dicts of them can. {_remedy(item)}"
         )
 
