@@ -56,8 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ReportedElsewhere:
         return 2
     except OnymError as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):  # all ranks have the same arguments
-            print(f"onym: {error}", file=sys.stderr)
+        print(f"onym: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -121,7 +120,10 @@ def _run(program: str, commands: dict[str, str], arguments: list[str]) -> int:
         raise ConfigError(f"There is no command {command!r}{other}: see {program} --help.")
     from onym.cli.parsing import parse
 
-    given = parse(f"{program} {command}", command, rest)
+    try:
+        given = parse(f"{program} {command}", command, rest)
+    except OnymError as error:
+        raise error if os.environ.get("RANK", "0") == "0" else ReportedElsewhere from error  # all ranks have the same arguments
     code: int = importlib.import_module(f"onym.cli.{command.replace('-', '_')}").run(given)
     return code
 
