@@ -61,4 +61,4 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     try:
         return logits.softmax(dim=-1).multinomial(1, generator=generator).squeeze(-1)
     except RuntimeError as error:
-        raise CheckpointError("The model's output is not a number: its weights are non-finite; take an earlier step.") from error
+        raise CheckpointError("The model's output is non-finite, and so are its weights: take an earlier step.") from error
