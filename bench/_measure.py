@@ -1,4 +1,4 @@
-"""What the benchmarks share: variants in turn, medians, ratios, peaks of memory, and results kept as JSON."""
+"""What the benchmarks share: variants in turn, progress, medians, ratios, peaks of memory, and results as JSON."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,12 +17,28 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def compute_dtype() -> torch.dtype:
+    """What this machine's CPU computes fastest: bf16 where it has instructions for it, else fp32 (bf16 takes hours there)."""
+    from onym.train.precision import choose_compute
+
+    return choose_compute("cpu", "auto").dtype
+
+
+def rounds(count: int) -> Iterator[int]:
+    """The numbers of rounds; on standard error, how far it is and how long it will take."""
+    began = time.monotonic()
+    for number in range(count):
+        yield number
+        left = (time.monotonic() - began) / (number + 1) * (count - number - 1)
+        print(f"  round {number + 1} of {count}, about {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+
 def alternate(
-    variants: dict[str, Callable[[], object]], rounds: int, after: Callable[[], object] = lambda: None
+    variants: dict[str, Callable[[], object]], turns: int, after: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
     """Seconds of each variant, round by round, in an order that turns; ``after`` each one is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds):
+    for number in rounds(turns):
         names = list(variants)
         for name in names if number % 2 == 0 else reversed(names):
             start = time.perf_counter()

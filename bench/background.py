@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _measure import keep, table
+from _measure import keep, rounds, table
 
 VARIANTS = {"no checkpoint": 10**9, "every 50 steps, in the background": 50}
 
@@ -29,7 +29,7 @@ def main() -> None:
     given = parser.parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as name:
-        for number in range(-1, given.rounds):  # the first one fills the caches
+        for number in rounds(1 + given.rounds):  # the first one fills the caches
             for variant in list(VARIANTS) if number % 2 == 0 else list(reversed(VARIANTS)):
                 run = Path(name, f"{number}-{VARIANTS[variant]}")
                 command = [sys.executable, "-m", "onym", "train", "--preset", given.preset, "--compile", "whole"]
@@ -38,7 +38,7 @@ def main() -> None:
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
                 clock = {row["step"]: row["seconds"] for row in rows}
-                if number >= 0:
+                if number > 0:
                     seconds[variant].append(clock[given.steps] - clock[10])
     ratios = table(f"{given.steps - 10} steps of {given.preset}", seconds, "no checkpoint")
     keep("background", {"preset": given.preset, "seconds": seconds, "ratios": ratios, "target": 0.95})

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import onym
-from _measure import keep, table
+from _measure import keep, rounds, table
 from onym.convert.write import convert
 
 CHILD = """
@@ -79,7 +79,7 @@ def main() -> None:
         size = (place / "book.pth").stat().st_size / 1e9
         seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
         memory: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        for number in range(given.rounds):
+        for number in rounds(given.rounds):
             for name in list(VARIANTS) if number % 2 == 0 else list(reversed(VARIANTS)):
                 program = CHILD.format(statement=VARIANTS[name])
                 done = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True, check=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import onym
-from _measure import keep, table
+from _measure import keep, rounds, table
 from onym.format.manifest import MODEL
 from onym.format.reader import read_checkpoint
 from onym.format.writer import write_folder
@@ -28,7 +28,7 @@ from onym.format.writer import write_folder
 CHILD = """
 import sys, time, torch, onym
 sys.path.insert(0, {bench!r})
-from _measure import added_peak
+from _measure import added_peak, rounds
 model = onym.GPT(onym.GPTConfig.preset("gpt2-small", tie_embeddings=True))
 def run():
     {statement}
@@ -65,7 +65,7 @@ def main() -> None:
         del model
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         peaks: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        for number in range(given.rounds):
+        for number in rounds(given.rounds):
             for variant in VARIANTS if number % 2 == 0 else reversed(VARIANTS):
                 program = CHILD.format(statement=VARIANTS[variant], bench=str(Path(__file__).parent))
                 done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)

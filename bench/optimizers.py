@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _measure import keep
+from _measure import keep, rounds
 
 
 def curve(optimizer: str, rate: float, given: argparse.Namespace, folder: str) -> dict[int, float]:
@@ -47,7 +47,10 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1.5e-3, 3e-3])
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        curves = {name: {rate: curve(name, rate, given, folder) for rate in given.rates} for name in ("adamw", "muon")}
+        runs = itertools.product(("adamw", "muon"), given.rates)
+        curves: dict[str, dict[float, dict[int, float]]] = {"adamw": {}, "muon": {}}
+        for _, (name, rate) in zip(rounds(2 * len(given.rates)), runs, strict=True):
+            curves[name][rate] = curve(name, rate, given, folder)
     ends = {name: min(each.values(), key=lambda losses: losses[given.steps]) for name, each in curves.items()}
     target = ends["adamw"][given.steps]
     needed = min(steps_to(target, losses) for losses in curves["muon"].values())

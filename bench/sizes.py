@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from _measure import ask, keep
+from _measure import ask, keep, rounds
 
 SHAPES = {  # width, layers, heads, sequences a step
     "5M": (192, 6, 3, 8),
@@ -73,7 +73,7 @@ def main() -> None:
         children[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         ask(children[name], 1)
     seconds: dict[str, list[float]] = {name: [] for name in children}
-    for _ in range(given.rounds):
+    for _ in rounds(given.rounds):
         for name, process in children.items():
             found[name] = ask(process, 2)
             seconds[name] += found[name]["seconds"]

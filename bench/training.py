@@ -4,17 +4,17 @@
 
 GPT-2's shape, 6 layers of 384, 6 heads, vocabulary 50304, context 256, 8 sequences a step, no dropout. Each trains in a process
 of its own, which computes only while it is asked to: the peers take turns, a few steps each, in an order that turns. A step is
-forward, backward, clipping, AdamW, zeroing. All but the book's baseline are compiled and compute in bf16, each as its own
-project does it:
+forward, backward, clipping, AdamW, zeroing. All but the book's baseline are compiled, and compute in bf16 where the CPU has
+instructions for it (else in fp32, and the share of the products' time is of fp32), each as its own project does it:
 
     transformers        GPT2LMHeadModel, torch.compile, autocast; head tied to the embedding
     nanoGPT's recipe    its layout (no biases, exact GELU, tied), torch.compile, autocast, fused AdamW in two groups
     litgpt              its GPT with a GPT-2's sizes (rotary positions, untied), torch.compile, autocast, fused AdamW
-    the book, optimised GPTModelFast, weights and AdamW's state in bf16, torch.compile, fused AdamW; untied
+    the book, optimised GPTModelFast, weights and AdamW's state in that dtype, torch.compile, fused AdamW; untied
     the book, baseline  GPTModel, fp32, eager, AdamW; untied
     onym               what onym train does, with the guard on loss and gradient; tied and untied
 
-The products alone: each shape of a step, forward and backward, multiplied in bf16 into memory that is there already, in this
+The products alone: each shape of a step, forward and backward, multiplied into memory that is there already, in this
 process, in the same rounds.
 """
 
@@ -33,12 +33,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from _measure import ask, keep
+from _measure import ask, compute_dtype, keep, rounds
 
 SHAPE = {"vocab_size": 50304, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
 BATCH = 8
 TOKENS = BATCH * SHAPE["context_length"]
 LEARNING_RATE = 3e-4
+DTYPE = compute_dtype()
 Step = Callable[[Tensor, Tensor], float]
 
 
@@ -46,7 +47,7 @@ def _torch_step(
     model: torch.nn.Module, logits: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, autocast: bool = True
 ) -> Step:
     def step(inputs: Tensor, targets: Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and DTYPE is torch.bfloat16):
             loss = F.cross_entropy(logits(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -103,7 +104,7 @@ def litgpt() -> Step:
 def book_optimised() -> Step:
     from llms_from_scratch.ch04 import GPTModelFast
 
-    model = GPTModelFast({**SHAPE, "drop_rate": 0.0, "qkv_bias": False}).to(torch.bfloat16)
+    model = GPTModelFast({**SHAPE, "drop_rate": 0.0, "qkv_bias": False}).to(DTYPE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     return _torch_step(model, torch.compile(model), optimizer, autocast=False)
 
@@ -123,7 +124,7 @@ def onym(tied: bool) -> Step:
     from onym.train.precision import choose_compute
     from onym.train.step import Stepper
 
-    compute = choose_compute("cpu", "bf16")
+    compute = choose_compute("cpu", "auto")
     compute.set_deterministic(False)
     model = GPT(GPTConfig(**SHAPE, tie_embeddings=tied))
     stepper = Stepper(model, OptimizationOptions(learning_rate=LEARNING_RATE), compute)
@@ -152,19 +153,19 @@ def products() -> Callable[[], float]:
     heads, time_, size = BATCH * SHAPE["n_heads"], SHAPE["context_length"], width // SHAPE["n_heads"]
     runs: list[tuple[int, Callable[[], object]]] = []
 
-    def bf16(*shape: int) -> Tensor:
-        return torch.randn(shape).to(torch.bfloat16)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(DTYPE)
 
     def add(times: int, a: Tensor, b: Tensor) -> None:
         out = (a @ b).clone()
         runs.append((times, lambda: torch.matmul(a, b, out=out)))
 
     for (inputs, outputs), times in kinds.items():
-        x, w, g = bf16(TOKENS, inputs), bf16(outputs, inputs), bf16(TOKENS, outputs)
+        x, w, g = random(TOKENS, inputs), random(outputs, inputs), random(TOKENS, outputs)
         add(times, x, w.t())
         add(times, g, w)
         add(times, g.t(), x)
-    square, long = bf16(heads, time_, time_), bf16(heads, time_, size)
+    square, long = random(heads, time_, time_), random(heads, time_, size)
     add(2 * layers, long, long.transpose(1, 2))  # scores; the gradient of the weights
     add(4 * layers, square, long)  # values; the gradients of values, queries and keys
 
@@ -226,7 +227,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in children}
     peaks: dict[str, float] = {}
     alone: list[float] = []
-    for number in range(given.rounds):
+    for number in rounds(given.rounds):
         for name in list(children) if number % 2 == 0 else list(reversed(children)):
             answer = ask(children[name], given.steps)
             seconds[name] += answer["seconds"]
@@ -242,7 +243,8 @@ def main() -> None:
         spread = f"({min(seconds[name]):.2f} .. {max(seconds[name]):.2f} s)"
         share = f"{limit / median:4.0%} of the limit"
         print(f"{name:<22} {TOKENS / median:7,.0f} tokens/s  {spread}  {share}  {peaks[name]:6,.0f} MiB")
-    results = {"shape": SHAPE, "batch": BATCH, "seconds": seconds, "products_alone": alone, "peak_mib": peaks}
+    results = {"dtype": str(DTYPE), "shape": SHAPE, "batch": BATCH, "seconds": seconds}
+    results |= {"products_alone": alone, "peak_mib": peaks}
     tokens_per_second = {name: round(TOKENS / median, 1) for name, median in medians.items()}
     keep("training", {**results, "tokens_per_second": tokens_per_second, "share_of_limit": limit / medians[given.only[0]]})
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _measure import keep, table
+from _measure import keep, rounds, table
 
 TARGET = 1 / 5
 CHILD = """
@@ -70,7 +70,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}
     compiling: dict[str, list[float]] = {"cold": [], "warm": []}
     losses = set()
-    for _ in range(given.rounds):
+    for _ in rounds(given.rounds):
         with tempfile.TemporaryDirectory() as place:
             for name in seconds:
                 whole, compiled, found, made, loss = start(Path(place), arguments)
