@@ -164,7 +164,9 @@ def prune(
         path = step_folder(directory, successor)
         verify(path) if verify is not None else read_checkpoint(path).verify()
     except CheckpointError as error:
-        raise StorageError(f"Step {successor} was written and does not read back: {error} Earlier steps were kept.") from error
+        raise StorageError(
+            f"Step {successor} was written and does not read back: {error} Earlier steps were not deleted."
+        ) from error
     pinned = set(pins(directory).values())  # somebody may have pinned one meanwhile
     superfluous = [step for step in superfluous if step not in pinned]
     gone = [step for step in superfluous if storage_of(directory).remove_folder(step_folder(directory, step), MANIFEST)]

@@ -1,1 +1,1 @@
-"""Where state is kept: written whole or not at all, and checked before it is used."""
+"""What the bytes of a checkpoint mean: written completely or not at all, and verified before they are used."""

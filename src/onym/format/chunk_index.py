@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from onym.errors import CheckpointError
 from onym.format.layout import MOST_COMPARED, Layout, Shard, shard_file, shard_name
-from onym.format.manifest import MODEL, FileEntry, Manifest, are_counts, parse_json
+from onym.format.manifest import MODEL, FileEntry, Manifest, are_counts, malformed_is_damaged, parse_json
 from onym.state.chunks import Chunk, Shape
 
 CHUNKS = "chunks.json"
@@ -79,9 +79,8 @@ class ChunkIndex:
         Raises:
             CheckpointError: a shard is in none of the files, or the chunks of a tensor do not cover it.
         """
-        what = f"'{source}' is damaged"
         values = parse_json(text, f"'{source}'")
-        try:
+        with malformed_is_damaged(f"'{source}'"):
             layouts = [Layout(tuple(_shard(*entry) for entry in entries)) for entries in values["layouts"]]
             tensors = {
                 file: {name: _sharded_tensor(entry, layouts) for name, entry in entries.items()}
@@ -92,15 +91,11 @@ class ChunkIndex:
                 if len(set(aliases)) != len(aliases) or not entries.keys().isdisjoint(aliases):
                     raise ValueError("a tensor has a name that is another's")
             index = cls(tensors, dict(values["objects"]), str(values["prefix"]), dict(values["paths"]))
-            index.require_complete(what)
+            index.require_complete(f"'{source}' is damaged")
             missing = next((file for file in index.files if file not in manifest.files), None)
             if missing is not None:
                 raise ValueError(f"it has chunks in {missing!r}, which is missing")
             return index
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{what} ({type(error).__name__}: {error}).") from error
 
     def require_complete(self, what: str) -> None:
         """Check that the chunks of each tensor cover it, and that no two shards have one name.

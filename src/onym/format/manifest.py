@@ -161,6 +161,17 @@ def parse_json(text: str | bytes, what: str) -> Any:
         raise CheckpointError(f"{what} is damaged: it is no JSON ({type(error).__name__}).") from error
 
 
+@contextmanager
+def malformed_is_damaged(what: str) -> Iterator[None]:
+    """Raise CheckpointError for whatever JSON of another structure makes Python raise."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise CheckpointError(f"{what} is damaged ({type(error).__name__}: {error}).") from error
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of a folder. A folder without a manifest is not a checkpoint."""
@@ -223,7 +234,7 @@ class Manifest:
         """
         what = f"The manifest '{source}'"
         values = parse_json(text, what)
-        try:
+        with malformed_is_damaged(what):
             if values["format"] != FORMAT:
                 raise CheckpointError(f"'{source}' is not the manifest of an Onym checkpoint.")
             _require_version(values["version"], what)
@@ -240,10 +251,6 @@ class Manifest:
                 provenance=dict(values["provenance"]),
                 identity=str(values["identity"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{what} is damaged ({type(error).__name__}: {error}).") from error
 
 
 @dataclass(frozen=True)
@@ -274,16 +281,12 @@ class Header:
         """Read what :meth:`to_json` wrote."""
         what = f"What Onym wrote into the header of '{source}'"
         values = parse_json(text, what)
-        try:
+        with malformed_is_damaged(what):
             _require_version(values["version"], what)
             require_seal(text, what)
             tensors = {name: _tensor_entry(entry) for name, entry in values["tensors"].items()}
             architecture, config = _optional(values["architecture"], str), _optional(values["config"], dict)
             return cls(tensors, architecture, config, str(values["identity"]), dict(values["provenance"]))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{what} is damaged ({error}).") from error
 
 
 def is_text(text: str) -> bool:

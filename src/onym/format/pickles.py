@@ -66,7 +66,7 @@ def named_in(file: BinaryIO, pickles: int) -> list[str]:
                 last = argument if isinstance(argument, str) else ""
                 if last:
                     words.append(last)
-    except Exception:  # it need not even be a whole pickle
+    except Exception:  # it need not even be a complete pickle
         pass
     return sorted(found)
 

@@ -158,7 +158,7 @@ def parse_header(text: bytes, size: int, path: object) -> tuple[dict[str, Placed
         path: for messages.
 
     Raises:
-        CheckpointError: it is no header, or its tensors do not lie one behind the other from the first byte to the last.
+        CheckpointError: it is no header, or its tensors do not follow each other from the first byte to the last.
     """
     header = parse_json(text, f"The header of '{path}'")
     if not isinstance(header, dict):
