@@ -5,7 +5,7 @@
 #   make prove   the proofs in full: thousands of random models, a kill at every system call, every flipped bit, runs killed 50 times
 #   make bench   every benchmark, against the real peers in the same run
 #   make docs    the site, in site/
-#   make reference  docs/options.md, from the options in the code
+#   make reference  docs/options.md and docs/modules.md, from the code
 #   make venv    the installation alone: .venv/bin/onym and .venv/bin/python
 
 PYTHON ?= python3
@@ -51,7 +51,7 @@ docs: venv
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 reference: $(BASE)
-	$(VENV)/bin/python -m onym.cli.reference > docs/options.md
+	$(VENV)/bin/python docs/reference.py
 
 format: venv
 	$(VENV)/bin/ruff check --fix

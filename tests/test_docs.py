@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,8 +45,31 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert target.startswith("https://") or (document.parent / target).exists(), target
 
 
-def test_the_architecture_names_every_module() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    for folder in ("naming", "state", "store", "interop", "models", "data", "generation"):
-        for module in (ROOT / "src" / "onym" / folder).glob("*.py"):
-            assert module.name in text or module.name == "__init__.py", f"{folder}/{module.name}"
+def test_generated_pages_are_those_of_the_code() -> None:
+    for name, page in runpy.run_path(str(ROOT / "docs/reference.py"))["PAGES"].items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page(), "make reference writes it anew"
+
+
+def test_the_modules_page_has_every_module() -> None:
+    text = (ROOT / "docs/modules.md").read_text(encoding="utf-8")
+    for path in (ROOT / "src/onym").rglob("*/*.py"):
+        assert path.name == "__init__.py" or f"| `{path.name}` |" in text, path
+        assert path.name == "__init__.py" or f"## {path.parent.relative_to(ROOT / 'src/onym').as_posix()}/" in text, path
+
+
+def test_no_file_is_longer_than_500_lines() -> None:
+    assert [path for path in (ROOT / "src").rglob("*.py") if len(path.read_text(encoding="utf-8").splitlines()) > 500] == []
+
+
+def test_the_former_name_is_in_the_changelog_alone() -> None:
+    """It belongs to another project: 'pip install' with it would install a stranger's package."""
+    former = "".join(("ori", "go"))
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    lines = [
+        (name, line)
+        for name in tracked.split("\0")
+        if name and (ROOT / name).is_file()
+        for line in (ROOT / name).read_text(encoding="utf-8", errors="ignore").splitlines()
+        if former in line.lower()
+    ]
+    assert [name for name, _ in lines] == ["CHANGELOG.md"] * (1 if tracked else 0)

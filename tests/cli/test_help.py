@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from onym.cli.arguments import COMMANDS, TOOLS
-from onym.cli.reference import reference
 from tests.conftest import Run
 
 
@@ -34,11 +33,6 @@ def test_every_option_is_explained(onym_process: Run, command: str) -> None:
         if line.startswith("--"):
             explanation = line.partition("  ")[2].strip() or lines[index + 1]
             assert len(explanation) > 10, line
-
-
-def test_the_option_reference_is_that_of_the_code() -> None:
-    page = Path(__file__).parents[2] / "docs" / "options.md"
-    assert page.read_text(encoding="utf-8") == reference(), "make reference writes it anew"
 
 
 def test_a_command_that_moved_is_named(onym: Run) -> None:
