@@ -200,8 +200,8 @@ def test_a_run_that_is_stopped_with_spoilt_weights_goes_on_from_the_checkpoint_b
     spoiled(33, stop_in=35)
     stopped = onym("train", "--data", book, *RUN)
     assert stopped.returncode == 143, stopped.stdout + stopped.stderr
-    assert "Stopped after step 36 (SIGTERM); its weights are not finite, so it was not kept" in stopped.stdout
-    assert "goes on from the one before, 'runs/book/checkpoints/step-000000020'" in stopped.stdout
+    assert "Stopped after step 36 (SIGTERM); its weights are non-finite, so they were not saved" in stopped.stdout
+    assert "continues from the one before, 'runs/book/checkpoints/step-000000020'" in stopped.stdout
     done = onym("train", "--data", book, *RUN)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Continuing after step 20 of 60" in done.stdout
@@ -214,7 +214,7 @@ def test_stopped_with_spoilt_weights_before_anything_was_kept_it_begins_anew(
     spoiled(3, stop_in=5)
     stopped = onym("train", "--data", book, *EAGER, "--steps", 8)
     assert stopped.returncode == 143, stopped.stdout + stopped.stderr
-    assert "The same command goes on from the beginning" in stopped.stdout
+    assert "The same command continues from the beginning" in stopped.stdout
     assert onym("train", "--data", book, *EAGER, "--steps", 8).returncode == 0
 
 

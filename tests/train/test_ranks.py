@@ -96,7 +96,7 @@ def test_a_signal_to_any_of_them_stops_all_and_keeps_the_step(
     os.kill(workers(process.pid)[1], number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == code, error
-    stopped = re.search(r"Stopped after step (\d+) \((.*?)\); all of it is kept", out)
+    stopped = re.search(r"Stopped after step (\d+) \((.*?)\); everything is saved", out)
     assert stopped, out
     assert (tmp_path / f"runs/x/checkpoints/step-{int(stopped[1]):09d}/manifest.json").exists()
 
@@ -110,7 +110,7 @@ def test_ctrl_c_in_the_terminal_reaches_each_once(book: Path, tmp_path: Path, en
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert error.count("Finishing the step and saving it") == 1
-    assert "all of it is kept" in out
+    assert "everything is saved" in out
 
 
 @needs_proc

@@ -33,7 +33,7 @@ def test_a_signal_keeps_the_step_and_the_same_command_continues(
     out, _ = process.communicate()
     assert process.returncode == code, out
     last = steps(run / "checkpoints")[-1]
-    assert f"Stopped after step {last} ({'Ctrl-C' if code == 130 else number.name}); all of it is kept" in out.decode()
+    assert f"Stopped after step {last} ({'Ctrl-C' if code == 130 else number.name}); everything is saved" in out.decode()
     assert "The same command continues" in out.decode()
     assert onym("verify", run).returncode == 0
     done = onym("train", "--data", book, "--steps", last + 3)
@@ -82,7 +82,7 @@ def test_the_time_limit_stops_a_run_that_the_same_command_continues(onym: Run, b
         done = onym(*command)
         assert done.returncode == 75, done.stdout + done.stderr
         reached.append(steps(tmp_path / "runs/book/checkpoints")[-1])
-        assert f"Stopped after step {reached[-1]} (the --time-limit is reached); all of it is kept" in done.stdout
+        assert f"Stopped after step {reached[-1]} (the --time-limit is reached); everything is saved" in done.stdout
     assert reached[0] < reached[1]
 
 
