@@ -372,7 +372,7 @@ def test_what_cannot_be_kept_is_named_and_nothing_is_written(tmp_path: Path) -> 
         ({"model": other, "optimizer": optimizer}, "'optimizer' belong to none of the models given"),
         ({"model": model, "a/b": 1}, "'a/b' cannot name a part"),
         ({"model": model, "rng": 1}, "'rng' cannot name a part"),
-        ({"model": model, "f": print}, "f is a builtin_function_or_method, which cannot be kept"),
+        ({"model": model, "f": print}, "f is a builtin_function_or_method, which cannot be saved"),
         ([model], "save takes a dict"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=says):

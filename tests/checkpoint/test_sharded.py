@@ -215,7 +215,7 @@ if what == "alone":   # where one of them fails, or has something of its own, no
     checkpointer = onym.Checkpointer(folder, keep_last=1)
     checkpointer.save(1, state, {"loss": 1.0} if rank == 0 else {"loss": None})   # the first one's are kept
     failing(lambda: checkpointer.save(2 + rank, state), "different steps")
-    failing(lambda: checkpointer.save(2, {**state, "own": object() if rank else 1}), "cannot be kept")
+    failing(lambda: checkpointer.save(2, {**state, "own": object() if rank else 1}), "cannot be saved")
     failing(lambda: checkpointer.restore({**state, "progress": [] if rank else {}}), "was given to be filled")
     named = nn.Linear(3, 4)
     named.register_buffer("weight[0:2,0:3]", torch.full((2, 3), 7.0))
@@ -476,7 +476,7 @@ def test_killed_at_any_point_of_a_save(
     until = time.monotonic() + 60
     out = watched.read()
     assert processes[1 - victim].wait(timeout=max(1.0, until - time.monotonic())) in (7, 8), out
-    told = re.search(r"step-(\d+)' was (not )?kept", out)
+    told = re.search(r"step-(\d+)' was (not )?saved", out)
     assert told or "collective" in out, out
     kept = onym.Checkpointer(run).steps
     assert kept

@@ -289,7 +289,7 @@ def test_two_writers_of_one_file_leave_one_of_theirs(tmp_path: Path) -> None:
 _MANY_STEPS = """
 import sys, torch
 sys.path.insert(0, sys.argv[3])
-from tests.format.test_concurrent import training
+from tests.storage.test_concurrent import training
 from onym import Checkpointer
 with Checkpointer(sys.argv[1], keep_last=1) as checkpointer:
     for step in range(1, int(sys.argv[2]) + 1):
