@@ -7,12 +7,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from onym.generate.sampling import Sampling
 from onym.train.options import DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
+
+
+def _arg(metavar: str | None = None, default: str = "", purpose: str | None = None) -> Any:
+    """An option's metavar, the words that stand for its default, and its purpose where several commands have it."""
+    hint = f"(default: {default})" if default else ""
+    return tyro.conf.arg(metavar=metavar, help=purpose, help_behavior_hint=hint)
+
+
+_Path = Annotated[Positional[str], _arg("PATH")]
+_Json = Annotated[bool, _arg(purpose="Print one JSON object instead.")]
+_Heads = Annotated[int | None, _arg("INT", "heads of size 64", "Attention heads, where the file does not say.")]
+_Part = Annotated[str | None, _arg("NAME", "the model", "Of a file with several models, which: state_dict_ema, say.")]
+_Step = Annotated[
+    str, _arg("N|NAME", "the newest good one", "Of a run, which step: its number, or the name it is pinned under.")
+]
+_Int = Annotated[int | None, _arg("INT", "the preset's")]
+_Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU.")]
 
 
 @dataclass(frozen=True)
@@ -27,8 +45,8 @@ class TrainArguments:
     model: ModelOptions
     optimization: OptimizationOptions
     run: RunOptions
-    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml", help_behavior_hint="(default: none)")] = None
-    """A TOML file with any of these options; what is given on the command line goes before it."""
+    config: Annotated[Path | None, _arg("FILE.toml", "none")] = None
+    """A TOML file with any of these options; the command line overrides it."""
 
     @property
     def options(self) -> TrainOptions:
@@ -39,140 +57,122 @@ class TrainArguments:
 class GenerateArguments:
     """Continue a text with a trained GPT, token by token as they come."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
+    model: Annotated[Positional[str], _arg("MODEL")]
     """A run, a checkpoint, a file or folder; also another program's GPT-2: model.pth, ckpt.pt, a folder of transformers."""
-    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none, a new document)")] = ""
+    prompt: Annotated[str, _arg(default="none, a new document")] = ""
     """The text to continue."""
     max_new_tokens: int = 200
     """Tokens to write at the most."""
     sampling: Sampling = field(default_factory=Sampling)
-    seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: another text each time)")] = None
+    seed: Annotated[int | None, _arg("INT", "another text each time")] = None
     """For the same text again."""
-    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: the newest good one)")] = "latest"
-    """Of a run, which step: its number, or the name it is pinned under."""
-    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME", help_behavior_hint="")] = None
+    step: _Step = "latest"
+    tokenizer: Annotated[str | None, _arg("FILE|NAME")] = None
     """A tokenizer.json or hub name, where the model's folder holds none."""
-    part: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model)")] = None
-    """Of a file with several models, which."""
-    n_heads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: heads of size 64)")] = None
-    """Attention heads, where the file does not say."""
-    device: str = "cpu"
-    """cpu, cuda, mps, or auto."""
+    part: _Part = None
+    n_heads: _Heads = None
+    device: _Device = "cpu"
 
 
 @dataclass(frozen=True)
 class RunsArguments:
     """List runs, the newest first; with --plot, draw their losses into one picture too."""
 
-    runs: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[FOLDER|RUN ...]", help_behavior_hint="(default: runs)")
-    ] = ()
+    runs: Annotated[Positional[tuple[str, ...]], _arg("[FOLDER|RUN ...]", "runs")] = ()
     """Folders of runs, single runs, or names of runs in runs/."""
-    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    plot: Annotated[Path | None, _arg("FILE")] = None
     """Draw the losses of these runs into this picture: .png, .svg or .pdf."""
     x: Literal["steps", "tokens", "seconds"] = "tokens"
     """With --plot, what the losses are drawn over."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Print one JSON object instead of a table."""
+    json: _Json = False
 
 
 @dataclass(frozen=True)
 class InspectArguments:
-    """Say what a file or folder is: a run, a checkpoint, a model folder, a .safetensors or .pth file. Reads headers only."""
+    """Print what a file or folder is: a run, a checkpoint, a model folder, a .safetensors or .pth file. Reads headers only."""
 
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+    path: _Path
     """A path, or a remote one (s3://…)."""
-    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: the run's list of steps)")] = ""
+    step: Annotated[str, _arg("N|NAME", "the run's list of steps")] = ""
     """Of a run, one step: its number, the name it is pinned under, or latest."""
-    part: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model)")] = None
-    """Of a file with several models, which."""
-    json: bool = False
-    """One JSON object instead."""
+    part: _Part = None
+    json: _Json = False
 
 
 @dataclass(frozen=True)
 class VerifyArguments:
     """Read every byte and check it: of a run, all its steps. Exit code 1 and a list where something is damaged."""
 
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+    path: _Path
     """A run, a checkpoint, a model folder or a file; also a remote one (s3://…)."""
-    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: all)")] = ""
+    step: Annotated[str, _arg("N|NAME", "all")] = ""
     """Of a run, one step alone."""
-    json: bool = False
-    """One JSON object instead."""
+    json: _Json = False
 
 
 @dataclass(frozen=True)
 class DiffArguments:
     """Compare two models: equal weights, or which names, shapes, dtypes and values differ. Exit code 1 where they do."""
 
-    a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A", help_behavior_hint="")]
+    a: Annotated[Positional[str], _arg("A")]
     """A run, a checkpoint, a model folder or a file."""
-    b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B", help_behavior_hint="")]
+    b: Annotated[Positional[str], _arg("B")]
     """What it is compared with."""
-    step_a: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: latest)")] = "latest"
-    """Where A is a run, which step."""
-    step_b: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: latest)")] = "latest"
-    """Where B is a run, which step."""
-    json: bool = False
-    """One JSON object instead."""
+    step_a: _Step = "latest"
+    step_b: _Step = "latest"
+    json: _Json = False
 
 
 @dataclass(frozen=True)
 class ConvertArguments:
     """Write a checkpoint in another layout, read the result back, and compare every tensor. Nothing is replaced."""
 
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC", help_behavior_hint="")]
+    source: Annotated[Positional[str], _arg("SRC")]
     """A run, a checkpoint, or anything of another program's: model.pth, ckpt.pt, a folder of transformers …"""
-    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DST]", help_behavior_hint="")] = ""
+    destination: Annotated[Positional[str], _arg("[DST]")] = ""
     """A new file or folder; none with --in-place."""
     in_place: bool = False
     """Repair SRC itself: names that wrappers changed (_orig_mod. and the like), or an index that does not match its files. The
     old file stays beside it until the new one is verified."""
-    to: Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="(default: by the ending of DST)")] = None
+    to: Annotated[str | None, _arg("FORMAT", "by the ending of DST")] = None
     """huggingface, nanogpt, book, book-fast; safetensors and pth leave the source's names; onym is a model folder."""
-    part: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model)")] = None
-    """Of a file with several models, which: state_dict_ema, say."""
-    step: Annotated[str, tyro.conf.arg(metavar="N|NAME", help_behavior_hint="(default: the newest good one)")] = "latest"
-    """Of a run, which step."""
-    n_heads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: heads of size 64)")] = None
-    """Attention heads, where the source does not say."""
-    vocab_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: as it is)")] = None
-    """Leave out the rows of the vocabulary from here on: 50257 takes the padding off a 50304."""
-    shard_size: Annotated[str | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="(default: one file)")] = None
+    part: _Part = None
+    step: _Step = "latest"
+    n_heads: _Heads = None
+    vocab_size: Annotated[int | None, _arg("INT", "as it is")] = None
+    """Drop the rows of the vocabulary from here on: 50257 takes the padding off a 50304."""
+    shard_size: Annotated[str | None, _arg("SIZE", "one file")] = None
     """Several .safetensors files of at most this size with an index: 5GB, say."""
-    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME", help_behavior_hint="(default: the source's)")] = None
-    """A tokenizer.json or hub name to put beside the weights."""
-    drop: Annotated[str, tyro.conf.arg(metavar="WORD,…", help_behavior_hint="(default: refuse)")] = ""
-    """What to do without that DST cannot hold, by the words that the refusal says."""
+    tokenizer: Annotated[str | None, _arg("FILE|NAME", "the source's")] = None
+    """A tokenizer.json or hub name to write beside the weights."""
+    drop: Annotated[str, _arg("WORD,…", "refuse")] = ""
+    """What DST cannot hold and may be dropped, by the words of the refusal."""
     dry_run: bool = False
-    """Say what would be done, and write nothing."""
-    json: bool = False
-    """One JSON object instead."""
+    """Print what would be done, and write nothing."""
+    json: _Json = False
 
 
 @dataclass(frozen=True)
 class PruneArguments:
     """Delete the checkpoints of a run that need not stay, once the newest was read back; or pin one so that it stays."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+    run: Annotated[Positional[str], _arg("RUN")]
     """The run, or the folder with its steps."""
-    keep_last: Annotated[int, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 3)")] = 3
+    keep_last: Annotated[int, _arg("N", "3")] = 3
     """How many of the newest stay."""
-    keep_every: Annotated[int, tyro.conf.arg(metavar="K", help_behavior_hint="(default: none)")] = 0
+    keep_every: Annotated[int, _arg("K", "none")] = 0
     """Those stay whose step is a multiple of this."""
-    keep_best: Annotated[str, tyro.conf.arg(metavar="METRIC[:max]", help_behavior_hint="(default: none)")] = ""
+    keep_best: Annotated[str, _arg("METRIC[:max]", "none")] = ""
     """The one with the lowest value of a metric stays, or with :max the highest."""
     dry_run: bool = False
-    """Only say what would be deleted, and why the others stay."""
-    pin: Annotated[int, tyro.conf.arg(metavar="STEP", help_behavior_hint="")] = -1
+    """Only print what would be deleted, and why the others stay."""
+    pin: Annotated[int, _arg("STEP")] = -1
     """Never delete this step; --as gives it a name. Nothing is deleted now."""
     as_: Annotated[str, tyro.conf.arg(name="as", metavar="NAME", help_behavior_hint="")] = ""
     """The name for --pin; the step is found by it, as in onym generate RUN --step NAME."""
-    unpin: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Take a pin away; nothing is deleted."""
-    json: bool = False
-    """One JSON object instead."""
+    unpin: Annotated[str, _arg("NAME")] = ""
+    """Remove a pin; nothing is deleted."""
+    json: _Json = False
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,10 @@ class DoctorArguments:
     """Folder of all runs, as for train."""
     cache_dir: Path = field(default_factory=lambda: DataOptions().cache_dir)
     """Where tokenised text is cached, as for train."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
-    quick: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Leave out what takes longer than a second or so: trying torch.compile, and all but a glance at the disks."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """One JSON object instead."""
-
-
-_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")]
+    device: _Device = "auto"
+    quick: Annotated[bool, _arg()] = False
+    """Skip what takes longer than a second or so: trying torch.compile, and all but a glance at the disks."""
+    json: _Json = False
 
 
 @dataclass(frozen=True)
@@ -203,26 +198,21 @@ class LadderArguments:
     measured on an A100. Those that cannot apply here say why.
     """
 
-    preset: Annotated[
-        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: gpt2-small on a GPU, mini elsewhere)")
-    ] = None
+    preset: Annotated[str | None, _arg("NAME", "gpt2-small on a GPU, mini elsewhere")] = None
     """Shape of the model: nano, micro, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl."""
     context_length: _Int = None
     """Tokens in a sequence."""
     batch_size: int = 8
     """Sequences in a step; the rung with a larger batch takes four times as many."""
-    vocab_size: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: GPT-2's 50257; for mini without a GPU 12241)")
-    ] = None
+    vocab_size: Annotated[int | None, _arg("INT", "GPT-2's 50257; for mini without a GPU 12241")] = None
     """Rows of the embedding and of the head."""
     minutes: float = 8.0
-    """Within which it ends; less time makes noisier figures, or leaves rungs out."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto: a CUDA device where there is one, else the CPU."""
+    """Within which it ends; less time makes noisier figures, or skips rungs."""
+    device: _Device = "auto"
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("ladder")
-    """Where ladder.png and ladder.json are put."""
-    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """One JSON object instead of the table; how far it is goes to standard error."""
+    """Where ladder.png and ladder.json are written."""
+    json: Annotated[bool, _arg()] = False
+    """One JSON object instead of the table; progress goes to standard error."""
 
 
 @dataclass(frozen=True)
@@ -236,9 +226,9 @@ class CheckResumeArguments:
 
     kills: int = 5
     """How often the second run is killed, at most."""
-    kill_seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: another one each time)")] = None
+    kill_seed: Annotated[int | None, _arg("INT", "another one each time")] = None
     """Seed of the moments at which it is killed."""
-    folder: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: a temporary folder)")] = None
+    folder: Annotated[Path | None, _arg("FOLDER", "a temporary folder")] = None
     """Where both runs are written and stay; temporary ones are deleted if the runs are bitwise identical."""
 
 
@@ -246,16 +236,13 @@ class CheckResumeArguments:
 class CacheArguments:
     """List compiled code that is cached; move it to an equal machine (it is code), or delete it."""
 
-    action: Annotated[
-        tyro.conf.Positional[Literal["list", "export", "import", "clear"]], tyro.conf.arg(help_behavior_hint="(default: list)")
-    ] = "list"
+    action: Annotated[Positional[Literal["list", "export", "import", "clear"]], _arg(default="list")] = "list"
     """list what is there; export this machine's into a file; import such a file; clear all of it."""
-    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE.tar.gz", help_behavior_hint="")] = ""
+    file: Annotated[Positional[str], _arg("FILE.tar.gz")] = ""
     """The file to export into, or to import."""
     i_trust_it: bool = False
     """Import the file, which is code that will run with your rights."""
-    json: bool = False
-    """One JSON object instead."""
+    json: _Json = False
 
 
 COMMANDS: dict[str, type] = {

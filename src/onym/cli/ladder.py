@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from typing import Annotated
 
-import tyro
 from rich.console import Console
-from rich.table import Table
 
 from onym.cli.arguments import LadderArguments
 from onym.cli.report import print_json, print_table
@@ -25,8 +22,6 @@ from onym.units import format_clock, format_size
 _HEADINGS = ("rung", "tokens/s", "×", "total", "memory", "util", "A100", "×")
 _PAYS = 1.03  # a factor below it is within what a shared machine's noise can be
 
-_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")]
-
 
 def run(given: LadderArguments) -> int:
     """``onym tools ladder``."""
@@ -38,9 +33,8 @@ def run(given: LadderArguments) -> int:
     gpu = compute.device.type == "cuda"
     preset = given.preset or ("gpt2-small" if gpu else "mini")
     lowered = given.vocab_size is None and preset == "mini" and not gpu
-    shape = {"vocab_size": given.vocab_size or (CPU_VOCABULARY if lowered else BOOK_VOCABULARY)}
-    if given.vocab_size is not None:
-        shape["vocab_size"] = given.vocab_size
+    default_vocabulary = CPU_VOCABULARY if lowered else BOOK_VOCABULARY
+    shape = {"vocab_size": default_vocabulary if given.vocab_size is None else given.vocab_size}
     if given.context_length is not None:
         shape["context_length"] = given.context_length
     config = GPTConfig.preset(preset, **shape)
@@ -76,22 +70,8 @@ def run(given: LadderArguments) -> int:
 
 
 def _show(ladder: Ladder, given: LadderArguments, preset: str, display: Display) -> None:
-    rows = [_cells(figure) for figure in ladder.figures]
     display.note("")
-    if display.console.is_terminal:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for number, heading in enumerate(_HEADINGS):
-            table.add_column(heading, justify="right" if number else "left", no_wrap=True, style="dim" if number > 5 else "")
-        for row in rows:
-            table.add_row(*row)
-        display.console.print(table)
-    else:
-        widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
-        aligned = [
-            [cell.rjust(width) if number else cell for number, (cell, width) in enumerate(zip(row, widths, strict=True))]
-            for row in (_HEADINGS, *rows)
-        ]
-        print_table(aligned, indent="")
+    print_table([_HEADINGS, *map(_cells, ladder.figures)], indent="", numbers=True)
     display.note("")
     for figure in ladder.figures:
         if figure.reason:
@@ -110,24 +90,19 @@ def _show(ladder: Ladder, given: LadderArguments, preset: str, display: Display)
 
 
 def _cells(figure: Figure) -> tuple[str, ...]:
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     return (
         f"{figure.number:>2} {figure.title}",
-        _whole(figure.tokens_per_second),
-        _factor(figure.factor),
-        _factor(figure.total),
+        cell(figure.tokens_per_second, ",.0f"),
+        cell(figure.factor, ".2f"),
+        cell(figure.total, ".2f"),
         "-" if figure.memory_bytes is None else format_size(figure.memory_bytes),
-        "-" if figure.utilisation is None else f"{figure.utilisation:.0%}",
-        _whole(figure.a100_tokens_per_second),
-        _factor(figure.a100_factor),
+        cell(figure.utilisation, ".0%"),
+        cell(figure.a100_tokens_per_second, ",.0f"),
+        cell(figure.a100_factor, ".2f"),
     )
-
-
-def _whole(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
-
-
-def _factor(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _next_command(ladder: Ladder, given: LadderArguments, preset: str) -> str:

@@ -57,12 +57,16 @@ def print_heading(text: str, style: str = "bold") -> None:
     Display().note(shown(text), style=style)
 
 
-def print_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> None:
-    """Columns as wide as they have to be; nothing is cut off."""
+def print_table(rows: Sequence[Sequence[str]], indent: str = "  ", *, numbers: bool = False) -> None:
+    """Columns as wide as they have to be; nothing is cut off. ``numbers``: all but the first are aligned to the right."""
     cells = [[shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        print((indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip())
+        padded = [
+            cell.rjust(width) if numbers and number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print((indent + "  ".join(padded)).rstrip())
 
 
 def print_facts(facts: Mapping[str, str | None]) -> None:
