@@ -32,7 +32,18 @@ def main() -> None:
         for number in rounds(1 + given.rounds):  # the first one fills the caches
             for variant in list(VARIANTS) if number % 2 == 0 else list(reversed(VARIANTS)):
                 run = Path(name, f"{number}-{VARIANTS[variant]}")
-                command = [sys.executable, "-m", "onym", "train", "--preset", given.preset, "--compile", "whole"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "onym",
+                    "train",
+                    "--preset",
+                    given.preset,
+                    "--compile",
+                    "whole",
+                    "--optimizer",
+                    "adamw",
+                ]
                 command += ["--steps", str(given.steps + 10), "--save-every", str(VARIANTS[variant]), "--log-every", "10"]
                 command += ["--eval-every", "100000", "--eval-batches", "1", "--runs-dir", str(run.parent), "--name", run.name]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

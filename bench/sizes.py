@@ -42,7 +42,7 @@ def child(name: str) -> None:
     compute = choose_compute("cpu", "auto")
     compute.set_deterministic(False)
     model = GPT(config)
-    stepper = Stepper(model, OptimizationOptions(), compute)
+    stepper = Stepper(model, OptimizationOptions(optimizer="adamw"), compute)
     ids = torch.randint(VOCABULARY, (sequences, CONTEXT + 1))
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     prepare(stepper, batch, [sequences], "whole")

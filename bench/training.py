@@ -127,7 +127,7 @@ def onym(tied: bool) -> Step:
     compute = choose_compute("cpu", "auto")
     compute.set_deterministic(False)
     model = GPT(GPTConfig(**SHAPE, tie_embeddings=tied))
-    stepper = Stepper(model, OptimizationOptions(learning_rate=LEARNING_RATE), compute)
+    stepper = Stepper(model, OptimizationOptions(optimizer="adamw", learning_rate=LEARNING_RATE), compute)
     batch = (torch.zeros(BATCH, SHAPE["context_length"], dtype=torch.long),) * 2
     prepare(stepper, batch, [BATCH], "whole")
     steps = iter(range(10**9))

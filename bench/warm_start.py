@@ -34,7 +34,7 @@ compute = choose_compute("auto", "auto")
 compute.set_deterministic(False)
 torch.manual_seed(0)
 model = GPT(GPTConfig.preset(preset, vocab_size=vocab_size)).to(compute.device)
-stepper = Stepper(model, OptimizationOptions(), compute)
+stepper = Stepper(model, OptimizationOptions(optimizer="adamw"), compute)
 batch = torch.randint(0, vocab_size, (2, batch_size, model.config.context_length), device=compute.device).unbind()
 with warm_start(True, sys.exit) as warm:
     compilation, _ = prepare(stepper, batch, [batch_size], True)

@@ -18,6 +18,7 @@ from onym.gpt.formats import nanogpt
 from onym.gpt.gpt2 import GPT
 from onym.state.dtensor import distribute_like
 from onym.state.model import load_state_dict
+from onym.train.optimizer import with_recipe
 from onym.train.options import ModelOptions, TrainOptions, flag
 
 _POSITIONS = "pos_emb.weight"
@@ -106,9 +107,8 @@ def starting_point(options: TrainOptions) -> tuple[TrainOptions, InitFrom]:
                 f"{' or take a smaller one' if name == 'context_length' else ''}, or train without --from."
             )
     model = dataclasses.replace(given, **{name: value for name, value in shape.items() if name in known})
-    return dataclasses.replace(options, model=model), InitFrom(
-        checkpoint, shape["vocab_size"], _steps_done(options, checkpoint)
-    )
+    options = with_recipe(dataclasses.replace(options, model=model))
+    return options, InitFrom(checkpoint, shape["vocab_size"], _steps_done(options, checkpoint))
 
 
 def _steps_done(options: TrainOptions, checkpoint: Checkpoint) -> int:

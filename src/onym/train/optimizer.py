@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from onym.errors import ConfigError
 from onym.gpt.gpt2 import GPT
-from onym.state.dtensor import local
-from onym.train.options import OptimizationOptions
+from onym.state.dtensor import is_sharded, local
+from onym.train.options import OptimizationOptions, TrainOptions
+
+_PEAK_RATES = {"muon": 1e-2, "adamw": 3e-3}
+_PEAK_WIDTH = 128  # up to which the rates above hold: measured for 128 (Muon) and 256 (AdamW), see docs/performance.md
+
+
+def resolved(options: OptimizationOptions, width: int, *, muon: bool) -> OptimizationOptions:
+    """The options with the optimizer and the learning rate that a run uses, where they were not given.
+
+    Args:
+        width: of the model.
+        muon: whether ``auto`` may choose it: where weights are full, and training starts from the first weights.
+    """
+    kind = options.optimizer
+    if kind == "auto":
+        kind = "muon" if muon and hasattr(torch.optim, "Muon") else "adamw"
+    rate = options.learning_rate or _PEAK_RATES[kind] * min(1.0, _PEAK_WIDTH / width)
+    return replace(options, optimizer=kind, learning_rate=rate)
+
+
+def with_recipe(options: TrainOptions) -> TrainOptions:
+    """A run's options with its optimizer and learning rate, which are stored with it and hold when it is resumed."""
+    muon = options.run.parallel == "ddp" and options.model.start_from is None
+    width = options.model.config(vocab_size=1).emb_dim
+    return replace(options, optimization=resolved(options.optimization, width, muon=muon))
 
 
 def build_optimizers(model: GPT, options: OptimizationOptions) -> list[torch.optim.Optimizer]:
@@ -20,6 +45,8 @@ def build_optimizers(model: GPT, options: OptimizationOptions) -> list[torch.opt
         ConfigError: this torch has no Muon.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options = resolved(options, model.config.emb_dim, muon=not any(map(is_sharded, parameters)))
+    assert options.learning_rate is not None
     optimizers: list[torch.optim.Optimizer] = []
     if options.optimizer == "muon":
         if not hasattr(torch.optim, "Muon"):

@@ -24,7 +24,7 @@ _NOT_OF_THE_SHAPE = ("preset", "start_from")
 
 # How a value that may be left out is shown on the help page.
 _PRESETS = "(default: the preset's)"
-DEFAULT_STEPS = 1100
+DEFAULT_STEPS = 1000
 LENGTHS = ("steps", "epochs", "tokens")
 """The options that say how long to train, each in its own unit."""
 SIZES = ("batch_size", "tokens_per_step")
@@ -74,7 +74,7 @@ class DataOptions:
 class ModelOptions:
     """What to train. A value that is not given is the preset's."""
 
-    preset: str = "micro"
+    preset: str = "nano"
     """nano, micro, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl."""
     context_length: _PresetInt = None
     """Most tokens the model sees at once."""
@@ -127,10 +127,11 @@ class OptimizationOptions:
     """Tokens in a step, as 32k; the nearest whole number of sequences is taken."""
     micro_batch: Annotated[str, arg(metavar="INT|auto")] = "auto"
     """Sequences that go through the model at once; their gradients are accumulated. auto: as many as fit into memory."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the blocks' matrices, AdamW for the rest, at the same learning rate."""
-    learning_rate: float = 1.5e-3
-    """Peak learning rate."""
+    optimizer: Literal["auto", "muon", "adamw"] = "auto"
+    """muon: Muon for the blocks' matrices, AdamW for the rest, at the same learning rate. auto: muon, but adamw where weights
+    are sharded, where a run starts from other weights (--from), and where torch has no Muon (before 2.9)."""
+    learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by optimizer and width)")] = None
+    """Peak learning rate. The default is 1e-2 (muon) or 3e-3 (adamw) for models up to 128 wide, and falls as 1/width."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How it goes on after the warm-up. wsd: constant, and a linear decay at the end."""
     min_learning_rate: float = 0.1
@@ -160,7 +161,9 @@ class OptimizationOptions:
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(map(flag, given))} each say how long to train: give one of them.")
-        _require_positive(self, *(name for name in given if name != "tokens"), "batch_size", "learning_rate")
+        _require_positive(self, *(name for name in given if name != "tokens"), "batch_size")
+        if self.learning_rate is not None:
+            _require_positive(self, "learning_rate")
         _require_not_negative(self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed")
         _require_not_negative(self, "spike_sigma", "patience")
         for name in ("tokens", "tokens_per_step"):

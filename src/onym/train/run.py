@@ -16,6 +16,7 @@ from onym.train.distributed import LAUNCHER, DistContext, is_lost_connection, jo
 from onym.train.init_from import starting_point
 from onym.train.launch import leave_with_the_launcher
 from onym.train.loop import Outcome
+from onym.train.optimizer import with_recipe
 from onym.train.options import TrainOptions
 from onym.train.precision import choose_compute
 from onym.train.run_folder import FINISHED, RunFolder, require_same_run
@@ -31,6 +32,8 @@ def train(options: TrainOptions, display: Display) -> Outcome:
     """
     began = time.monotonic()
     leave_with_the_launcher()
+    if options.model.start_from is None:  # else the width is that of the weights
+        options = with_recipe(options)
     ranks, device = join(options.run.device, options.run.peer_timeout)
     folder = RunFolder(options.run_path, writes=ranks.is_rank0)
     display = display if ranks.is_rank0 else Display.silent()

@@ -32,9 +32,10 @@ class Schedule:
         >>> [round(Schedule(options, 100, 8, 128).learning_rate(step), 2) for step in (0, 9, 10, 55, 100)]
         [0.1, 1.0, 1.0, 0.55, 0.1]
         """
-        options = self.options
+        options, peak = self.options, self.options.learning_rate
+        assert peak is not None, "the optimizer's recipe has been chosen"
         if step < options.warmup_steps:
-            return options.learning_rate * (step + 1) / options.warmup_steps
+            return peak * (step + 1) / options.warmup_steps
         progress = min(1.0, (step - options.warmup_steps) / max(1, self.steps - options.warmup_steps))
         if options.schedule == "cosine":
             above = 0.5 * (1 + math.cos(math.pi * progress))
@@ -45,7 +46,7 @@ class Schedule:
             above = min(1.0, max(0.0, self.steps - step) / decay)
         else:
             above = 1.0
-        return options.learning_rate * (options.min_learning_rate + (1 - options.min_learning_rate) * above)
+        return peak * (options.min_learning_rate + (1 - options.min_learning_rate) * above)
 
     def micro_batches(self, given: str, processes: int = 1) -> list[int]:
         """The sizes of micro-batch to try, the largest first; each divides a rank's part of the batch.

@@ -199,14 +199,14 @@ def _onym_step(setting: Setting) -> Callable[[Batch, int], object]:
     compute = choose_compute(setting.device, "auto")
     compute.set_deterministic(False)
     model = GPT(setting.config).to(compute.device)
-    options = OptimizationOptions(batch_size=setting.batch_size)
+    options = OptimizationOptions(batch_size=setting.batch_size, optimizer="adamw")  # as the rungs below
     stepper = Stepper(model, options, compute)
 
     def moved(batch: Batch) -> Batch:
         return batch[0].to(compute.device), batch[1].to(compute.device)
 
     prepare(stepper, moved(_batches(setting)[0]), [setting.batch_size], "whole")
-    return lambda batch, number: stepper(moved(batch), options.learning_rate, number)
+    return lambda batch, number: stepper(moved(batch), 1e-3, number)
 
 
 def _peak_memory(device: torch.device) -> int:
