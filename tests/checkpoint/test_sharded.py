@@ -462,7 +462,7 @@ def test_one_whose_disk_is_slow_is_waited_for(launch: Launch, tmp_path: Path) ->
 def test_killed_at_any_point_of_a_save(
     start: Callable[..., list[subprocess.Popen[str]]], launch: Launch, tmp_path: Path, number: int
 ) -> None:
-    """SIGKILL of one: the others are told, whatever was kept before is whole, and the next run goes on from it."""
+    """SIGKILL of one: the others are told, whatever was kept before is whole, and the next run continues from it."""
     run = tmp_path / "run"
     processes = start(2, "forever", run)
     victim = number % 2

@@ -284,7 +284,7 @@ def test_latest_passes_over_damaged_steps_and_deletes_nothing(tmp_path: Path) ->
     assert [path.name for path, _ in found.skipped] == ["step-000000004", "step-000000003"]
     assert steps(tmp_path) == [1, 2, 3, 4]
 
-    write_steps(tmp_path, 4)  # training goes on and comes to the damaged step again
+    write_steps(tmp_path, 4)  # training continues and comes to the damaged step again
     assert (tmp_path / "aside-1-step-000000004" / MODEL).exists()
     assert find_checkpoint(tmp_path).checkpoint.tensor("a.weight")[0, 0] == 4
 

@@ -52,7 +52,7 @@ def test_a_spike_is_bad_and_a_new_level_is_not() -> None:
     off = SpikeDetector(0.0, CPU.device)
     assert not any(judge(off, value) for value in [*values, 9.0])
     higher = [judge(guard, value + 6) for value in values]
-    assert sum(higher) < TOO_MANY, "it has come to stay, so training goes on"
+    assert sum(higher) < TOO_MANY, "it has come to stay, so training continues"
     assert not any(higher[TOO_MANY:])
     assert not any(judge(SpikeDetector(8.0, CPU.device), 2.0) for _ in range(300)), "where nothing varies"
 
@@ -364,6 +364,6 @@ def test_memory_that_runs_out_in_mid_run_is_told_with_where_it_goes_on(
     done = onym("train", "--data", book, *RUN)
     assert done.returncode == 2
     assert "Out of memory after step 45: lower --micro-batch" in done.stderr
-    assert done.stderr.strip().splitlines()[-1].endswith("The same command goes on from step 40.")
+    assert done.stderr.strip().splitlines()[-1].endswith("The same command continues from step 40.")
     monkeypatch.undo()
     assert onym("train", "--data", book, *RUN).returncode == 0

@@ -218,7 +218,7 @@ def test_cut_for_good_both_end_and_each_says_why_once(
         (said,) = machines.of_onym(number)
         assert re.fullmatch(
             rf"onym: Process {number} lost its connection to another one, which has died, or did not answer within "
-            rf"--peer-timeout {PEER_TIMEOUT} \(Timed out waiting [^()]+\)\. The same command goes on from step {newest}\.",
+            rf"--peer-timeout {PEER_TIMEOUT} \(Timed out waiting [^()]+\)\. The same command continues from step {newest}\.",
             said,
         ), said
     # The one whose torchrun has ended; the other one's cannot ask who is there, and has not taken note of its worker's end.

@@ -116,10 +116,10 @@ def test_a_changed_text_is_accepted_once(onym: Run, book: Path, tmp_path: Path) 
     book.write_text(book.read_text() + "One more line.\n")
     refused = onym("train", "--name", "book", "--steps", 10)
     assert refused.returncode == 2
-    assert "or go on with --data-changed accept" in refused.stderr
+    assert "or continue with --data-changed accept" in refused.stderr
     accepted = onym("train", "--name", "book", "--steps", 10, "--data-changed", "accept")
     assert accepted.returncode == 0, accepted.stderr
-    assert "The text has changed; going on with the new one" in accepted.stdout
+    assert "The text has changed; continuing with the new one" in accepted.stdout
     book.write_text(book.read_text() + "And one more.\n")
     assert onym("train", "--name", "book", "--steps", 15).returncode == 2, "it was for that time"
 

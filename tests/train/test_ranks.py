@@ -77,7 +77,7 @@ def test_one_that_dies_ends_all_and_the_run_goes_on_bit_for_bit(
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert error.splitlines() == [
-        "onym: Process 1 of 2 was ended by SIGKILL, and the others with it. The same command goes on from the "
+        "onym: Process 1 of 2 was ended by SIGKILL, and the others with it. The same command continues from the "
         "newest checkpoint."
     ]
     assert onym_process(*command, "--name", "killed").returncode == 0

@@ -71,7 +71,7 @@ def test_a_library_that_fails_does_not_stop_training(
     monkeypatch.setattr(tracking._TensorBoard, "rows", fail)
     done = onym("train", "--data", book, *EAGER, "--steps", 12, "--track", "tensorboard")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("--track tensorboard failed, going on without: ConnectionError: no network") == 1
+    assert done.stdout.count("--track tensorboard failed, continuing without: ConnectionError: no network") == 1
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -233,7 +233,7 @@ class Checkpointer:
                 self._task.forget()
 
     def _staged(self, tensors: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
-        """The tensors to write: a copy if the training goes on meanwhile."""
+        """The tensors to write: a copy if the training continues meanwhile."""
         return self._staging.copy(tensors) if self._background else tensors
 
     def _start(self, progress: Progress, work: Callable[[], None]) -> None:

@@ -81,7 +81,7 @@ class StoreCoordinator:
 
     @property
     def given_up(self) -> bool:
-        """Whether rank 0 has decided while this one was still at work: then it need not go on."""
+        """Whether rank 0 has decided while this one was still at work: then it need not continue."""
         return self._given_up.is_set()
 
     def report(self, stage: str, value: Any = None, failure: BaseException | None = None) -> None:
@@ -208,7 +208,7 @@ class StoreCoordinator:
     def _fail(self, rank: int, failure: str) -> None:
         if self._failure is None:
             self._failure = failure if rank == 0 else f"On rank {rank}: {failure}"
-            self.decide(failure=self._failure)  # ranks that still write need not go on
+            self.decide(failure=self._failure)  # ranks that still write need not continue
 
     def _key(self, *parts: object) -> str:
         return "/".join(("onym", self._token, *map(str, parts)))

@@ -106,7 +106,7 @@ def write_step(
         if (pinned >= step or pinned in abandoned) and pinned in steps(directory):
             raise StorageError(
                 f"Step {pinned} is pinned as {name!r}, and to save step {step} in '{directory}' would put it aside: unpin it "
-                f"(onym prune --unpin {name}), or go on in another folder."
+                f"(onym prune --unpin {name}), or continue in another folder."
             )
     try:
         require_replaceable(path)

@@ -126,10 +126,10 @@ def continue_run(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if state.tokens != now.tokens:
         if trainer.options.run.data_changed == "refuse":
             raise RunError(
-                f"The text of the run '{trainer.folder.path}' has changed since it was started, so it cannot go on as it was: "
-                "bring the text back, start a new run under another --name, or go on with --data-changed accept."
+                f"The text of the run '{trainer.folder.path}' has changed since it was started, so it cannot continue as it was: "
+                "bring the text back, start a new run under another --name, or continue with --data-changed accept."
             )
-        trainer.display.warn("The text has changed; going on with the new one, as --data-changed says.")
+        trainer.display.warn("The text has changed; continuing with the new one, as --data-changed says.")
     for name, value in now.environment.items():
         if (before := state.environment.get(name)) != value:
             trainer.display.warn(f"Not bitwise identical to a run without the interruption: {name} was {before}, is {value}.")

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live block in a terminal, and lines that stay, in a pipe and in a log file."""
+"""What a person sees while a run continues: a live block in a terminal, and lines that stay, in a pipe and in a log file."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def trend(losses: Sequence[float], width: int = 16) -> str:
 
 
 class _Block:
-    """The live block; rendered anew at each refresh, so that times go on between two steps."""
+    """The live block; rendered anew at each refresh, so that times advance between two steps."""
 
     def __init__(self) -> None:
         self.status: TrainStatus | None = None
@@ -155,7 +155,7 @@ def _fitting(parts: list[str], width: int) -> list[str]:
 
 
 class _Console(Console):
-    """A console whose reader may go away, as with ``| head``: the run goes on without it."""
+    """A console whose reader may go away, as with ``| head``: the run continues without it."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

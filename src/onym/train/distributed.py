@@ -1,7 +1,7 @@
 """The processes of one training: how they meet, what they exchange, and how gradients are all-reduced.
 
 Each process has the model and its own sequences of a batch. No wrapper goes around the model: a hook of each parameter
-all-reduces its gradient as soon as the backward pass has made it, while the pass goes on. With the same batch on all ranks,
+all-reduces its gradient as soon as the backward pass has made it, while the pass continues. With the same batch on all ranks,
 loss, gradient and weights are bitwise identical everywhere, so only what comes from outside has to be exchanged: a signal, the
 clock, what the disk answered.
 

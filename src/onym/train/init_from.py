@@ -39,7 +39,7 @@ class InitFrom:
 
     vocab_size: int
     step: int = 0
-    """The steps that the other program did, where its optimizer comes along; the run goes on after them."""
+    """The steps that the other program did, where its optimizer comes along; the run continues after them."""
 
     def load_into(self, model: GPT) -> None:
         """Fill a new model. Of a longer context the first positions are taken, and of a padded vocabulary the tokens."""

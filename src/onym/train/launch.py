@@ -106,7 +106,7 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         rank, number = next(iter(dead.items()))
         raise RunError(
             f"Process {rank} of {len(processes)} was ended by {signal.Signals(number).name}, and the others with it. The same "
-            "command goes on from the newest checkpoint."
+            "command continues from the newest checkpoint."
         )
     return next((code for code in ended.values() if code), 0)
 

@@ -238,7 +238,7 @@ class TrainLog:
         try:
             use(self._tracker)
         except Exception as error:  # of a network, a disk, or its own
-            self._display.fail(f"--track {self._options.run.track} failed, going on without: {type(error).__name__}: {error}")
+            self._display.fail(f"--track {self._options.run.track} failed, continuing without: {type(error).__name__}: {error}")
             self._tracker = None
 
     def _try(self, write: Callable[[], None]) -> None:

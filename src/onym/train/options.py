@@ -133,7 +133,7 @@ class OptimizationOptions:
     learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by optimizer and width)")] = None
     """Peak learning rate. The default is 1e-2 (muon) or 3e-3 (adamw) for models up to 128 wide, and falls as 1/width."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """How it goes on after the warm-up. wsd: constant, and a linear decay at the end."""
+    """How it continues after the warm-up. wsd: constant, and a linear decay at the end."""
     min_learning_rate: float = 0.1
     """Where it ends, as a share of the peak."""
     warmup_steps: int = 50
@@ -209,7 +209,7 @@ class RunOptions:
     deterministic: bool = False
     """Use only algorithms that give the same bits each time on a GPU too, where it has faster ones that do not."""
     data_changed: Literal["refuse", "accept"] = "refuse"
-    """Whether a run may go on although its text is another one than before."""
+    """Whether a run may continue although its text is another one than before."""
     time_limit: Annotated[str | None, arg(metavar="TIME", help_behavior_hint="(default: none)")] = None
     """Stop, with everything saved, before this much time has passed, as 3h55m: for batch schedulers. Exit code 75."""
     track: Annotated[Literal["tensorboard", "wandb"] | None, arg(help_behavior_hint="(default: none)")] = None
@@ -290,7 +290,7 @@ class TrainOptions:
         return cls(**subjects)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """JSON values, by subject; the text by absolute paths, so that a run goes on from another folder too."""
+        """JSON values, by subject; the text by absolute paths, so that a run continues from another folder too."""
         values = dataclasses.asdict(self)
         values["data"]["data"] = [str(Path(entry).expanduser().absolute()) for entry in self.data.data]
         return {

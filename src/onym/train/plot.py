@@ -1,4 +1,4 @@
-"""Pictures of runs: loss.png, redrawn as a run goes on, and several runs beside each other."""
+"""Pictures of runs: loss.png, redrawn as a run continues, and several runs beside each other."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _train(
         if not is_out_of_memory(error) or not (steps := checkpointer.steps):
             raise
         raise RunError(
-            f"Out of memory after step {trainer.state.step}: {LESS_MEMORY}. The same command goes on from step {steps[-1]}."
+            f"Out of memory after step {trainer.state.step}: {LESS_MEMORY}. The same command continues from step {steps[-1]}."
         ) from error
     finally:
         trainer.batches.close()
@@ -141,7 +141,7 @@ def _as_reported(error: Exception, ranks: DistContext, checkpointer: Checkpointe
             return ReportedElsewhere()
         return RunError(
             f"Process {ranks.rank} lost its connection to another one, which has died, or did not answer within "
-            f"--peer-timeout {timeout_seconds} ({reason_of(error)}). The same command goes on {where}."
+            f"--peer-timeout {timeout_seconds} ({reason_of(error)}). The same command continues {where}."
         )
     if isinstance(error, OnymError):
         return error if ranks.reports_error() else ReportedElsewhere()

@@ -61,7 +61,7 @@ class _WeightsAndBiases:
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         import wandb  # type: ignore[import-not-found, unused-ignore]
 
-        known = folder / "wandb.id"  # by it the same run goes on there too
+        known = folder / "wandb.id"  # by it the same run continues there too
         number = known.read_text(encoding="utf-8").strip() if known.exists() else wandb.util.generate_id()
         known.write_text(number, encoding="utf-8")
         self._run = wandb.init(
