@@ -126,8 +126,8 @@ def continue_run(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if state.tokens != now.tokens:
         if trainer.options.run.data_changed == "refuse":
             raise RunError(
-                f"The text of the run '{trainer.folder.path}' has changed since it was started, so it cannot continue as it was: "
-                "bring the text back, start a new run under another --name, or continue with --data-changed accept."
+                f"The text of the run '{trainer.folder.path}' has changed since it was started, so it cannot continue as it "
+                "was: bring the text back, start a new run under another --name, or continue with --data-changed accept."
             )
         trainer.display.warn("The text has changed; continuing with the new one, as --data-changed says.")
     for name, value in now.environment.items():
