@@ -21,7 +21,7 @@ from onym.units import format_size, plural
 
 def run(given: DoctorArguments) -> int:
     """``onym tools doctor``."""
-    # With --json, standard output is for the object alone: in a terminal, how far it is goes to the other stream.
+    # With --json, standard output is for the object alone; a terminal shows progress on the other stream.
     display = Display(Console(stderr=True, quiet=not sys.stderr.isatty()) if given.json else None)
     machine = examine(given.runs_dir, given.cache_dir, given.device, display, quick=given.quick)
     diagnosis = diagnose(machine)
@@ -33,7 +33,7 @@ def run(given: DoctorArguments) -> int:
 
 
 def examine(runs_dir: Path, cache_dir: Path, device: str, display: Display, *, quick: bool) -> Machine:
-    """Find out everything.
+    """Measure everything.
 
     Raises:
         ConfigError: there is no such device, or a folder is a file.
@@ -46,12 +46,21 @@ def examine(runs_dir: Path, cache_dir: Path, device: str, display: Display, *, q
     cores = find.find_cores(limits)
     with display.activity("Matrix products") as activity:
         rates = find.matmul_rates(compute.device, quick=quick)
-        torch_has_another = not cores.usable <= cores.threads <= cores.most
-        faster = find.rate_with_threads(cores.usable) if torch_has_another and compute.device.type == "cpu" else None
+        on_cpu = compute.device.type == "cpu"
+        faster = None if cores.well_used or not on_cpu else find.rate_with_threads(cores.usable)
         copied = find.copy_speed(compute.device)
         activity.result = _rates(rates)
     compiler = find.find_compiler()
-    machine = Machine(
+    trial = None
+    if not quick:
+        precision, _ = choose_precision(rates)
+        if compiler.command is None and on_cpu:
+            trial = Trial(precision, False, "there is no C++ compiler")
+        else:
+            with display.activity("torch.compile") as activity:
+                trial = try_compiling(str(compute.device), precision)
+                activity.result = _tried(trial)
+    return Machine(
         device=str(compute.device),
         versions=find.find_versions(),
         cores=cores,
@@ -65,17 +74,8 @@ def examine(runs_dir: Path, cache_dir: Path, device: str, display: Display, *, q
         copied_per_second=copied,
         runs=runs,
         cache=cache,
-        trial=None,
+        trial=trial,
     )
-    precision, _ = choose_precision(machine)
-    if quick:
-        return machine
-    if compiler.command is None and compute.device.type == "cpu":
-        return Machine(**{**vars(machine), "trial": Trial(precision, False, "there is no C++ compiler")})
-    with display.activity("torch.compile") as activity:
-        trial = try_compiling(str(compute.device), precision)
-        activity.result = _tried(trial)
-    return Machine(**{**vars(machine), "trial": trial})
 
 
 def _print(machine: Machine, diagnosis: Diagnosis) -> None:
@@ -114,14 +114,11 @@ def _print(machine: Machine, diagnosis: Diagnosis) -> None:
 def _gpus(machine: Machine) -> str:
     if not machine.gpus:
         return "none" if machine.driver is None else f"one that torch cannot use (driver {machine.driver})"
-    documented = [
-        f", {gpu.documented_flops / 1e12:.0f} TFLOP/s documented" if gpu.documented_flops else "" for gpu in machine.gpus
-    ]
-    names_shown = [
-        f"{gpu.name} ({format_size(gpu.memory)}, {gpu.capability}{flops})"
-        for gpu, flops in zip(machine.gpus, documented, strict=True)
-    ]
-    return f"{', '.join(names_shown)}; driver {machine.driver or 'not names_shown'}, torch for CUDA {machine.versions.cuda}"
+    described = []
+    for gpu in machine.gpus:
+        flops = f", {gpu.documented_flops / 1e12:.0f} TFLOP/s documented" if gpu.documented_flops else ""
+        described.append(f"{gpu.name} ({format_size(gpu.memory)}, {gpu.capability}{flops})")
+    return f"{', '.join(described)}; driver {machine.driver or 'unknown'}, torch for CUDA {machine.versions.cuda}"
 
 
 def _rates(rates: dict[str, float]) -> str:

@@ -67,6 +67,11 @@ class Cores:
         """From how many threads on they are in each other's way."""
         return min(self.allowed, max(1, round(self.quota))) if self.quota is not None else self.allowed
 
+    @property
+    def well_used(self) -> bool:
+        """Whether torch computes with neither too few nor too many threads."""
+        return self.usable <= self.threads <= self.most
+
 
 @dataclass(frozen=True)
 class Memory:
