@@ -127,16 +127,19 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = _MEA
     def once() -> float:
         start = time.perf_counter()
         matrix @ matrix
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        elif device.type == "mps":
-            torch.mps.synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     ends, best = time.perf_counter() + seconds, once()
     while time.perf_counter() < ends:
         best = min(best, once())
     return 2.0 * _SIDE**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from onym import GPT, GPTConfig
 from onym.errors import ConfigError
 from onym.tools.ladder import ladder as module
 from onym.tools.ladder.ladder import RUNGS, Figure, Ladder, climb
-from onym.tools.ladder.model import LadderModel, Parts
+from onym.tools.ladder.model import LadderModel, Technique
 from onym.tools.ladder.process import Setting, command_of
 from onym.train.display import Display
 from onym.train.precision import Compute
@@ -32,24 +32,24 @@ def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # As they are added, one after another; TF32, bf16, the optimizer and compilation are not the model's.
-PARTS = [
-    Parts(),
-    Parts(mask_on_the_fly=True),
-    Parts(mask_on_the_fly=True, torch_norm_and_gelu=True),
-    Parts(mask_on_the_fly=True, torch_norm_and_gelu=True, fused_attention=True),
-    Parts(mask_on_the_fly=True, torch_norm_and_gelu=True, fused_attention=True, padded_vocabulary=True),
+PARTS: list[tuple[Technique, ...]] = [
+    (),
+    ("mask",),
+    ("mask", "norm"),
+    ("mask", "norm", "attention"),
+    ("mask", "norm", "attention", "padding"),
 ]
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("parts", PARTS, ids=range(len(PARTS)))
-def test_every_rung_computes_the_same_function(parts: Parts, bias: bool, tokens: torch.Tensor) -> None:
+def test_every_rung_computes_the_same_function(parts: tuple[Technique, ...], bias: bool, tokens: torch.Tensor) -> None:
     shape = replace(SHAPE, qkv_bias=bias)
     tokens = tokens[:, : shape.context_length - 3]
-    first, this = LadderModel(shape, Parts()), LadderModel(shape, parts)
+    first, this = LadderModel(shape, ()), LadderModel(shape, parts)
     this.take_weights(first.state_dict())
     logits = this(tokens)
-    assert logits.shape[-1] == (128 if parts.padded_vocabulary else 101)
+    assert logits.shape[-1] == (128 if "padding" in parts else 101)
     logits = logits[..., : shape.vocab_size]  # rows that pad are no tokens
     torch.testing.assert_close(logits, first(tokens), rtol=1e-4, atol=1e-4)
     losses = [F.cross_entropy(each.flatten(0, 1), tokens.flatten()) for each in (logits, first(tokens))]
@@ -83,7 +83,6 @@ def test_what_needs_another_machine_says_so() -> None:
 def test_a_setting_reaches_its_process_as_it_is() -> None:
     setting = Setting(SHAPE, 4, "cpu", ("mask", "bf16", "padding"))
     assert Setting.from_dict(json.loads(json.dumps(setting.to_dict()))) == setting
-    assert setting.parts == Parts(mask_on_the_fly=True, padded_vocabulary=True)
 
 
 # Answers as a rung's process does, so many turns long, and then dies without a word.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from onym.train.metering import documented_peak, matmul_flops
+from onym.train.metering import documented_peak, matmul_flops, synchronize
 
 SYSTEM = Path("/")
 _EXTRAS = ("tensorboard", "wandb", "pyarrow", "s3fs")
@@ -274,10 +274,7 @@ def copy_speed(device: torch.device) -> float:
     for _ in range(4):  # at the first, the pages are made
         start = time.perf_counter()
         target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        elif device.type == "mps":
-            torch.mps.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return _COPIED / best
 

@@ -13,12 +13,11 @@ Bounds: at most two processes besides this one, one of which computes. Nothing i
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,8 +26,10 @@ import torch
 
 from onym.errors import ConfigError
 from onym.gpt.config import GPTConfig
-from onym.tools.ladder.process import OutOfTime, RungFailed, RungProcess, Setting, Technique, command_of
+from onym.tools.ladder.model import Technique
+from onym.tools.ladder.process import RungFailed, Setting, command_of
 from onym.train.display import Activity, Display
+from onym.train.fresh_process import FreshProcess, ProcessFailed, TimedOut
 from onym.train.metering import Peak, peak_of, training_flops_per_token
 from onym.train.precision import Compute
 from onym.units import format_size
@@ -48,18 +49,15 @@ def _always(_: Compute) -> str | None:
     return None
 
 
-def _why_no_tf32(compute: Compute) -> str | None:
-    if compute.device.type != "cuda":
-        return f"TF32 is a mode of NVIDIA's GPUs, and the {compute.device.type.upper()} computes here"
-    if torch.cuda.get_device_capability(compute.device) < (8, 0):
-        return "this GPU has no TF32, which came with the Ampere generation"
-    return None
+def _needs_nvidia(what: str) -> Callable[[Compute], str | None]:
+    def why_not(compute: Compute) -> str | None:
+        if compute.device.type != "cuda":
+            return f"{what}, and the {compute.device.type.upper()} computes here"
+        if "TF32" in what and torch.cuda.get_device_capability(compute.device) < (8, 0):
+            return "this GPU has no TF32, which came with the Ampere generation"
+        return None
 
-
-def _why_no_pinned(compute: Compute) -> str | None:
-    if compute.device.type != "cuda":
-        return f"pinned memory speeds up copies to an NVIDIA GPU, and the {compute.device.type.upper()} computes here"
-    return None
+    return why_not
 
 
 def _why_no_bf16(compute: Compute) -> str | None:
@@ -93,9 +91,15 @@ RUNGS = (
         12_525,
     ),
     Rung("mask made on the fly", "no mask is kept", "mask", 12_526),
-    Rung("TF32 tensor cores", "fp32 products in TF32", "tf32", 27_648, _why_no_tf32),
+    Rung("TF32 tensor cores", "fp32 products in TF32", "tf32", 27_648, _needs_nvidia("TF32 is a mode of NVIDIA's GPUs")),
     Rung("fused AdamW", "the optimizer's update in one operation", "fused", 28_399),
-    Rung("pinned memory", "batches in pinned memory, copied while the GPU computes", "pinned", 28_402, _why_no_pinned),
+    Rung(
+        "pinned memory",
+        "batches in pinned memory, copied while the GPU computes",
+        "pinned",
+        28_402,
+        _needs_nvidia("pinned memory speeds up copies to an NVIDIA GPU"),
+    ),
     Rung(
         "bf16 compute", "bf16 compute over fp32 weights, by autocast; the book's weights are bf16", "bf16", 45_486, _why_no_bf16
     ),
@@ -152,7 +156,7 @@ class Ladder:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {**dataclasses.asdict(self), "config": self.config.to_dict()}
+        return {**asdict(self), "config": self.config.to_dict()}
 
     def factor_of(self, technique: Technique) -> float | None:
         """What a technique is worth here, where it has a figure."""
@@ -160,26 +164,50 @@ class Ladder:
         return next((figure.factor for figure in self.figures if figure.number == number), None)
 
 
-class _Live:
-    """A process, how many steps a turn of it has, and its turns."""
+class OutOfTime(RungFailed):
+    """The process may be well, but has not answered in time."""
+
+
+class RungProcess:
+    """A rung's process, which takes steps in turns. Always close it.
+
+    Its methods raise a :class:`RungFailed` where there is no answer before ``deadline``, of :func:`time.monotonic`.
+    """
 
     def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.process = RungProcess(command_of(setting))
-        self.steps = 1
+        self._process = FreshProcess(command_of(setting))
+        self._tokens = setting.batch_size * setting.config.context_length
+        self._steps = 1  # in a turn
+        self.memory = 0
+        """Bytes, the most that it had so far."""
         self.alive = True
         self.turns: list[float] = []
+        """Tokens a second of each turn so far."""
+        self.close = self._process.close
 
     def warm_up(self, deadline: float) -> None:
-        seconds = self.process.warm_up(deadline)
-        self.steps = max(1, min(_MOST_STEPS, math.ceil(_TURN / max(seconds, 1e-6))))
+        """Wait until it has compiled and taken its first steps."""
+        seconds = self._answer(deadline)["ready"]
+        self._steps = max(1, min(_MOST_STEPS, math.ceil(_TURN / max(seconds, 1e-6))))
 
     def turn(self, deadline: float) -> float:
-        """Tokens a second of a turn."""
-        tokens = self.setting.batch_size * self.setting.config.context_length
-        rate = tokens / self.process.turn(self.steps, deadline)
-        self.turns.append(rate)
-        return rate
+        """Take the steps of a turn; returns its tokens a second."""
+        self._process.send(str(self._steps))
+        answer = self._answer(deadline)
+        self.memory = int(answer["memory"])
+        self.turns.append(self._tokens / answer["seconds"])
+        return self.turns[-1]
+
+    def _answer(self, deadline: float) -> dict[str, Any]:
+        try:
+            answer = self._process.receive(deadline) or {"failed": "its process ended without an answer"}
+        except TimedOut:
+            raise OutOfTime("not done in its part of the time: give more --minutes") from None
+        except ProcessFailed as failed:
+            raise RungFailed(str(failed)) from failed
+        if "failed" in answer:
+            raise RungFailed(str(answer["failed"]))
+        return answer
 
 
 def climb(
@@ -197,28 +225,31 @@ def climb(
     Raises:
         ConfigError: the first rung has no figure, so there is nothing to compare with.
     """
-    config = dataclasses.replace(config, tie_embeddings=False, qkv_bias=False, drop_rate=0.0)
+    config = replace(config, tie_embeddings=False, qkv_bias=False, drop_rate=0.0)
     began, peak = time.monotonic(), peak_of(compute)
     end = began + 60 * minutes
     figures: list[Figure] = []
     setting = Setting(config, batch_size, str(compute.device), ())
-    before: _Live | None = None
+    before: RungProcess | None = None
     last_a100 = None
     try:
         for number, rung in enumerate(rungs, 1):
             candidate, reason = setting, rung.why_not(compute)
             if rung.technique is not None:
-                candidate = dataclasses.replace(setting, techniques=(*setting.techniques, rung.technique))
+                candidate = replace(setting, techniques=(*setting.techniques, rung.technique))
             if rung.technique == "batch" and reason is None:
                 larger, reason = _larger_batch(batch_size, before, compute.device)
-                candidate = dataclasses.replace(candidate, batch_size=larger)
+                candidate = replace(candidate, batch_size=larger)
             larger = candidate.batch_size if candidate.batch_size > batch_size else 4 * batch_size
             title = rung.title.format(batch=batch_size, larger=larger)
-            figure = Figure(number, title, rung.changes, **_of_the_book(rung, last_a100, rungs[0]))
-            last_a100 = rung.a100 or last_a100
+            figure = Figure(number, title, rung.changes)
+            if rung.a100 is not None:
+                factor_there, total_there = (rung.a100 / of if of else None for of in (last_a100, rungs[0].a100))
+                figure = replace(figure, a100_tokens_per_second=rung.a100, a100_factor=factor_there, a100_total=total_there)
+                last_a100 = rung.a100
             label = f"{number:>2} {title}"
             if reason is not None:
-                figures.append(dataclasses.replace(figure, reason=reason))
+                figures.append(replace(figure, reason=reason))
                 display.note(f"{label}: left out: {reason}")
                 continue
             weights = [each.weight for each in rungs[number - 1 :] if each.why_not(compute) is None]
@@ -227,15 +258,23 @@ def climb(
                 try:
                     live, factor = _attempt(candidate, before, share, end, activity)
                 except RungFailed as failed:
-                    figures.append(dataclasses.replace(figure, reason=str(failed)))
+                    figures.append(replace(figure, reason=str(failed)))
                     activity.result = f"left out: {failed}"
                     if before is None:
                         break
                     continue
                 if before is not None:
-                    before.process.close()
+                    before.close()
                 setting, before = candidate, live
-                figure = _filled(figure, live, factor, figures)
+                last_total = next((each.total for each in reversed(figures) if each.total is not None), 1.0)
+                figure = replace(
+                    figure,
+                    tokens_per_second=median(live.turns),
+                    factor=factor,
+                    total=last_total * (factor or 1.0),
+                    memory_bytes=live.memory or None,
+                    pairs=len(live.turns),
+                )
                 figures.append(figure)
                 activity.result = f"{figure.tokens_per_second:,.0f} tokens/s"
                 # Where it is measured, the best of several moments: at a single one the machine may have been busy elsewhere.
@@ -244,15 +283,17 @@ def climb(
                     activity.result += f", {factor:.2f} times the rung before"
     finally:
         if before is not None:
-            before.process.close()
+            before.close()
     if before is None:
         raise ConfigError(f"The first rung has no figure, so there is nothing to compare with: {figures[-1].reason}.")
     per_token = training_flops_per_token(config) / peak.flops  # seconds of the peak that a token takes
-    told = tuple(dataclasses.replace(each, utilisation=(each.tokens_per_second or 0) * per_token or None) for each in figures)
-    return Ladder(_machine(compute), config, batch_size, peak, time.monotonic() - began, told)
+    used = tuple(replace(each, utilisation=(each.tokens_per_second or 0) * per_token or None) for each in figures)
+    return Ladder(_machine(compute), config, batch_size, peak, time.monotonic() - began, used)
 
 
-def _attempt(setting: Setting, before: _Live | None, share: float, end: float, tell: Activity) -> tuple[_Live, float | None]:
+def _attempt(
+    setting: Setting, before: RungProcess | None, share: float, end: float, tell: Activity
+) -> tuple[RungProcess, float | None]:
     """Start a process and measure it in turns with the one before, until its share of the time is used.
 
     Args:
@@ -271,7 +312,7 @@ def _attempt(setting: Setting, before: _Live | None, share: float, end: float, t
     share_ends = now + _RESERVE * share
     latest = (now + share + end) / 2
     try:
-        live = _Live(setting)
+        live = RungProcess(setting)
     except OSError as error:
         raise RungFailed(f"its process did not start: {error.strerror}") from error
     try:
@@ -290,19 +331,16 @@ def _attempt(setting: Setting, before: _Live | None, share: float, end: float, t
             that = that or _turn_of(before, end)
             if that is not None:
                 factors.append(this / that)
-    except OutOfTime:
-        if not live.turns:
-            live.process.close()
+    except BaseException as error:
+        if not (isinstance(error, OutOfTime) and live.turns):
+            live.close()
             raise
-    except BaseException:
-        live.process.close()
-        raise
-    if factors or before is None:
-        return live, median(factors) if factors else None
-    return live, median(live.turns) / median(before.turns)
+    if before is not None and not factors:
+        factors = [median(live.turns) / median(before.turns)]
+    return live, median(factors) if factors else None
 
 
-def _turn_of(before: _Live | None, end: float) -> float | None:
+def _turn_of(before: RungProcess | None, end: float) -> float | None:
     """A turn of the rung before; None where it does not live any more: the rungs above are then measured without."""
     if before is not None and before.alive:
         try:
@@ -312,43 +350,18 @@ def _turn_of(before: _Live | None, end: float) -> float | None:
     return None
 
 
-def _filled(figure: Figure, live: _Live, factor: float | None, below: list[Figure]) -> Figure:
-    """A figure with what was measured."""
-    last = next((each.total for each in reversed(below) if each.total is not None), 1.0)
-    return dataclasses.replace(
-        figure,
-        tokens_per_second=median(live.turns),
-        factor=factor,
-        total=last * (factor or 1.0),
-        memory_bytes=live.process.memory or None,
-        pairs=len(live.turns),
-    )
-
-
-def _of_the_book(rung: Rung, last: int | None, first: Rung) -> dict[str, Any]:
-    if rung.a100 is None:
-        return {}
-    return {
-        "a100_tokens_per_second": rung.a100,
-        "a100_factor": rung.a100 / last if last else None,
-        "a100_total": rung.a100 / first.a100 if first.a100 else None,
-    }
-
-
-def _larger_batch(batch_size: int, before: _Live | None, device: torch.device) -> tuple[int, str | None]:
+def _larger_batch(batch_size: int, before: RungProcess | None, device: torch.device) -> tuple[int, str | None]:
     """Four times as many sequences, or twice; or the reason why not.
 
     The rung above needs as much again while this one is still alive. That all of a process grows with the batch is more than
     true, and wrong on the safe side: a system short of memory ends programs of its own choice.
     """
-    free, used = _free_memory(device), before.process.memory if before is not None else 0
+    free, used = _free_memory(device), before.memory if before is not None else 0
     for times in (4, 2):
         if free is None or 2 * times * used <= free:
             return times * batch_size, None
-    return (
-        batch_size,
-        f"two processes that take {format_size(2 * used)} each may not fit into the {format_size(free or 0)} that are free",
-    )
+    why = f"two processes that take {format_size(2 * used)} each may not fit into the {format_size(free or 0)} that are free"
+    return batch_size, why
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -1,15 +1,15 @@
 """One GPT, written once for each way to compute it: what the rungs of ``onym tools ladder`` train.
 
-The same function at every rung. Parts that a rung makes faster stand here in the plain form as well, as one writes them when
-one learns what they are: q, k and v from three products, a stored mask, norms and GELU from their formulas. With all parts on
-it is what :class:`onym.GPT` computes; a test holds them against each other. Nothing but the ladder uses it.
+The same function at every rung. What a rung makes faster is here in its plain form as well: q, k and v from three products, a
+stored mask, norms and GELU from their formulas. With all techniques it is what :class:`onym.GPT` computes; a test compares the
+two. Only the ladder uses it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,8 @@ TILE = 64  # rows that matrix units like the vocabulary to be a multiple of
 _EPSILON = 1e-5
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Which of the model's parts are the fast ones."""
-
-    mask_on_the_fly: bool = False
-    """Make the causal mask in each forward pass, rather than keep one [context, context] in every block."""
-    torch_norm_and_gelu: bool = False
-    """torch's LayerNorm and GELU, one operation each, rather than their formulas."""
-    fused_attention: bool = False
-    """``scaled_dot_product_attention`` on q, k and v from one product, rather than a matrix of all weights."""
-    padded_vocabulary: bool = False
-    """Embedding and head with as many rows as make the vocabulary a multiple of 64, as the book does it."""
+Technique = Literal["mask", "tf32", "fused", "pinned", "bf16", "norm", "attention", "compile", "padding", "batch", "onym"]
+Techniques = Collection[Technique]
 
 
 class FormulaNorm(nn.Module):
@@ -61,7 +51,7 @@ class PlainAttention(nn.Module):
 
     mask: Tensor | None
 
-    def __init__(self, config: GPTConfig, parts: Parts) -> None:
+    def __init__(self, config: GPTConfig, techniques: Techniques) -> None:
         super().__init__()
         width, context = config.emb_dim, config.context_length
         self.n_heads = config.n_heads
@@ -69,7 +59,7 @@ class PlainAttention(nn.Module):
         self.key = nn.Linear(width, width, bias=config.qkv_bias)
         self.value = nn.Linear(width, width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
-        mask = None if parts.mask_on_the_fly else torch.ones(context, context).triu(1)
+        mask = None if "mask" in techniques else torch.ones(context, context).triu(1)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, time, emb] -> the same
@@ -107,12 +97,12 @@ class FusedAttention(nn.Module):
 class LadderBlock(nn.Module):
     """Attention, then feed-forward, each normalised before and added to the residual stream."""
 
-    def __init__(self, config: GPTConfig, parts: Parts) -> None:
+    def __init__(self, config: GPTConfig, techniques: Techniques) -> None:
         super().__init__()
         width = config.emb_dim
-        self.norm1, self.norm2 = _norm(width, parts), _norm(width, parts)
-        self.att = FusedAttention(config) if parts.fused_attention else PlainAttention(config, parts)
-        gelu = nn.GELU(approximate="tanh") if parts.torch_norm_and_gelu else FormulaGELU()
+        self.norm1, self.norm2 = _norm(width, techniques), _norm(width, techniques)
+        self.att = FusedAttention(config) if "attention" in techniques else PlainAttention(config, techniques)
+        gelu = nn.GELU(approximate="tanh") if "norm" in techniques else FormulaGELU()
         self.ff = nn.Sequential(nn.Linear(width, 4 * width), gelu, nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, time, emb] -> the same
@@ -125,17 +115,19 @@ class LadderModel(nn.Module):
 
     Args:
         config: its shape. The head is a matrix of its own and there is no dropout, whatever it says.
-        parts: how it is computed.
+        techniques: how it is computed; those that are not the model's have no effect. ``mask``: the causal mask is made in each
+            forward pass, and no block stores one [context, context]. ``norm``: torch's LayerNorm and GELU, one operation each.
+            ``attention``: ``scaled_dot_product_attention`` on q, k and v from one product. ``padding``: embedding and head with
+            as many rows as make the vocabulary a multiple of 64, as the book does it.
     """
 
-    def __init__(self, config: GPTConfig, parts: Parts) -> None:
+    def __init__(self, config: GPTConfig, techniques: Techniques) -> None:
         super().__init__()
-        self.config, self.parts = config, parts
-        rows = config.vocab_size + (-config.vocab_size % TILE if parts.padded_vocabulary else 0)
+        rows = config.vocab_size + (-config.vocab_size % TILE if "padding" in techniques else 0)
         self.tok_emb = nn.Embedding(rows, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
-        self.blocks = nn.ModuleList(LadderBlock(config, parts) for _ in range(config.n_layers))
-        self.final_norm = _norm(config.emb_dim, parts)
+        self.blocks = nn.ModuleList(LadderBlock(config, techniques) for _ in range(config.n_layers))
+        self.final_norm = _norm(config.emb_dim, techniques)
         self.out_head = nn.Linear(config.emb_dim, rows, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -147,7 +139,7 @@ class LadderModel(nn.Module):
 
     @torch.no_grad()
     def take_weights(self, other: Mapping[str, Tensor]) -> None:
-        """Copy the weights of a rung that keeps q, k and v apart, whatever form this one keeps them in."""
+        """Copy the weights of a rung that has q, k and v apart, whatever form this one has them in."""
         for name, parameter in self.named_parameters():
             if ".qkv." in name:
                 parameter.copy_(torch.cat([other[name.replace(".qkv.", f".{part}.")] for part in ("query", "key", "value")]))
@@ -155,5 +147,5 @@ class LadderModel(nn.Module):
                 parameter[: other[name].shape[0]].copy_(other[name])  # all rows, or those that are no padding
 
 
-def _norm(width: int, parts: Parts) -> nn.Module:
-    return nn.LayerNorm(width, eps=_EPSILON) if parts.torch_norm_and_gelu else FormulaNorm(width)
+def _norm(width: int, techniques: Techniques) -> nn.Module:
+    return nn.LayerNorm(width, eps=_EPSILON) if "norm" in techniques else FormulaNorm(width)

@@ -16,15 +16,16 @@ It ends when its standard input does, so none is left behind however the parent 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -34,16 +35,14 @@ from onym.data.batches import Batch
 from onym.errors import is_out_of_memory
 from onym.gpt.config import GPTConfig
 from onym.gpt.gpt2 import GPT
-from onym.tools.ladder.model import LadderModel, Parts
+from onym.tools.ladder.model import LadderModel, Technique
 from onym.train import fresh_process
 from onym.train.dry_run import prepare
-from onym.train.fresh_process import FreshProcess, ProcessFailed, TimedOut, answering
-from onym.train.metering import memory_in_use
+from onym.train.fresh_process import answering
+from onym.train.metering import memory_in_use, synchronize
 from onym.train.options import OptimizationOptions
 from onym.train.precision import choose_compute
 from onym.train.step import Stepper
-
-Technique = Literal["mask", "tf32", "fused", "pinned", "bf16", "norm", "attention", "compile", "padding", "batch", "onym"]
 
 OUT_OF_MEMORY = "out of memory: lower --batch-size or --context-length"
 _BATCHES = 4  # of random tokens, used in turn
@@ -69,75 +68,14 @@ class Setting:
         """Read what :meth:`to_dict` gave."""
         return cls(**{**values, "config": GPTConfig(**values["config"]), "techniques": tuple(values["techniques"])})
 
-    @property
-    def parts(self) -> Parts:
-        """Of the model."""
-        return Parts(
-            mask_on_the_fly="mask" in self.techniques,
-            torch_norm_and_gelu="norm" in self.techniques,
-            fused_attention="attention" in self.techniques,
-            padded_vocabulary="padding" in self.techniques,
-        )
-
 
 class RungFailed(Exception):
     """A rung that has no figure; the text says why."""
 
 
-class OutOfTime(RungFailed):
-    """It may be well, but has not answered in time."""
-
-
-class RungProcess:
-    """The parent's side. To be closed, whatever happens.
-
-    Args:
-        command: of the process; :func:`command_of` makes it.
-    """
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self._process = FreshProcess(command)
-        self.memory = 0
-        """Bytes, the most that it had so far."""
-        self.close = self._process.close
-
-    def warm_up(self, deadline: float) -> float:
-        """Wait until it is warm; the seconds of a step.
-
-        Raises:
-            RungFailed: it cannot, or not before ``deadline``, of :func:`time.monotonic`.
-        """
-        return float(self._answer(deadline)["ready"])
-
-    def turn(self, steps: int, deadline: float) -> float:
-        """Take steps; the seconds of one.
-
-        Raises:
-            RungFailed: as with :meth:`warm_up`.
-        """
-        self._process.send(str(steps))
-        answer = self._answer(deadline)
-        self.memory = int(answer["memory"])
-        return float(answer["seconds"])
-
-    def _answer(self, deadline: float) -> dict[str, Any]:
-        try:
-            answer = self._process.receive(deadline) or {"failed": "its process ended without an answer"}
-        except TimedOut:
-            raise OutOfTime("not done in its share of the time: give more --minutes") from None
-        except ProcessFailed as failed:
-            raise RungFailed(str(failed)) from failed
-        if "failed" in answer:
-            raise RungFailed(str(answer["failed"]))
-        return answer
-
-
 def command_of(setting: Setting) -> list[str]:
     """What starts the process of a rung."""
     return fresh_process.command_of("onym.tools.ladder.process", setting.to_dict())
-
-
-# --- the process itself ---
 
 
 def build(setting: Setting) -> Callable[[], object]:
@@ -150,14 +88,8 @@ def build(setting: Setting) -> Callable[[], object]:
     if "tf32" in setting.techniques:
         torch.set_float32_matmul_precision("high")
     take = _onym_step if "onym" in setting.techniques else _plain_step
-    step, batches, number = take(setting), _batches(setting), 0
-
-    def next_step() -> object:
-        nonlocal number
-        number += 1
-        return step(batches[number % _BATCHES], number)
-
-    return next_step
+    step, batches, numbers = take(setting), _batches(setting), itertools.count(1)
+    return lambda: step(batches[(number := next(numbers)) % _BATCHES], number)
 
 
 def _batches(setting: Setting) -> list[Batch]:
@@ -169,7 +101,7 @@ def _batches(setting: Setting) -> list[Batch]:
 def _plain_step(setting: Setting) -> Callable[[Batch, int], object]:
     """The book's loop: forward, backward, AdamW over all parameters."""
     compute = choose_compute(setting.device, "bf16" if "bf16" in setting.techniques else "fp32")
-    model = LadderModel(setting.config, setting.parts).to(compute.device)
+    model = LadderModel(setting.config, setting.techniques).to(compute.device)
     # None leaves the choice to torch, which takes foreach on a GPU and a loop over the parameters on a CPU.
     fused = True if "fused" in setting.techniques else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.1, fused=fused)
@@ -218,23 +150,16 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def _serve(setting: Setting, answer: Callable[..., None], asked: Callable[[], int]) -> None:
     device = torch.device(setting.device)
     step = build(setting)
 
     def turn(steps: int) -> float:
-        _wait_for(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(steps):
             step()
-        _wait_for(device)  # once a turn: waiting for each step would take the overlap from the GPU
+        synchronize(device)  # once a turn: waiting for each step would take the overlap from the GPU
         return (time.perf_counter() - start) / steps
 
     turn(1)
