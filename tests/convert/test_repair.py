@@ -1,4 +1,4 @@
-"""Files mended in place: the old one is there until the new one is known to be right."""
+"""Files repaired in place: the old one is there until the new one is verified."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_dry_run_and_a_backup_in_the_way(tmp_path: Path) -> None:
     assert (tmp_path / "model.pth.bak").read_text() == "mine"
 
 
-def test_what_does_not_come_out_right_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from onym.convert import repair as module
 
     torch.save(torch.compile(peers.book()).state_dict(), tmp_path / "model.pth")
@@ -106,7 +106,7 @@ def test_what_does_not_come_out_right_is_taken_back(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 
 
-def test_what_nothing_can_mend_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_repaired_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"not a model")
     with pytest.raises(CheckpointError, match="is no weight file, or it is damaged"):
         repair(tmp_path / "x.pth")

@@ -1,4 +1,4 @@
-"""What docs/formats.md says of adding a format works, and every test that it names is there."""
+"""The examples of docs/formats.md run, and every test that it names exists."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def test_another_layout_of_gpt2(tmp_path: Path) -> None:
     exec(OTHER_LAYOUT, made)
     onym.register_format(made["SOMEBODY"])
     model = ours(tmp_path / "ours")
-    kept = onym.open_checkpoint(tmp_path / "ours").model
-    recipes, left = to_theirs(made["SOMEBODY"].rules, kept.names, 2)
+    stored = onym.open_checkpoint(tmp_path / "ours").model
+    recipes, left = to_theirs(made["SOMEBODY"].rules, stored.names)
     assert not left
-    theirs = View(kept, recipes).state()
+    theirs = View(stored, recipes).state()
     assert theirs["layer.1.up.weight"].shape == (64, 256)
     torch.save({f"_orig_mod.{name}": value.clone() for name, value in theirs.items()}, tmp_path / "x.pth")
     loaded = onym.load_model(tmp_path / "x.pth", n_heads=4)
@@ -80,7 +80,7 @@ def test_another_layout_of_gpt2(tmp_path: Path) -> None:
     assert onym.open_checkpoint(tmp_path / "x.pth").origin.why == "layer.N.qkv and layer.N.up"
 
 
-def test_every_test_that_it_names_is_there() -> None:
+def test_every_test_that_it_names_exists() -> None:
     tests = "".join(
         path.read_text() for path in [*Path(peers.__file__).parent.glob("*.py"), ROOT / "tests/cli/test_convert.py"]
     )

@@ -1,12 +1,11 @@
-"""Tensors of an opened file on their way to another file: made one by one, or mapped where torch.save wants all of them."""
+"""Tensors of an opened file on their way to another: materialised one by one, or mapped where torch.save wants all of them."""
 
 from __future__ import annotations
 
-import mmap
-import os
+import functools
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,32 +24,23 @@ from onym.format.stored import LazyTensor
 from onym.format.tensor_writing import Progress
 from onym.format.tensors import TensorFile
 from onym.format.writer import write_safetensors
+from onym.storage.local import MappedFile
+
+_CHUNK = 1 << 20  # elements that are compared at a time
 
 
 def lazily(tensors: TensorFile) -> dict[str, Any]:
     """Tensors to be written, each materialised on demand; tied ones are stored once."""
     state: dict[str, Any] = {}
-    for name in tensors.shapes:
+    for name, shape in tensors.shapes.items():
         kind = dtype_called(tensors.dtypes[name])
         if kind is None:
             raise CheckpointError(
                 f"{name} in '{tensors.path}' has the dtype {tensors.dtypes[name]}, which torch does not have."
             )
-        state[name] = LazyTensor(kind, tuple(tensors.shapes[name]), _maker(tensors, name), _further(tensors, name))
+        aliases = tuple(alias for alias, stored in tensors.aliases.items() if stored == name)
+        state[name] = LazyTensor(kind, tuple(shape), functools.partial(tensors.tensor, name, verify=False), aliases)
     return state
-
-
-def _further(tensors: TensorFile, name: str) -> tuple[str, ...]:
-    return tuple(alias for alias, stored in tensors.aliases.items() if stored == name)
-
-
-def _maker(tensors: TensorFile, name: str) -> Callable[[], Tensor]:
-    def make() -> Tensor:
-        value = tensors.tensor(name, verify=False)
-        assert isinstance(value, Tensor)
-        return value
-
-    return make
 
 
 @contextmanager
@@ -64,11 +54,7 @@ def mapped_on_disk(tensors: TensorFile, path: Path, progress: Progress | None) -
         write_safetensors(scratch, lazily(tensors), progress=progress)
         opened = open_safetensors(scratch)
         try:
-            descriptor = os.open(scratch, os.O_RDONLY)
-            try:
-                mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-            finally:
-                os.close(descriptor)
+            mapped = MappedFile(scratch).map()
         except OSError as error:
             raise storage_error("read", scratch, error) from error
         values: OrderedDict[str, Tensor] = OrderedDict()
@@ -77,15 +63,11 @@ def mapped_on_disk(tensors: TensorFile, path: Path, progress: Progress | None) -
             if stored in values:
                 values[name] = values[stored]
                 continue
-            placed = opened.placed[stored]
-            count = placed.end - placed.start
-            data = (
-                torch.frombuffer(mapped, dtype=torch.uint8, count=count, offset=opened.data_start + placed.start)
-                if count
-                else torch.empty(0, dtype=torch.uint8, device="cpu")
-            )
-            kind = dtype_called(tensors.dtypes[stored])
+            placed, kind = opened.placed[stored], dtype_called(tensors.dtypes[stored])
             assert kind is not None
+            data = torch.empty(0, dtype=torch.uint8, device="cpu")
+            if count := placed.end - placed.start:  # each with a storage of its own, because torch.save writes all of a storage
+                data = torch.frombuffer(mapped, dtype=torch.uint8, count=count, offset=opened.data_start + placed.start)
             values[name] = from_bytes(data, kind, tuple(tensors.shapes[stored]))
         yield values
     finally:
@@ -124,7 +106,7 @@ def sharded(tensors: TensorFile, shard_bytes: int | None) -> tuple[dict[str, dic
 
 
 def compare(source: TensorFile, written: TensorFile, path: Path) -> int:
-    """Hold every tensor of the source against what can be read from the result; one of each is in memory at a time."""
+    """Compare every tensor of the source with what can be read from the result; one of each is in memory at a time."""
     names = set(written.names)
     for name in source.names:
         if name not in names:
@@ -140,12 +122,8 @@ def compare(source: TensorFile, written: TensorFile, path: Path) -> int:
     return len(source.shapes)
 
 
-def _equal_bytes(one: Tensor, other: Tensor, rows: int = 1 << 20) -> bool:
-    """Whether two tensors are bitwise identical, compared in chunks, so that no copy of either is made."""
-    if one.dim() == 0 or one.numel() <= rows:
-        return torch.equal(as_bytes(one.contiguous()), as_bytes(other.contiguous()))
-    step = max(1, rows // max(1, one[0].numel()))
-    return all(
-        _equal_bytes(left.contiguous(), right.contiguous(), max(rows, left.numel()))
-        for left, right in zip(one.split(step), other.split(step), strict=True)
-    )
+def _equal_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are bitwise identical, compared in chunks of rows, so that no copy of either is made."""
+    rows = max(1, _CHUNK // max(1, one[0].numel())) if one.dim() and len(one) else 1
+    pairs = zip(one.split(rows), other.split(rows), strict=True) if one.dim() else [(one, other)]
+    return all(torch.equal(as_bytes(left.contiguous()), as_bytes(right.contiguous())) for left, right in pairs)

@@ -110,14 +110,11 @@ class Recipe:
     """Of a tensor that comes of none."""
 
 
-def layers_of(rules: Iterable[Rule], names: Iterable[str]) -> list[int]:
-    """The numbers of the layers that a table knows some name of."""
-    patterns = {name for rule in rules for name in rule.theirs if "{n}" in name}
-    starts = {re.escape(pattern.partition("{n}")[0]) for pattern in patterns}
-    if not starts:
-        return []
-    numbered = re.compile(f"(?:{'|'.join(sorted(starts))})([0-9]{{1,6}})[.]")
-    return sorted({int(found.group(1)) for name in names if (found := numbered.match(name))})
+def _layers_of(patterns: Iterable[str], names: Iterable[str]) -> list[int]:
+    """The numbers of the layers that some of the names are of, by patterns with ``{n}`` for the number."""
+    starts = sorted({re.escape(pattern.partition("{n}")[0]) for pattern in patterns if "{n}" in pattern})
+    numbered = re.compile(f"(?:{'|'.join(starts)})([0-9]{{1,6}})[.]")
+    return sorted({int(found.group(1)) for name in names if starts and (found := numbered.match(name))})
 
 
 def to_ours(rules: Iterable[Rule], names: Sequence[str]) -> tuple[dict[str, Recipe], list[str]]:
@@ -125,7 +122,7 @@ def to_ours(rules: Iterable[Rule], names: Sequence[str]) -> tuple[dict[str, Reci
     rules, present = list(rules), set(names)
     recipes: dict[str, Recipe] = {}
     used: set[str] = set()
-    for rule, n in _every(rules, layers_of(rules, names)):
+    for rule, n in _every(rules, _layers_of((their for row in rules for their in row.theirs), names)):
         theirs = tuple(name.replace("{n}", n) for name in rule.theirs)
         if present.issuperset(theirs):
             recipes[rule.ours.replace("{n}", n)] = Recipe(theirs, rule.change)
@@ -133,11 +130,11 @@ def to_ours(rules: Iterable[Rule], names: Sequence[str]) -> tuple[dict[str, Reci
     return recipes, [name for name in names if name not in used]
 
 
-def to_theirs(rules: Iterable[Rule], ours: Iterable[str], layers: int) -> tuple[dict[str, Recipe], list[str]]:
+def to_theirs(rules: Iterable[Rule], ours: Iterable[str]) -> tuple[dict[str, Recipe], list[str]]:
     """The reverse of :func:`to_ours`, from our names."""
-    names, recipes, used = list(ours), dict[str, Recipe](), set[str]()
+    rules, names, recipes, used = list(rules), list(ours), dict[str, Recipe](), set[str]()
     present = set(names)
-    for rule, n in _every(rules, range(layers)):
+    for rule, n in _every(rules, _layers_of((row.ours for row in rules), names)):
         name = rule.ours.replace("{n}", n)
         if name in present:
             used.add(name)
@@ -212,10 +209,10 @@ class Joined(TensorFile):
             yield from _damages_of(file, (name for name in names if self._of[name] is file), reused)
 
 
-def nbytes(file: TensorFile, name: str) -> int:
-    """What a tensor needs in a file."""
-    dtype = dtype_called(file.dtypes[name])
-    return math.prod(file.shapes[name]) * (dtype.itemsize if dtype else 1)
+def nbytes(file: TensorFile) -> int:
+    """What its tensors need in a file."""
+    kinds = {name: dtype_called(file.dtypes[name]) for name in file.shapes}
+    return sum(math.prod(file.shapes[name]) * (kind.itemsize if kind else 1) for name, kind in kinds.items())
 
 
 def _damages_of(file: TensorFile, names: Iterable[str], reused: bool) -> Iterator[Damage]:
@@ -223,18 +220,14 @@ def _damages_of(file: TensorFile, names: Iterable[str], reused: bool) -> Iterato
     yield from file.unverified(stored, reused=reused)
 
 
-def _every(rules: Iterable[Rule], layers: Iterable[int]) -> Iterator[tuple[Rule, str]]:
+def _every(rules: Sequence[Rule], layers: Sequence[int]) -> Iterator[tuple[Rule, str]]:
     """Each rule with each layer's number, those without one once."""
-    rules, layers = list(rules), list(layers)
     numbered = [rule for rule in rules if "{n}" in rule.ours]
-    done = False
     for rule in rules:
         if "{n}" not in rule.ours:
             yield rule, ""
-        elif not done:  # layer by layer, as a model lists them
-            done = True
-            for n in layers:
-                yield from ((each, str(n)) for each in numbered)
+        elif rule is numbered[0]:  # layer by layer, as a model lists them
+            yield from ((each, str(n)) for n in layers for each in numbered)
 
 
 def _matrix(shape: Shape) -> Shape:

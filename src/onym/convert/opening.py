@@ -96,29 +96,32 @@ def is_ours(path: Path) -> bool:
 def _understood(contents: Contents, settings: Config) -> Checkpoint:
     origin = Origin(contents, contents.tensors)
     origin.clean, named = _recognised(origin)
-    checkpoint = Checkpoint(contents.path, model=origin.clean, texts=_own_texts(contents))
+    model = origin.clean if named is None else _ours(origin, named, settings)
+    checkpoint = Checkpoint(contents.path, model=model, texts=_own_texts(contents))
     checkpoint.origin = origin
-    if origin.format is None or named is None:
-        return checkpoint
+    if origin.format is not None and origin.config is not None and origin.problem is None:
+        checkpoint.architecture, checkpoint.config = origin.format.architecture, origin.config
+    return checkpoint
+
+
+def _ours(origin: Origin, named: NamedShapes, settings: Config) -> TensorFile:
+    """The architecture's tensors; the file's own where it cannot be such a model, for the reason in the origin."""
+    assert origin.format is not None
     stated = origin.format.stated(named)
     origin.not_ours = origin.format.not_ours or stated.not_ours
     if origin.not_ours is not None:
-        return checkpoint
+        return origin.clean
     try:
         result = (origin.format.understand or by_rules)(origin, origin.clean, stated, settings)
     except OnymError as error:  # its tensors can still be read, one by one
         if settings and isinstance(error, ConfigError):
             raise
         origin.problem = str(error)
-        return checkpoint
+        return origin.clean
     if result is None:
-        return checkpoint
+        return origin.clean
     ours, origin.config = result
-    checkpoint = Checkpoint(contents.path, model=ours, texts=_own_texts(contents))
-    checkpoint.origin = origin
-    if origin.problem is None:
-        checkpoint.architecture, checkpoint.config = origin.format.architecture, origin.config
-    return checkpoint
+    return ours
 
 
 def _recognised(origin: Origin) -> tuple[TensorFile, NamedShapes | None]:

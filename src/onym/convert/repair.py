@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from onym.convert.clean_names import clean_names
 from onym.convert.mapping import Recipe, View, nbytes
@@ -64,32 +62,28 @@ def repair(path: str | Path, *, dry_run: bool = False) -> Repaired:
         if len(indexes) != 1:
             raise CheckpointError(f"'{path}' is a folder without an index: name the file in it that is to be repaired.")
         return _repair_index(indexes[0], dry_run)
-    checkpoint = open_any(path).checkpoint
-    if checkpoint.origin is None:
+    origin = open_any(path).checkpoint.origin
+    if origin is None:
         return Repaired(str(path), "a file that Onym wrote", "nothing: its names are clean")
-    contents: Contents = checkpoint.origin.contents
-    kind: str = checkpoint.origin.kind
+    contents: Contents = origin.contents
     names, wrappers = _new_names(contents.tensors)
     changed = sum(old != new for old, new in names.items())
     if not changed:
-        return Repaired(str(path), kind, "nothing: its names are clean")
-    done = f"{changed} of {len(names)} tensors renamed"
+        return Repaired(str(path), origin.kind, "nothing: its names are clean")
+    result = Repaired(str(path), origin.kind, f"{changed} of {len(names)} tensors renamed", wrappers)
     if contents.further:  # as in a file with a model and its average
-        done += f"; {', '.join(contents.further)} left as it is"
+        result.done += f"; {', '.join(contents.further)} left as it is"
     if dry_run:
-        return Repaired(str(path), kind, done, wrappers)
+        return result
     contents.tensors.require_verified(contents.tensors.shapes)
-    recipes = {new: Recipe((old,)) for old, new in names.items()}
-    expected = View(contents.tensors, recipes)
-    with _Backup(path) as backup:
+    expected = View(contents.tensors, {new: Recipe((old,)) for old, new in names.items()})
+    with _backup(path):
         if isinstance(contents.tensors, SafetensorsFile):
             write_safetensors(path, lazily(expected))
         else:
             _rewrite_pickle(path, contents, names)
-        again = open_contents(path, contents.within).tensors
-        compared = compare(expected, again, path)
-        backup.verified()
-    return Repaired(str(path), kind, done, wrappers, compared)
+        result.compared = compare(expected, open_contents(path, contents.within).tensors, path)
+    return result
 
 
 def _new_names(stored: TensorFile) -> tuple[dict[str, str], dict[str, int]]:
@@ -120,8 +114,7 @@ def _rewrite_pickle(path: Path, contents: Contents, names: Mapping[str, str]) ->
             )
         return state
 
-    size = sum(value.nbytes for value in _tensors(content))
-    write_pickle(path, renamed(content, place), size)
+    write_pickle(path, renamed(content, place), path.stat().st_size)
 
 
 def _param_names(value: Any) -> Any:
@@ -135,16 +128,6 @@ def _param_names(value: Any) -> Any:
         for group in value["param_groups"]
     ]
     return {**value, "param_groups": groups}
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for each in value.values() for tensor in _tensors(each)]
-    if isinstance(value, list | tuple):
-        return [tensor for each in value for tensor in _tensors(each)]
-    return []
 
 
 def _repair_index(index: Path, dry_run: bool) -> Repaired:
@@ -173,45 +156,32 @@ def _repair_index(index: Path, dry_run: bool) -> Repaired:
     kind = f"{len(shards)} files with an index"
     if isinstance(content, dict) and content.get("weight_map") == placed:
         return Repaired(str(index.parent), kind, "nothing: its index fits its files")
-    total = sum(_nbytes(open_contents(file).tensors) for file in shards)
-    said = f"the index now lists {len(placed)} tensors in {len(shards)} files"
+    total = sum(nbytes(open_contents(file).tensors) for file in shards)
+    done = f"the index now lists {len(placed)} tensors in {len(shards)} files"
     if not dry_run:
-        with _Backup(index) as backup:
+        with _backup(index):
             replace_file(index, as_json({"metadata": {"total_size": total}, "weight_map": placed}))
             open_contents(index)
-            backup.verified()
-    return Repaired(str(index.parent), kind, said)
+    return Repaired(str(index.parent), kind, done)
 
 
-def _nbytes(file: TensorFile) -> int:
-    return sum(nbytes(file, name) for name in file.shapes)
-
-
-class _Backup:
-    """The old file as ``….bak``; it goes once the new one is verified, and comes back if it is not."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._old, self._verified = path, path.with_name(f"{path.name}.bak"), False
-
-    def __enter__(self) -> _Backup:
-        if self._old.exists():
-            raise StorageError(f"'{self._old}' is there already, perhaps from a repair that was cut short: move it away first.")
+@contextmanager
+def _backup(path: Path) -> Iterator[None]:
+    """Save the old file as ``….bak`` while the new one is written and verified; restore it where that fails."""
+    old = path.with_name(f"{path.name}.bak")
+    if old.exists():
+        raise StorageError(f"'{old}' is there already, perhaps from a repair that was cut short: move it away first.")
+    try:
         try:
-            try:
-                os.link(self._path, self._old)
-            except OSError:  # a file system without links
-                shutil.copy2(self._path, self._old)
-        except OSError as error:
-            raise storage_error("rename the old file", self._old, error) from error
-        return self
-
-    def verified(self) -> None:
-        """The new file is right."""
-        self._verified = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._verified:
-            with suppress(OSError):
-                self._old.unlink()
-        else:
-            os.replace(self._old, self._path)
+            os.link(path, old)
+        except OSError:  # a file system without links
+            shutil.copy2(path, old)
+    except OSError as error:
+        raise storage_error("rename the old file", old, error) from error
+    try:
+        yield
+    except BaseException:
+        os.replace(old, path)
+        raise
+    with suppress(OSError):
+        old.unlink()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
-from onym.convert.mapping import Recipe, Rule, Shape, View, to_theirs
+from onym.convert.mapping import Recipe, Shape, View, to_theirs
 from onym.convert.registry import Format, NamedShapes, formats
 from onym.errors import CheckpointError
 from onym.format.tensors import TensorFile
@@ -45,14 +44,7 @@ def their_recipes(ours: TensorFile, format: Format) -> dict[str, Recipe]:
     Raises:
         CheckpointError: it has no place for one of the tensors.
     """
-    recipes, left = to_theirs(format.rules, ours.names, _layers(format.rules, ours.names))
+    recipes, left = to_theirs(format.rules, ours.names)
     if left:
         raise CheckpointError(f"{format.title} has no place for {left[0]}.")
     return recipes
-
-
-def _layers(rules: tuple[Rule, ...], names: list[str]) -> int:
-    """The number of layers that names of ours have."""
-    starts = {rule.ours.partition("{n}")[0] for rule in rules if "{n}" in rule.ours}
-    numbered = re.compile(f"(?:{'|'.join(map(re.escape, sorted(starts)))})([0-9]{{1,6}})[.]") if starts else None
-    return max((int(match.group(1)) + 1 for name in names if numbered and (match := numbered.match(name))), default=0)

@@ -412,7 +412,7 @@ def _from_stored(recipes: Mapping[str, Recipe], ours: TensorFile) -> dict[str, R
 
 def _count(report: Report, tensors: TensorFile) -> None:
     report.tensors = len(tensors.shapes)
-    report.bytes = sum(nbytes(tensors, name) for name in tensors.shapes)
+    report.bytes = nbytes(tensors)
 
 
 def config_json(config: Config) -> str:
