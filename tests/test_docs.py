@@ -1,4 +1,4 @@
-"""What the documents say works."""
+"""The programs, links and generated pages of the documents are right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_story_in_the_readme_runs(in_fresh_process: Callable[[str], str]) ->
     assert in_fresh_process(program).strip() == claimed.group(1)
 
 
-def test_the_guide_prints_what_it_says(in_fresh_process: Callable[[str], str]) -> None:
+def test_the_orig_mod_guide_prints_what_its_comments_claim(in_fresh_process: Callable[[str], str]) -> None:
     """All of its programs are one, and each print is followed by a comment with its output."""
     text = (ROOT / "docs" / "orig-mod.md").read_text(encoding="utf-8")
     program = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
@@ -30,12 +30,12 @@ def test_the_guide_prints_what_it_says(in_fresh_process: Callable[[str], str]) -
     assert in_fresh_process(program).splitlines() == claimed
 
 
-def test_the_loop_of_ones_own_runs_and_goes_on(in_fresh_process: Callable[[str], str], tmp_path: Path) -> None:
+def test_the_training_loop_of_the_guide_runs_and_continues(in_fresh_process: Callable[[str], str], tmp_path: Path) -> None:
     text = (ROOT / "docs" / "durability.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert in_fresh_process(program).strip() == "30"
-    kept = sorted(path.name for path in (tmp_path / "my-run").glob("step-*"))
-    assert kept[-1] == "step-000000030"
+    saved = sorted(path.name for path in (tmp_path / "my-run").glob("step-*"))
+    assert saved[-1] == "step-000000030"
     assert in_fresh_process(program.replace("range(start, 30)", "range(start, 40)")).strip() == "40"
 
 
