@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from onym.format.reader import Checkpoint
 from onym.format.tensors import TensorFile
 from onym.format.writer import About, write_folder, write_safetensors
 from onym.names.diagnose import diagnose
-from onym.names.match import recover_names
+from onym.names.match import recover_names, renamed_state
 from onym.names.mismatch import MismatchError, compare
 from onym.names.wrappers import AVERAGE_COUNTER, require_module, unwrap
 from onym.state.architectures import build_model, describe_model
@@ -183,8 +182,9 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu
             f"'{checkpoint.path}' holds weights without the structure they belong to: build the model and use "
             "onym.load(path, into=model), or register its class (onym.register_architecture) before saving it."
         )
-    if isinstance(layers := checkpoint.config.get("n_layers"), int) and layers > len(checkpoint.model.shapes):
-        raise CheckpointError(f"'{checkpoint.path}' is damaged: its configuration has {layers:,} layers, its file has not.")
+    for name, value in checkpoint.config.items():  # or a hostile one would be built for hours
+        if "layer" in name and isinstance(value, int) and value > len(checkpoint.model.shapes):
+            raise CheckpointError(f"'{checkpoint.path}' is damaged: its configuration has {value:,} layers, its file has not.")
     try:
         model = build_model(checkpoint.architecture, checkpoint.config)
     except (RuntimeError, MemoryError, OverflowError) as error:
@@ -211,10 +211,10 @@ def _load_into(
     for name in spare:
         del state[name]
     renamed = recover_names(state, known)
-    state = _renamed(state, renamed)
+    state = renamed_state(state, renamed)
     try:
         if any(tensor.is_meta for tensor in model.parameters()):  # report mismatches before memory is allocated
-            stored, wanted = describe(state), describe(state_dict(model))
+            stored, wanted = describe(state), describe(known)
             if (differences := compare(stored, wanted)).shapes:
                 raise MismatchError(differences, diagnose(differences, stored, wanted))
         with materialise_meta(model, device) as empty:
@@ -268,16 +268,6 @@ def _require_same_computation(checkpoint: Checkpoint, model: nn.Module) -> None:
                 f"'{checkpoint.path}' was trained with {name}={was}, and this model computes with {name}={now}: its values "
                 "would load, and mean something else. Build the model with that, or use onym.load_model(path)."
             )
-
-
-def _renamed(state: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The state under other names, and with it the layout versions of its modules, which PyTorch stores beside it."""
-    out: OrderedDict[str, Any] = OrderedDict((renamed.get(name, name), value) for name, value in state.items())
-    versions = getattr(state, "_metadata", None)
-    if versions is not None:
-        paths = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in renamed.items()}
-        out._metadata = OrderedDict((paths.get(path, path), version) for path, version in versions.items())  # type: ignore[attr-defined]
-    return out
 
 
 def _other_configuration(checkpoint: Checkpoint, model: nn.Module) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
+from typing import Any
 
 from onym.names.wrappers import wrapper_prefixes
 
@@ -49,6 +51,16 @@ def recover_names(foreign: Iterable[str], known: Iterable[str]) -> dict[str, str
         if matched and all(name.removeprefix(root) == match for name, match in matched.items()):
             return {name: name.removeprefix(root) for name in foreign}
     return {name: match for name, match in matched.items() if name != match}
+
+
+def renamed_state(state: Mapping[str, Any], names: Mapping[str, str]) -> OrderedDict[str, Any]:
+    """A state dict under other names, with the layout versions of its modules, which PyTorch stores in ``_metadata``."""
+    out: OrderedDict[str, Any] = OrderedDict((names.get(name, name), value) for name, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if isinstance(versions, Mapping):
+        modules = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in names.items()}
+        out._metadata = OrderedDict((modules.get(path, path), version) for path, version in versions.items())  # type: ignore[attr-defined]
+    return out
 
 
 def _without_some(name: str, prefixes: frozenset[str]) -> Iterator[str]:
