@@ -643,7 +643,7 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
         ({"net": model, "model": optimizer}, {}, "What is called 'model' is a SGD"),
         ({"model": model}, {"a\\b": "x"}, "cannot be saved"),
         ({"model": model}, {"a": "\ud800"}, "cannot be saved"),
-        ({"model": model}, {"pieces.json": "{}"}, "a file that the checkpoint has of its own"),
+        ({"model": model}, {"chunks.json": "{}"}, "a file that the checkpoint has of its own"),
     ):
         with pytest.raises(onym.OnymError, match=says):
             checkpointer.save(1, state, files=files)
