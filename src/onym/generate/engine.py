@@ -64,11 +64,11 @@ def generate(
         )
     sampling = sampling or Sampling()
     sampling.check()
-    return _generate(model, list(prompt), max_new_tokens, sampling, seed, end_of_text, slide)
+    return _generate(model, list(prompt), max_new_tokens, sampling, seed=seed, end=end_of_text, slide=slide)
 
 
 def _generate(
-    model: GPT, tokens: list[int], max_new_tokens: int, sampling: Sampling, seed: int | None, end: int | None, slide: int
+    model: GPT, tokens: list[int], max_new_tokens: int, sampling: Sampling, *, seed: int | None, end: int | None, slide: int
 ) -> Iterator[int]:
     context = model.config.context_length
     device, sharded = computes_on(model.tok_emb.weight), any_sharded([model])
