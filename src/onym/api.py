@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from onym.convert.opening import open_any, warn_of
+from onym.convert.sources import as_json
 from onym.convert.translation import format_of, translated
-from onym.convert.write import config_json
 from onym.errors import CheckpointError, ConfigError
 from onym.format.manifest import CONFIG, MODEL
 from onym.format.pth import write_pth
@@ -73,7 +73,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     elif path.suffix in (".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".onnx", ".gguf", ".npz"):
         raise ConfigError(f"A model cannot be saved as '{path.suffix}': end the path in .safetensors, .pth, or / for a folder.")
     else:
-        texts = {CONFIG: config_json(config)} if config is not None else {}
+        texts = {CONFIG: as_json(config)} if config is not None else {}
         write_folder(path, {MODEL: state}, texts, About(architecture))
 
 

@@ -145,7 +145,7 @@ def test_a_folder_without_permission(book: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o755)
     program = "import os, sys; os.setuid(65534); sys.argv[0] = 'onym'; from onym.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", f"import onym.train.loop, onym.cli.train, pydoc_data.topics; {program}"]
+    command = [sys.executable, "-c", f"import onym.train.loop, onym.cli.train, onym.cli.parsing, pydoc_data.topics; {program}"]
     command += ["train", "--data", str(book), *TINY_RUN, "--runs-dir", str(locked), "--cache-dir", str(tmp_path / "cache")]
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_mode & 0o001 == 0:

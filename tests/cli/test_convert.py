@@ -57,7 +57,7 @@ def test_the_report_says_what_was_found_and_done(onym: Run, tmp_path: Path) -> N
         "_orig_mod. in 47 names",
         "renamed 38, transposed 12, given zeros 3",
         "trf_blocks.*.att.mask (nothing learned)",
-        "38 tensors read back, equal bit for bit",
+        "38 tensors read back, bitwise identical",
         "1 attention heads were assumed",
         'AutoModelForCausalLM.from_pretrained("hf")',
     ):

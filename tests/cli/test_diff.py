@@ -60,7 +60,7 @@ def test_polluted_names_are_put_right(onym: Run, run_folder: Path, tmp_path: Pat
             done = onym("diff", *pair)
             assert done.returncode == 0, done.stdout
             assert "The same weights: every name" in done.stdout
-            assert f"Names of {'AB'[pair.index(file)]} that wrappers had changed were put right" in done.stdout
+            assert f"Names of {'AB'[pair.index(file)]} that wrappers had changed were cleaned" in done.stdout
     assert "trf_blocks.1._orig_mod.norm1.weight" in done.stdout
     renamed = told(onym, "diff", run_folder, "whole.pth")["renamed"]["b"]
     assert renamed["_orig_mod.tok_emb.weight"] == "tok_emb.weight"
@@ -137,18 +137,18 @@ def test_other_dtypes_and_values_that_are_no_tensors(onym: Run, tmp_path: Path) 
     assert "no distance" in onym("diff", "a.pth", "b.pth").stdout
 
 
-def test_large_tensors_are_compared_in_pieces(onym: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_are_compared_in_chunks(onym: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = {"w": torch.randn(7, 5)}, {"w": torch.randn(7, 5)}
     whole = differences(onym, tmp_path, a, b)["values"]["w"]
     sizes = []
-    add = diff._add_piece
+    add = diff._add_chunk
 
     def watched(gap: diff._Gap, left: torch.Tensor, right: torch.Tensor) -> None:
         sizes.append(left.numel())
         add(gap, left, right)
 
-    monkeypatch.setattr(diff, "_PIECE", 8)
-    monkeypatch.setattr(diff, "_add_piece", watched)
+    monkeypatch.setattr(diff, "_CHUNK", 8)
+    monkeypatch.setattr(diff, "_add_chunk", watched)
     assert differences(onym, tmp_path, a, b)["values"]["w"] == pytest.approx(whole)
     assert sizes == [8, 8, 8, 8, 3]
 

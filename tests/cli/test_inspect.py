@@ -100,7 +100,7 @@ def test_a_checkpoint_is_described_with_its_layers_folded(onym: Run, run_folder:
         text = onym("inspect", run_folder, "--step", step).stdout
         assert "a checkpoint" in text
         assert "tie_embeddings=True" in text
-        assert "continues from  step 10" in text
+        assert "continues     step 10" in text
         assert "trf_blocks.0 … trf_blocks.2  (3x)" in text
         assert text.count("qkv.weight") == 1
         assert "= tok_emb.weight" in next(line for line in text.splitlines() if "out_head.weight" in line)

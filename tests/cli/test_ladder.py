@@ -29,7 +29,7 @@ def test_every_rung_has_a_figure_or_a_reason(onym: Run, tmp_path: Path, monkeypa
     assert lines[head].split() == ["rung", "tokens/s", "×", "total", "memory", "util", "A100", "×"]
     assert all(len(line) <= 80 for line in lines[head : head + 13])
     assert lines[-1].startswith("Next: onym train --preset nano --context-length 32 ")
-    assert " 3 left out: TF32" in done.stdout
+    assert " 3 skipped: TF32" in done.stdout
 
     values = json.loads((tmp_path / "here/ladder.json").read_text(encoding="utf-8"))
     figures = values["figures"]

@@ -158,14 +158,14 @@ def test_moved_on_purpose_the_cpp_objects_come_along(
     for name, value in machine.environment.items():
         monkeypatch.setenv(name, value)
     file = machine.path / "moved.tar.gz"
-    assert main(["cache", "export", str(file)]) == 0
+    assert main(["tools", "cache", "export", str(file)]) == 0
     assert "It is code" in capsys.readouterr().out
-    assert main(["cache", "clear"]) == 0
+    assert main(["tools", "cache", "clear"]) == 0
     assert not libraries(machine.cache)
-    assert main(["cache", "import", str(file)]) == 2
+    assert main(["tools", "cache", "import", str(file)]) == 2
     assert "--i-trust-it" in capsys.readouterr().err
     assert not libraries(machine.cache)
-    assert main(["cache", "import", str(file), "--i-trust-it"]) == 0
+    assert main(["tools", "cache", "import", str(file), "--i-trust-it"]) == 0
     warm = machine.start()
     assert (warm.compiled, warm.found, warm.made, warm.compilations) == (True, 2, 0, 0)
 

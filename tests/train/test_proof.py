@@ -94,7 +94,7 @@ def test_a_model_that_fits_no_single_process_is_kept_without_a_proof(
     done = onym("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 10)
     assert done.returncode == 0, done.stderr
     assert "Proof: skipped: a fresh process has no memory for all of the model beside the training" in done.stdout
-    assert re.search(r"proof +left out for want of memory; every byte of the file: .+ verify runs/book\n", done.stdout)
+    assert re.search(r"proof +skipped for lack of memory; every byte of the file: .+ verify runs/book\n", done.stdout)
     assert "A sample" not in done.stdout
     library.open_checkpoint(tmp_path / "runs/book").verify()
     python.write_text("#!/bin/sh\nkill -9 $$\n")  # so a system ends a process that takes too much

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from onym.cli.arguments import CacheArguments
-from onym.cli.report import print_facts, print_heading, print_json, print_table
+from onym.cli.report import print_facts, print_heading, print_json, print_table, utc
 from onym.compile import cache
 from onym.compile.archive import export_cache, import_cache
 from onym.compile.cache_key import facts, key_of
@@ -46,7 +45,7 @@ def run(given: CacheArguments) -> int:
 def _list(*, as_json: bool) -> None:
     here = facts()
     key, there = key_of(here), cache.entries()
-    total = sum(kept.size for kept in there)
+    total = sum(entry.size for entry in there)
     if as_json:
         print_json(
             {
@@ -55,7 +54,7 @@ def _list(*, as_json: bool) -> None:
                 "limit_bytes": cache.LIMIT_BYTES,
                 "this_machine": {"key": key, "about": here},
                 "keys": [
-                    {"key": k.key, "bytes": k.size, "used": _utc(k.used_at), "this_machine": k.key == key, "about": k.facts}
+                    {"key": k.key, "bytes": k.size, "used": utc(k.used_at), "this_machine": k.key == key, "about": k.facts}
                     for k in there
                 ],
             }
@@ -64,11 +63,9 @@ def _list(*, as_json: bool) -> None:
     print_heading(f"Compiled code in '{cache.root()}'")
     print_facts({"size": f"{format_size(total)} of {format_size(cache.LIMIT_BYTES)} at most", "this machine": key})
     rows = [("", "key", "size", "used", "for")]
-    for kept in there:
-        about = ", ".join(kept.facts.get(fact, "?").partition(",")[0] for fact in ("torch", "Python", "processor", "GPU"))
-        rows.append(("*" if kept.key == key else "", kept.key, format_size(kept.size), format_age(_utc(kept.used_at)), about))
+    for entry in there:
+        about = ", ".join(entry.facts.get(fact, "?").partition(",")[0] for fact in ("torch", "Python", "processor", "GPU"))
+        rows.append(
+            ("*" if entry.key == key else "", entry.key, format_size(entry.size), format_age(utc(entry.used_at)), about)
+        )
     print_table(rows) if there else print("Nothing is there yet: onym train caches what it compiles.")
-
-
-def _utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

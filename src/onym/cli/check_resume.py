@@ -32,12 +32,12 @@ def run(given: tuple[CheckResumeArguments, list[str]]) -> int:
     folder = ours.folder or Path(tempfile.mkdtemp(prefix="onym-check-resume-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # What is wrong with them is said now.
         parsed = parse_options([*options, "--name", "straight", "--runs-dir", str(folder)])
         if parsed.run.processes > 1 and not can_find_workers():
             raise ConfigError("check-resume finds the processes to kill in /proc, which is not there: take --processes 1.")
     except BaseException:
-        _remove_if_empty(folder)
+        if not any(folder.iterdir()):
+            folder.rmdir()
         raise
     display, began = Display(), time.monotonic()
     with display.activity("Two runs") as activity:
@@ -59,8 +59,3 @@ def run(given: tuple[CheckResumeArguments, list[str]]) -> int:
     if ours.folder is None:
         shutil.rmtree(folder, ignore_errors=True)
     return 0
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if not any(folder.iterdir()):
-        folder.rmdir()

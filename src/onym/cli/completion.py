@@ -24,7 +24,7 @@ _REMARKS = {
 
 
 def install_completion(arguments: list[str]) -> str:
-    """Write the script for a shell, and return what to tell the user.
+    """Write the script for a shell, and return a message for the user.
 
     Args:
         arguments: the shell's name, or nothing for that of ``$SHELL``.

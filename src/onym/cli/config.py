@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ def arguments_of(path: Path, instead: Collection[str] = ()) -> list[str]:
 
     Args:
         path: of the file.
-        instead: lengths and sizes that are left out, for they are given otherwise: from :func:`one_of_each`.
+        instead: lengths and sizes that are skipped, because they are given otherwise: from :func:`one_of_each`.
 
     Raises:
         ConfigError: it is no TOML file, has a key that is no option, or one thing in two units.
@@ -35,9 +34,8 @@ def arguments_of(path: Path, instead: Collection[str] = ()) -> list[str]:
     except ValueError as error:  # of the text's encoding, too
         raise ConfigError(f"'{path}' is no TOML file: {error}.") from error
     sections = {
-        subject.name: {flag(name).lstrip("-"): hint for name, hint in get_type_hints(type(options)).items()}
-        for subject in dataclasses.fields(TrainOptions)
-        for options in [getattr(TrainOptions(), subject.name)]
+        subject: {flag(name).lstrip("-"): hint for name, hint in get_type_hints(options).items()}
+        for subject, options in get_type_hints(TrainOptions).items()
     }
     every = {name: hint for section in sections.values() for name, hint in section.items()}
     arguments: list[list[str]] = []
@@ -79,7 +77,7 @@ def _argument(key: str, value: Any, known: Mapping[str, Any], path: Path) -> lis
         raise ConfigError(f"{key!r} in '{path}' has to be a text, a number, true or false, or a list of texts, not {value!r}.")
     if wanted := _wanted(known[name], value):
         raise ConfigError(f"{key!r} in '{path}' has to be {wanted}, not {value!r}.")
-    if isinstance(value, bool) and name in _SWITCHES:
+    if isinstance(value, bool) and known[name] is bool:
         return [f"--{'' if value else 'no-'}{name}"]
     return [f"--{name}", *map(str, parts)]
 
@@ -90,19 +88,14 @@ def _wanted(hint: Any, value: Any) -> str:
     if get_origin(kinds[0]) is Literal:
         known = get_args(kinds[0])
         return "" if value in known else f"one of {', '.join(known)}"
-    for kind, fitting, words in (
-        (bool, (bool,), "true or false"),
-        (int, (int,), "a whole number"),
-        (float, (int, float), "a number"),
-    ):
-        if kind in kinds and len(kinds) == 1:
-            return "" if isinstance(value, fitting) and (kind is bool or not isinstance(value, bool)) else words
-    return ""
+    if len(kinds) > 1 or kinds[0] not in _KINDS:
+        return ""
+    words, fitting = _KINDS[kinds[0]]
+    return "" if isinstance(value, fitting) and isinstance(value, bool) == (kinds[0] is bool) else words
 
 
-_SWITCHES = {
-    flag(field.name).lstrip("-")
-    for subject in dataclasses.fields(TrainOptions)
-    for field in dataclasses.fields(getattr(TrainOptions(), subject.name))
-    if isinstance(field.default, bool)
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
 }

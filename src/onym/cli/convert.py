@@ -84,13 +84,14 @@ def _say(report: Report, *, dry_run: bool) -> None:
         found_facts(report.found)
         | {
             "written as": report.to + (f", because {report.why_to} (--to chooses)" if report.why_to else ""),
-            "done": ", ".join(f"{word} {count}" for word, count in report.rules.items()) or "nothing: every tensor as it was",
-            "left out": "; ".join(_some(report.dropped)) or None,
+            "done": ", ".join(f"{word} {count}" for word, count in report.rules.items())
+            or "nothing: every tensor is unchanged",
+            "dropped": "; ".join(_some(report.dropped)) or None,
             "not used": ", ".join(_some(report.unused)) or None,
             "result": f"{plural(report.tensors, 'tensor')}, {format_size(report.bytes)}",
             "compared": None
             if dry_run
-            else f"{plural(report.compared, 'tensor')} read back, equal bit for bit"
+            else f"{plural(report.compared, 'tensor')} read back, bitwise identical"
             + (f"; logits {report.logits:.1g} apart" if report.logits is not None else ""),
         }
     )
@@ -123,7 +124,7 @@ def _next(report: Report) -> str:
     if report.to == "huggingface":
         return f'Open it: AutoModelForCausalLM.from_pretrained("{report.destination}")'
     if report.to == "nanogpt":
-        return "Go on in nanoGPT: put it in its out_dir as ckpt.pt, and python train.py --init_from=resume"
+        return "Continue in nanoGPT: copy it to its out_dir as ckpt.pt, and run python train.py --init_from=resume"
     if report.to in ("book", "book-fast", "pth"):
         return f'Load it: model.load_state_dict(torch.load("{report.destination}", weights_only=True))'
     return f"Look at it: onym inspect {path}"

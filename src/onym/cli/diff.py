@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 
 from onym.cli.arguments import DiffArguments
-from onym.cli.report import as_step, checkpoints_folder, print_heading, print_json, print_table, shown
-from onym.convert.opening import open_any
+from onym.cli.report import checkpoints_folder, open_noting, print_heading, print_json, print_table, shown
 from onym.format.manifest import MODEL
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import as_bytes
@@ -25,7 +23,7 @@ from onym.units import plural
 DIFFERENT = 1
 
 _SHOWN = 10
-_PIECE = 1 << 22  # values that are widened at a time
+_CHUNK = 1 << 22  # values that are widened at a time
 _VALUE = "value"  # what a module stores of its own making: no tensor
 
 
@@ -33,11 +31,8 @@ def run(given: DiffArguments) -> int:
     """``onym diff``."""
     pair = []
     for path, step in ((given.a, given.step_a), (given.b, given.step_b)):
-        checkpoints_folder(as_path(path))  # where a storage cannot be reached, says so
-        found = open_any(path, as_step(step))
-        for skipped, reason in found.skipped:
-            print(f"Passed over '{skipped}': {reason}", file=sys.stderr)
-        pair.append(found.checkpoint)
+        checkpoints_folder(as_path(path))  # raises where a storage cannot be reached
+        pair.append(open_noting(path, step))
     report = compare(*pair)
     print_json(report) if given.json else _print(report, given.a, given.b)
     return 0 if report["equal"] else DIFFERENT
@@ -137,15 +132,12 @@ def _renames(a: Sequence[str], b: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def _cleaned(**checkpoints: Checkpoint) -> dict[str, dict[str, str]]:
     """Names that were cleaned when the file was opened."""
-    renamed = {}
-    for which, checkpoint in checkpoints.items():
-        if checkpoint.origin is not None and checkpoint.origin.wrappers:
-            renamed[which] = checkpoint.origin.renamed()
-    return renamed
+    origins = {which: checkpoint.origin for which, checkpoint in checkpoints.items()}
+    return {which: origin.renamed() for which, origin in origins.items() if origin is not None and origin.wrappers}
 
 
 def _originals(checkpoint: Checkpoint, renames: Mapping[str, str]) -> dict[str, str]:
-    """Names, put right -> those that the tensors are stored under."""
+    """Clean names -> those that the tensors are stored under."""
     aliases = checkpoint.model.aliases
     return {renames.get(name, name): aliases.get(name, name) for name in checkpoint.names}
 
@@ -161,23 +153,23 @@ def _difference(one: Any, other: Any) -> _Gap | bool:
     try:
         left, right = (each.detach().to_dense().reshape(-1) for each in (one, other))
         gap = _Gap(left.numel())
-        for start in range(0, gap.values, _PIECE):
-            _add_piece(gap, left[start : start + _PIECE], right[start : start + _PIECE])
+        for start in range(0, gap.values, _CHUNK):
+            _add_chunk(gap, left[start : start + _CHUNK], right[start : start + _CHUNK])
         return gap
     except (RuntimeError, NotImplementedError):  # a dtype that torch stores and cannot compute with
         return one.dtype == other.dtype and torch.equal(as_bytes(one), as_bytes(other))
 
 
-def _add_piece(gap: _Gap, left: Tensor, right: Tensor) -> None:
-    whole = not (left.is_floating_point() or left.is_complex() or right.is_floating_point() or right.is_complex())
-    if whole:  # float64 has not all of int64's values
+def _add_chunk(gap: _Gap, left: Tensor, right: Tensor) -> None:
+    integers = not any(each.is_floating_point() or each.is_complex() for each in (left, right))
+    if integers:  # float64 has not all of int64's values
         differs = left.to(torch.int64) != right.to(torch.int64)
     wide = torch.complex128 if left.is_complex() or right.is_complex() else torch.float64
     left, right = left.to(wide), right.to(wide)
-    if not whole:
+    if not integers:
         differs = (left != right) & ~(left.isnan() & right.isnan())
     apart = (left - right).abs()
-    apart = apart.clamp(min=1) if whole else apart.nan_to_num(nan=math.inf, posinf=math.inf)
+    apart = apart.clamp(min=1) if integers else apart.nan_to_num(nan=math.inf, posinf=math.inf)
     apart = torch.where(differs, apart, 0.0)
     gap.changed += int(differs.sum())
     gap.largest = max(gap.largest, float(apart.max()))
@@ -187,16 +179,15 @@ def _add_piece(gap: _Gap, left: Tensor, right: Tensor) -> None:
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and one.shape == other.shape and not _changed(_difference(one, other))
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        gap = _difference(one, other)
+        return gap if isinstance(gap, bool) else not gap.changed
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_equal, one, other))
     return type(one) is type(other) and bool(one == other)
-
-
-def _changed(gap: _Gap | bool) -> bool:
-    return bool(gap.changed) if isinstance(gap, _Gap) else not gap
 
 
 def _family(name: str) -> str:
@@ -221,8 +212,8 @@ def _print(report: Mapping[str, Any], a: str, b: str) -> None:
         if kind is not None:
             print(shown(f"{which} is {kind}."))
     for which, names in report["renamed"].items():
-        print(f"Names of {which.upper()} that wrappers had changed were put right, {len(names)}:")
-        _print_some([(name, f"-> {right}") for name, right in names.items()])
+        print(f"Names of {which.upper()} that wrappers had changed were cleaned, {len(names)}:")
+        _print_some([(name, f"-> {clean}") for name, clean in names.items()])
     for field, (was, now) in report["config"].items():
         print(shown(f"config: {field} is {was} in A, {now} in B"))
     if report["equal"]:

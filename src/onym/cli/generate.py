@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
 
 from onym.api import load_checkpoint
 from onym.cli.arguments import GenerateArguments
-from onym.cli.report import as_step
-from onym.convert.opening import open_any
+from onym.cli.report import open_noting
 from onym.data.tokenizer import Tokenizer
 from onym.errors import CheckpointError, ConfigError, TokenizerError
 from onym.format.manifest import TOKENIZER
@@ -20,18 +19,16 @@ from onym.train.precision import choose_compute
 
 def run(given: GenerateArguments) -> int:
     """``onym generate``."""
-    found = open_any(given.model, as_step(given.step), part=given.part, settings={"n_heads": given.n_heads})
-    for path, reason in found.skipped:
-        print(f"Passed over '{path}': {reason}", file=sys.stderr)
-    for note in found.checkpoint.origin.notes if found.checkpoint.origin is not None else []:
+    checkpoint = open_noting(given.model, given.step, part=given.part, settings={"n_heads": given.n_heads})
+    for note in checkpoint.origin.notes if checkpoint.origin is not None else []:
         print(note, file=sys.stderr)
-    tokenizer = _tokenizer(given, found.checkpoint)
-    if tokenizer.vocab_size > (rows := (found.checkpoint.config or {}).get("vocab_size", tokenizer.vocab_size)):
+    tokenizer = _tokenizer(given, checkpoint)
+    if tokenizer.vocab_size > (rows := (checkpoint.config or {}).get("vocab_size", tokenizer.vocab_size)):
         raise TokenizerError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model {rows:,}: name the one that it was trained with, "
             "with --tokenizer."
         )
-    model = load_checkpoint(found.checkpoint, device=choose_compute(given.device, "fp32").device)
+    model = load_checkpoint(checkpoint, device=choose_compute(given.device, "fp32").device)
     if not isinstance(model, GPT):
         raise CheckpointError(f"'{given.model}' is a {type(model).__name__}; only a GPT generates text here.")
     try:
@@ -46,7 +43,9 @@ def run(given: GenerateArguments) -> int:
         seed=given.seed,
         end_of_text=tokenizer.end_of_text,
     )
-    _stream(given.prompt, tokenizer.decode_stream(tokens))
+    for text in itertools.chain([given.prompt], tokenizer.decode_stream(tokens), ["\n"]):
+        sys.stdout.write(text)
+        sys.stdout.flush()
     return 0
 
 
@@ -57,12 +56,3 @@ def _tokenizer(given: GenerateArguments, checkpoint: Checkpoint) -> Tokenizer:
     if text is None:
         raise TokenizerError(f"'{given.model}' holds no tokenizer: name the one it was trained with, with --tokenizer.")
     return Tokenizer.from_json(text)
-
-
-def _stream(prompt: str, pieces: Iterator[str]) -> None:
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")

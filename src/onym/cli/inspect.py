@@ -13,15 +13,7 @@ from typing import Any
 from onym.checkpoint.steps import pins, step_folder, steps
 from onym.cli.arguments import InspectArguments
 from onym.cli.convert import found_facts
-from onym.cli.report import (
-    as_step,
-    bytes_of,
-    checkpoints_folder,
-    print_facts,
-    print_heading,
-    print_json,
-    print_table,
-)
+from onym.cli.report import as_step, bytes_of, checkpoints_folder, print_facts, print_heading, print_json, print_table
 from onym.cli.tree import tree
 from onym.convert.opening import open_any
 from onym.errors import CheckpointError
@@ -68,7 +60,7 @@ def describe_run(path: Path, directory: Path) -> dict[str, Any]:
                 "time": manifest.provenance.get("time"),
             }
         except (CheckpointError, OSError) as error:
-            if not folder.exists():  # its run goes on, and has deleted it
+            if not folder.exists():  # the run, which continues, has deleted it
                 continue
             row["damaged"] = str(error)
         listed.append(row)
@@ -129,15 +121,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _tensors(file: TensorFile) -> dict[str, Any]:
     """What each tensor is; the further names of a tied one are with the first."""
-    ties = file.aliases
-    further: dict[str, list[str]] = {}
-    for alias, name in ties.items():
-        further.setdefault(name, []).append(alias)
-    return {
-        name: {"dtype": file.dtypes[name], "shape": list(shape)} | ({"aliases": further[name]} if name in further else {})
+    tensors: dict[str, Any] = {
+        name: {"dtype": file.dtypes[name], "shape": list(shape)}
         for name, shape in file.shapes.items()
-        if name not in ties
+        if name not in file.aliases
     }
+    for alias, name in file.aliases.items():
+        tensors[name].setdefault("aliases", []).append(alias)
+    return tensors
 
 
 def _totals(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int | None]]:
@@ -146,9 +137,9 @@ def _totals(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int
     for entry in tensors.values():
         if entry["dtype"] != _VALUE:
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
-    kinds = {name: dtype_called(name) for name in counts}
+    sizes = {name: kind.itemsize if (kind := dtype_called(name)) is not None else None for name in counts}
     return {
-        name: {"parameters": count, "bytes": None if (kind := kinds[name]) is None else count * kind.itemsize}
+        name: {"parameters": count, "bytes": None if (size := sizes[name]) is None else count * size}
         for name, count in counts.items()
     }
 
@@ -159,18 +150,12 @@ def _print_run(report: Mapping[str, Any]) -> None:
     for step in report["steps"]:
         notes = [f"{name} {value:.6g}" for name, value in step.get("metrics", {}).items()]
         notes += [f"pinned as {name}" for name in step["pinned"]]
+        about = ("?", "?", "?")
         if "damaged" in step:
-            rows.append((str(step["step"]), "?", "?", "?", ", ".join(["damaged: see onym verify", *notes])))
+            notes.insert(0, "damaged: see onym verify")
         else:
-            rows.append(
-                (
-                    str(step["step"]),
-                    format_age(step["time"]),
-                    format_size(step["bytes"]),
-                    step["identity"][:12],
-                    ", ".join(notes),
-                )
-            )
+            about = (format_age(step["time"]), format_size(step["bytes"]), step["identity"][:12])
+        rows.append((str(step["step"]), *about, ", ".join(notes)))
     if report["steps"]:
         print_table(rows)
     writer = report["writer"]
@@ -188,7 +173,7 @@ def _print_checkpoint(report: Mapping[str, Any], checkpoint: Checkpoint) -> None
         "metrics": ", ".join(f"{name} {value:.6g}" for name, value in report["metrics"].items()),
         "size": f"{format_size(report['bytes'])}, {plural(report['parameters'], 'parameter')}",
         "identity": report["identity"] or "none: it holds no hashes (what onym.save writes as .safetensors does)",
-        "goes on from": f"step {parent.get('step')}, {str(parent.get('identity'))[:12]}" if parent else None,
+        "continues": f"step {parent.get('step')}, {str(parent.get('identity'))[:12]}" if parent else None,
         "architecture": report["architecture"],
         "config": ", ".join(f"{name}={value}" for name, value in (report["config"] or {}).items()),
         "written": f"{about['time']} ({format_age(about['time'])}) on {about.get('host')}" if about.get("time") else None,

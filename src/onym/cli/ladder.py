@@ -52,7 +52,7 @@ def run(given: LadderArguments) -> int:
     if lowered:
         display.note(
             f"The vocabulary is lowered from GPT-2's {BOOK_VOCABULARY:,}, which would take too long here;\n"
-            "so the head has the share of the weights that it has in GPT-2 small."
+            "so the head has the same part of the weights as in GPT-2 small."
         )
     ladder = climb(config, given.batch_size, compute, given.minutes, display)
     text = json.dumps(ladder.to_dict(), indent=2) + "\n"
@@ -75,7 +75,7 @@ def _show(ladder: Ladder, given: LadderArguments, preset: str, display: Display)
     display.note("")
     for figure in ladder.figures:
         if figure.reason:
-            display.note(textwrap.fill(f"{figure.number:>2} left out: {figure.reason}.", 80, subsequent_indent="   "))
+            display.note(textwrap.fill(f"{figure.number:>2} skipped: {figure.reason}.", 80, subsequent_indent="   "))
     display.note(
         textwrap.fill(
             f"× is to the rung before, total to the first; util is the share of {ladder.peak.flops / 1e12:,.2f} TFLOP/s "

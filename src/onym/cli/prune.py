@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,11 @@ def run(given: PruneArguments) -> int:
     _require_metric(directory, given.keep_best)
     gone: list[int] = []
     notes: list[str] = []
-    with _right_to_write(directory, not given.dry_run):
+    with contextlib.ExitStack() as stack:
+        if not given.dry_run and is_local(
+            directory
+        ):  # so that nothing is deleted under a live trainer; remote ones have no leases
+            stack.callback(Lease(directory).release)
         reasons = retention.reasons(directory)
         sizes = {step: bytes_of(step_folder(directory, step)) for step in reasons}
         if not given.dry_run:
@@ -41,8 +44,8 @@ def run(given: PruneArguments) -> int:
     doomed = [step for step, reason in reasons.items() if reason is None]
     freed = sum(sizes[step] for step in (doomed if given.dry_run else gone))
     if given.json:
-        kept = {step: reason for step, reason in reasons.items() if reason is not None}
-        print_json({"kept": kept, "doomed": doomed, "deleted": gone, "sizes": sizes, "bytes": freed, "notes": notes})
+        retained = {step: reason for step, reason in reasons.items() if reason is not None}
+        print_json({"kept": retained, "doomed": doomed, "deleted": gone, "sizes": sizes, "bytes": freed, "notes": notes})
     else:
         rows = [("step", "size", "", "")]
         for step, reason in reasons.items():
@@ -78,14 +81,3 @@ def _require_metric(directory: Path, best: str) -> None:
     if metric and metric not in known:
         has = f"they have {', '.join(known)}" if known else "they have none; leave --keep-best out"
         raise ConfigError(f"No step in '{directory}' has a metric {metric!r}{nearest(metric, known)}: {has}.")
-
-
-@contextmanager
-def _right_to_write(directory: Path, needed: bool) -> Iterator[None]:
-    """The run's lease, so that nothing is deleted under a trainer that lives. On remote storage there are no leases."""
-    lease = Lease(directory) if needed and is_local(directory) else None
-    try:
-        yield
-    finally:
-        if lease is not None:
-            lease.release()

@@ -1,16 +1,20 @@
-"""What reporting commands share: where a run's steps are, plain tables, and JSON output."""
+"""What commands that report have in common: where a run's steps are, plain tables, and JSON output."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from onym.checkpoint.steps import CHECKPOINTS, steps
-from onym.format.reader import require_path
+from onym.convert.opening import open_any
+from onym.convert.registry import Config
+from onym.format.reader import Checkpoint, require_path
 from onym.storage import object_store
 from onym.storage.paths import is_local
 from onym.train.display import Display
@@ -30,6 +34,19 @@ def checkpoints_folder(path: Path) -> Path | None:
 def as_step(text: str) -> int | str:
     """A step as it was typed: a number, or a name."""
     return int(text) if text.isdecimal() else text
+
+
+def open_noting(path: str, step: str, *, part: str | None = None, settings: Config | None = None) -> Checkpoint:
+    """Open what is at a path; damaged steps that were skipped for an older one are named on standard error."""
+    found = open_any(path, as_step(step), part=part, settings=settings)
+    for skipped, reason in found.skipped:
+        print(f"Passed over '{skipped}': {reason}", file=sys.stderr)
+    return found.checkpoint
+
+
+def utc(seconds: float) -> str:
+    """A time of the system's clock, as manifests have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def print_json(values: Mapping[str, Any]) -> None:
@@ -70,7 +87,7 @@ def print_table(rows: Sequence[Sequence[str]], indent: str = "  ", *, numbers: b
 
 
 def print_facts(facts: Mapping[str, str | None]) -> None:
-    """Names and values, those that are None left out; a long value goes on below, broken between its words."""
+    """Names and values, except those that are None; a long value is wrapped between its words."""
     rows = []
     for name, value in facts.items():
         for number, line in enumerate(textwrap.wrap(value or "", _WIDTH, break_long_words=False, break_on_hyphens=False)):

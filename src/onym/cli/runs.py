@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from onym.checkpoint.steps import step_folder, steps
 from onym.cli.arguments import RunsArguments
-from onym.cli.report import print_json, print_table, shown
+from onym.cli.report import print_json, print_table, shown, utc
 from onym.errors import ConfigError, OnymError, StorageError, nearest
 from onym.storage.lock import writer_of
 from onym.train.options import RunOptions
@@ -33,7 +32,7 @@ class Row:
     best_step: int | None = None
     tokens_per_second: float | None = None
     parameters: int | None = None
-    kept: str | None = None
+    saved: str | None = None
     """When the newest checkpoint was written, UTC."""
 
 
@@ -90,28 +89,27 @@ def row_of(folder: RunFolder) -> Row:
         if about is None:
             return Row(folder.path.name, "run.json is missing")
         rows = [row for row in folder.read_metrics() if "event" not in row]
-        kept = steps(folder.checkpoints)
+        saved = steps(folder.checkpoints)
     except OnymError:
         return Row(folder.path.name, "run.json is damaged")
     status = about["status"]
     if status == RUNNING and writer_of(folder.checkpoints) is None:
         status = "killed"
-    measured = [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]
+    evaluated = [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]
     speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
-    best, best_step = min(measured, default=(None, None))
-    newest = step_folder(folder.checkpoints, kept[-1]) if kept else None
-    written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(newest.stat().st_mtime)) if newest else None
+    best, best_step = min(evaluated, default=(None, None))
+    newest = step_folder(folder.checkpoints, saved[-1]) if saved else None
     return Row(
         folder.path.name,
         status,
         rows[-1]["step"] if rows else None,
         about.get("steps"),
-        measured[-1][0] if measured else None,
+        evaluated[-1][0] if evaluated else None,
         best,
         best_step,
         speeds[-1] if speeds else None,
         about.get("parameters"),
-        written,
+        utc(newest.stat().st_mtime) if newest else None,
     )
 
 
@@ -124,5 +122,5 @@ def _cells(row: Row) -> tuple[str, ...]:
         "-" if row.held_out is None else f"{row.held_out:.3f}",
         "-" if row.best is None else f"{row.best:.3f} @{row.best_step}",
         "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-        "-" if row.kept is None else format_age(row.kept).removesuffix(" ago"),
+        "-" if row.saved is None else format_age(row.saved).removesuffix(" ago"),
     )

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
 
@@ -32,11 +33,11 @@ def run(given: tuple[TrainOptions, list[str]]) -> int:
     if not outcome.is_rank0:
         return outcome.exit_code
     if outcome.status != FINISHED:
-        kept = f"everything is saved in '{outcome.checkpoint}'. The same command continues."
+        saved = f"everything is saved in '{outcome.checkpoint}'. The same command continues."
         if outcome.non_finite:
             where = f"from the one before, '{outcome.checkpoint}'" if outcome.checkpoint else "from the beginning"
-            kept = f"its weights are non-finite, so they were not saved. The same command continues {where}."
-        display.note(f"Stopped after step {outcome.state.step} ({outcome.reason}); {kept}")
+            saved = f"its weights are non-finite, so they were not saved. The same command continues {where}."
+        display.note(f"Stopped after step {outcome.state.step} ({outcome.reason}); {saved}")
         return outcome.exit_code
     _summarise(outcome, display)
     return 0
@@ -50,43 +51,30 @@ def _summarise(outcome: Outcome, display: Display) -> None:
         display.note(f"The run '{run}' is finished already: nothing to do.")
     if outcome.proof is not None:
         display.quote("A sample, from the fresh process (what was given is in brackets):", outcome.proof.sample)
-    drop = 1 - outcome.state.held_out / outcome.state.first_held_out
-    rows = [
-        (
-            "saved",
-            f"{outcome.checkpoint} ({format_size(_bytes_in(outcome.checkpoint))}; the model alone {_model_size(outcome)})",
-        ),
-        (
-            "held-out loss",
-            f"{outcome.state.first_held_out:.3f} -> {outcome.state.held_out:.3f} ({-drop:+.0%}), "
-            f"perplexity {math.exp(min(outcome.state.held_out, 99)):,.1f}",
-        ),
-    ]
-    if outcome.compilation is not None and outcome.tokens_per_second:
-        how = "compiling and the first step took" if outcome.compilation.compiled else "not compiled; the first step took"
+    state, proof, compilation = outcome.state, outcome.proof, outcome.compilation
+    size, perplexity = _bytes_in(outcome.checkpoint.iterdir()), math.exp(min(state.held_out, 99))
+    change = state.held_out / state.first_held_out - 1
+    # Of several ranks, all files with shards of the model.
+    model_size = _bytes_in(outcome.checkpoint.glob(f"{MODEL.removesuffix('.safetensors')}*.safetensors"))
+    rows = {
+        "saved": f"{outcome.checkpoint} ({size}; the model alone {model_size}, {outcome.parameters / 1e6:.1f}M parameters)",
+        "held-out loss": f"{state.first_held_out:.3f} -> {state.held_out:.3f} ({change:+.0%}), perplexity {perplexity:,.1f}",
+    }
+    if compilation is not None and outcome.tokens_per_second:
+        how = "compiling and the first step took" if compilation.compiled else "not compiled; the first step took"
         rate = f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.share_waited:.1%} of the time waiting for data"
-        rows.append(("speed", f"{rate}; {how} {outcome.compilation.seconds:.1f} s"))
-    if outcome.state.skipped_steps:
-        back = f"; {outcome.state.rollbacks} rollbacks" if outcome.state.rollbacks else ""
-        rows.append(
-            (
-                "left out",
-                f"{outcome.state.skipped_steps} steps whose loss or gradient was no good{back}: see {outcome.folder.metrics}",
-            )
-        )
-    if outcome.proof is not None:
-        difference = abs(outcome.proof.held_out - outcome.proof.expected)
-        rows.append(
-            (
-                "proof",
-                f"a fresh process without torch.compile opened it: held-out loss {outcome.proof.held_out:.6f}, "
-                f"{'bitwise identical' if difference == 0 else f'{difference:.1e} apart'}",
-            )
-        )
-    elif outcome.compilation is not None:
-        rows.append(("proof", f"left out for want of memory; every byte of the file: {command} verify {quote(str(run))}"))
-    rows.append(("look at", f"{outcome.folder.loss_plot}  {run / 'samples'}  {outcome.folder.metrics}"))
-    display.table(rows)
+        rows["speed"] = f"{rate}; {how} {compilation.seconds:.1f} s"
+    if state.skipped_steps:
+        back = f"; {state.rollbacks} rollbacks" if state.rollbacks else ""
+        rows["skipped"] = f"{state.skipped_steps} steps whose loss or gradient was no good{back}: see {outcome.folder.metrics}"
+    if proof is not None:
+        difference = abs(proof.held_out - proof.expected)
+        equal = "bitwise identical" if difference == 0 else f"{difference:.1e} apart"
+        rows["proof"] = f"a fresh process without torch.compile opened it: held-out loss {proof.held_out:.6f}, {equal}"
+    elif compilation is not None:
+        rows["proof"] = f"skipped for lack of memory; every byte of the file: {command} verify {quote(str(run))}"
+    rows["look at"] = f"{outcome.folder.loss_plot}  {run / 'samples'}  {outcome.folder.metrics}"
+    display.table(list(rows.items()))
     display.note("Next:", style="bold")
     display.note(f"  {command} generate {quote(str(run))} --prompt 'Return the'")
     display.note(f"  {command} train --name {quote(run.name)} --steps {2 * outcome.state.step}{_runs_dir(run)}    (longer)")
@@ -110,11 +98,5 @@ def _python() -> str:
     return os.path.relpath(sys.executable) if inside else "python"
 
 
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def _model_size(outcome: Outcome) -> str:
-    assert outcome.checkpoint is not None
-    files = outcome.checkpoint.glob(f"{MODEL.removesuffix('.safetensors')}*.safetensors")  # of several processes' shares, all
-    return f"{format_size(sum(file.stat().st_size for file in files))}, {outcome.parameters / 1e6:.1f}M parameters"
+def _bytes_in(files: Iterable[Path]) -> str:
+    return format_size(sum(file.stat().st_size for file in files))

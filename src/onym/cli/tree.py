@@ -12,15 +12,15 @@ _DEEPEST = 40  # segments of a name; a file may have names of any depth
 @dataclass
 class _Node:
     children: dict[str, _Node] = field(default_factory=dict)
-    said: tuple[str, str] | None = None
+    description: tuple[str, str] | None = None
     """Of a tensor: what it is, or which one it is tied to."""
 
 
 def tree(tensors: Mapping[str, str], ties: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Rows of a table: an indented name, and what is said of it.
+    """Rows of a table: an indented name, and its description.
 
     Args:
-        tensors: what is said of each, by its full name.
+        tensors: the description of each, by its full name.
         ties: further names -> the name of the tensor that they are tied to.
 
     >>> for row in tree({"x.0.w": "[2]", "x.0.b": "[1]", "x.1.w": "[2]", "x.1.b": "[1]"}, {"head.w": "x.0.w"}):
@@ -31,10 +31,10 @@ def tree(tensors: Mapping[str, str], ties: Mapping[str, str]) -> list[tuple[str,
     head.w  = x.0.w
     """
     root = _Node()
-    for name, said in ((name, (what, "")) for name, what in tensors.items()):
-        _place(root, name).said = said
+    for name, what in tensors.items():
+        _place(root, name).description = (what, "")
     for name, target in ties.items():
-        _place(root, name).said = ("", target)
+        _place(root, name).description = ("", target)
     return list(_rows(root, "", "", 0))
 
 
@@ -50,10 +50,10 @@ def _rows(node: _Node, path: str, prefix: str, depth: int) -> Iterator[tuple[str
         label = prefix + first
         if last != first:
             label = f"{prefix}{first} … {prefix}{last}  ({int(last) - int(first) + 1}x)"
-        elif child.said is None and (len(child.children) == 1 or all(map(_is_number, child.children))):
+        elif child.description is None and (len(child.children) == 1 or all(map(_is_number, child.children))):
             yield from _rows(child, inner, f"{label}.", depth)
             continue
-        what, tie = child.said or ("", "")
+        what, tie = child.description or ("", "")
         yield "  " * depth + label, f"= {tie}" if tie else what
         yield from _rows(child, inner, "", depth + 1)
 
@@ -76,7 +76,7 @@ def _runs(node: _Node, path: str) -> Iterator[tuple[str, str, _Node]]:
 
 def _form(node: _Node, path: str) -> Any:
     """Equal for layers that differ in nothing but their number; ``path`` is the layer's, with a dot behind."""
-    what, tie = node.said or ("", "")
+    what, tie = node.description or ("", "")
     inside = tie.startswith(path)
     return (what, inside, tie.removeprefix(path), [(name, _form(child, path)) for name, child in node.children.items()])
 

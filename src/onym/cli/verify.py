@@ -35,7 +35,7 @@ def run(given: VerifyArguments) -> int:
             continue
         results.append(result)
         if not given.json:
-            _say(result)
+            _print(result)
     good = not any(result["damages"] for result in results)
     if given.json:
         print_json({"good": good, "checked": results})
@@ -45,18 +45,15 @@ def run(given: VerifyArguments) -> int:
 def _wanted(path: Path, step: str) -> list[tuple[int | None, Path]]:
     """What to check, with the number of a run's step."""
     directory = checkpoints_folder(path)
-    if step == "latest" and directory is not None:  # the newest one itself, also where it is damaged
-        return [(number, step_folder(directory, number)) for number in steps(directory)[-1:]] or _nothing(path)
+    if directory is not None and step in ("", "latest"):
+        numbers = steps(directory)[-1:] if step else steps(directory)  # the newest one itself, also where it is damaged
+        if not numbers:
+            raise CheckpointError(f"The run '{path}' has no checkpoints yet: there is nothing to check.")
+        return [(number, step_folder(directory, number)) for number in numbers]
     if step:
         found = find_checkpoint(path, as_step(step), verify=False).checkpoint
         return [(found.manifest.step if found.manifest else None, found.path)]
-    if directory is not None:
-        return [(number, step_folder(directory, number)) for number in steps(directory)] or _nothing(path)
     return [(None, path)]
-
-
-def _nothing(path: Path) -> list[tuple[int | None, Path]]:
-    raise CheckpointError(f"The run '{path}' has no checkpoints yet: there is nothing to check.")
 
 
 def _check(path: Path, step: int | None) -> dict[str, Any] | None:
@@ -84,12 +81,12 @@ def _check(path: Path, step: int | None) -> dict[str, Any] | None:
 
 @contextmanager
 def _progress(path: Path, which: str) -> Iterator[None]:
-    """A line on a terminal's standard error while something is read; it goes away again."""
+    """A line on a terminal's standard error while something is read; it is erased afterwards."""
     if not sys.stderr.isatty():
         yield
         return
     line = f"reading {which}: {shown(path)} ({format_size(bytes_of(path)) if path.exists() else '?'}) …"
-    line = line[: shutil.get_terminal_size().columns - 1]  # one that went on below could not be wiped away
+    line = line[: shutil.get_terminal_size().columns - 1]  # one that wraps could not be erased
     print(line, end="", file=sys.stderr, flush=True)
     try:
         yield
@@ -97,7 +94,7 @@ def _progress(path: Path, which: str) -> Iterator[None]:
         print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
 
 
-def _say(result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
     if result["damages"]:
         print_heading(f"DAMAGED  {result['path']}", style="bold red")
         for damage in result["damages"]:

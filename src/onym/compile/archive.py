@@ -24,7 +24,7 @@ from onym.errors import CheckpointError, ConfigError, storage_error
 
 _MOST_FILES = 100_000
 _LARGEST_ABOUT = 1 << 16
-_LARGEST_READ = 1 << 20  # at once: names and headers of an archive are read whole, and are small in an honest one
+_LARGEST_READ = 1 << 20  # at once: names and headers are read at once, and are small in an honest archive
 _NOT_MOVED = ("locks", ".lock", ".tmp")
 
 
@@ -39,8 +39,8 @@ def export_cache(target: Path) -> int:
     if not (folder / ABOUT).is_file():
         raise ConfigError(f"There is no compiled code of this machine in '{cache.root()}' yet: onym train makes some.")
     cache.require_private(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and _is_moved(path))
-    files.sort(key=lambda path: path != folder / ABOUT)  # it comes first, so that a reader can refuse before it reads on
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and _is_moved(path)]
+    files.sort(key=lambda path: (path != folder / ABOUT, path))  # about.json first: a reader can refuse before the rest
     temporary = target.with_name(f".onym-writing-{target.name}-{os.getpid()}")
     try:
         with tarfile.open(temporary, "w:gz", compresslevel=3) as archive:
@@ -65,13 +65,13 @@ def import_cache(source: Path, *, trusted: bool) -> int:
 
     Raises:
         ConfigError: ``trusted`` is False; or the code was compiled for another machine.
-        CheckpointError: the file is none of these, or more than that.
+        CheckpointError: the file is no such archive, or holds more than one may.
         StorageError: the cache cannot be written, or is open to others.
     """
     if not trusted:
         raise ConfigError(
             f"'{source}' holds compiled code, which would run with your rights: import it only if you made it yourself or "
-            "trust whoever did, and say so with --i-trust-it."
+            "trust whoever did, and confirm it with --i-trust-it."
         )
     try:
         stream = source.open("rb")
@@ -84,7 +84,7 @@ def import_cache(source: Path, *, trusted: bool) -> int:
                 _unpack(source, stream, place, folder.name)
                 return _take_over(place, folder)
         except OSError as error:
-            raise storage_error("keep compiled code", cache.root(), error) from error
+            raise storage_error("write compiled code", cache.root(), error) from error
 
 
 def _unpack(source: Path, stream: IO[bytes], place: Path, key: str) -> None:

@@ -114,7 +114,7 @@ def open_folder() -> Path:
     """This machine's folder, made if it is not there, its ``about.json`` written or marked as used now.
 
     Raises:
-        StorageError: somebody else could put code there.
+        StorageError: somebody else could write code there.
         OSError: it cannot be written.
     """
     here = facts()
@@ -137,38 +137,41 @@ def open_folder() -> Path:
 
 
 def require_private(folder: Path) -> None:
-    """Refuse a folder, or one above it, that others could put code into.
+    """Refuse a folder, or one above it, that others could write code into.
 
     Raises:
         StorageError: they could.
     """
     if not hasattr(os, "geteuid"):
         return
-    for each, owners in ((folder.parent.parent, {0, os.geteuid()}), (folder.parent, {os.geteuid()}), (folder, {os.geteuid()})):
-        found = each.stat() if each == folder.parent.parent else each.lstat()
-        others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _only_mine(found.st_gid))
-        if each == folder.parent.parent and found.st_mode & stat.S_ISVTX:
+    for each in (folder.parent.parent, folder.parent, folder):
+        is_outer = each == folder.parent.parent
+        found = each.stat() if is_outer else each.lstat()
+        if is_outer and found.st_mode & stat.S_ISVTX:
             continue  # as /tmp: anybody may write, but nobody may move what is another's
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in owners or others:
-            what = (
-                "is no folder" if not stat.S_ISDIR(found.st_mode) else "can be written by others" if others else "is another's"
-            )
-            raise StorageError(
-                f"'{each}' {what}, and compiled code is run with your rights. Take the right away (chmod go-w), or the folder, "
-                "or set ONYM_CACHE_DIR to a folder of your own."
-            )
+        if not stat.S_ISDIR(found.st_mode):
+            what = "is no folder"
+        elif found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _only_mine(found.st_gid)):
+            what = "can be written by others"
+        elif found.st_uid not in ({0, os.geteuid()} if is_outer else {os.geteuid()}):
+            what = "is another's"
+        else:
+            continue
+        raise StorageError(
+            f"'{each}' {what}, and compiled code is run with your rights. Remove the right (chmod go-w), or the folder, or set "
+            "ONYM_CACHE_DIR to a folder of your own."
+        )
 
 
 def entries() -> list[Entry]:
-    """All that is there, the newest first."""
+    """All keys, the newest first."""
     found = []
     for path in _folders():
-        try:
+        used_at, about = 0.0, dict[str, str]()
+        with suppress(OSError, ValueError):
             used_at = (path / ABOUT).stat().st_mtime
-        except OSError:
-            used_at = 0.0
-        size = sum(entry.stat.st_size for entry in _files(path))
-        found.append(Entry(path.name, path, size, used_at, _facts_in(path)))
+            about = read_facts((path / ABOUT).read_bytes())
+        found.append(Entry(path.name, path, sum(status.st_size for _, status in _files(path)), used_at, about))
     return sorted(found, key=lambda entry: entry.used_at, reverse=True)
 
 
@@ -190,7 +193,7 @@ def clear() -> tuple[int, list[str]]:
 def bound(limit: int) -> int:
     """Delete what was used longest ago until all of it together is below ``limit`` bytes, but nothing that is in use.
 
-    Other machines' keys go as a whole; of this machine's, single files. torch compiles again what it misses.
+    Other machines' keys are deleted entirely; of this machine's, single files. torch compiles again what it misses.
 
     Returns:
         Bytes freed.
@@ -214,11 +217,11 @@ def _thin(folder: Path, excess: int) -> int:
     freed = 0
     try:
         used = _used_here(folder)
-        for file in sorted(_files(folder), key=lambda file: max(file.stat.st_mtime, file.stat.st_atime)):
-            if freed < excess and file.path not in used and file.path.name != ABOUT and HEADERS not in file.path.parts:
+        for file, status in sorted(_files(folder), key=lambda each: max(each[1].st_mtime, each[1].st_atime)):
+            if freed < excess and file not in used and file.name != ABOUT and HEADERS not in file.parts:
                 with suppress(OSError):
-                    file.path.unlink()
-                    freed += file.stat.st_size
+                    file.unlink()
+                    freed += status.st_size
     finally:
         os.close(descriptor)
     return freed
@@ -230,25 +233,19 @@ def _used_here(folder: Path) -> set[Path]:
     used = {path for path in modules if folder in path.parents}
     for level in ("fxgraph", "aotautograd"):  # an entry holds its module's name, and one of autograd those of its graphs
         names = [path.name.partition(".")[0].encode() for path in used] + [p.parent.name.encode() for p in used]
-        for file in _files(folder / level):
+        for file, _ in _files(folder / level):
             with suppress(OSError):
-                content = file.path.read_bytes()
-                used |= {file.path} if any(len(name) > 40 and name in content for name in names) else set()
+                content = file.read_bytes()
+                used |= {file} if any(len(name) > 40 and name in content for name in names) else set()
     return used
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    stat: os.stat_result
-
-
-def _files(folder: Path) -> Iterator[_File]:
-    """What may go at any moment is passed over."""
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """All files below a folder; one that another process deletes meanwhile is skipped."""
     for above, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
-                yield _File(Path(above, name), Path(above, name).lstat())
+                yield Path(above, name), Path(above, name).lstat()
 
 
 def _folders() -> list[Path]:
@@ -257,13 +254,6 @@ def _folders() -> list[Path]:
             path for path in root().iterdir() if _KEY.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
         )
     return []
-
-
-def _facts_in(folder: Path) -> dict[str, str]:
-    try:
-        return read_facts((folder / ABOUT).read_bytes())
-    except (OSError, ValueError):
-        return {}
 
 
 @contextmanager
@@ -297,7 +287,7 @@ def _sweep(older_than_seconds: float) -> int:
     for path in root().glob(f"{_TEMPORARY}*"):
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime >= older_than_seconds:
-                freed += sum(file.stat.st_size for file in _files(path))
+                freed += sum(status.st_size for _, status in _files(path))
                 shutil.rmtree(path, ignore_errors=True)
     return freed
 

@@ -46,15 +46,15 @@ def key_of(facts: dict[str, str]) -> str:
 
 
 def read_facts(content: bytes) -> dict[str, str]:
-    """What an ``about.json`` says.
+    """The content of an ``about.json``.
 
     Raises:
         ValueError: it is none.
     """
-    told = json.loads(content)
-    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
+    values = json.loads(content)
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
         raise ValueError("no object of texts")
-    return told
+    return values
 
 
 def _processor() -> str:
@@ -72,7 +72,7 @@ def _processor() -> str:
 
 
 def _compiler() -> str:
-    """The first line of what the C++ compiler says of its version."""
+    """The first line of the C++ compiler's --version."""
     command = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     try:
         done = subprocess.run([command, "--version"], capture_output=True, text=True, errors="replace", timeout=60, check=True)

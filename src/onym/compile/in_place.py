@@ -1,4 +1,4 @@
-"""Compile the model in place, or say in one line why it runs without.
+"""Compile the model in place, or report in one line why it runs without.
 
 ``model.compile()`` changes how the model is called and nothing else: no wrapper, no prefix in any name, the same parameters.
 Evaluation and sampling call the same model without compilation (:mod:`onym.compile.eager`), so they cause no recompilation.
@@ -55,11 +55,11 @@ class Compilation:
         """
         if not self.compiled:
             return "without compilation"
-        told = f"{'the whole model' if self.how == 'whole' else 'each block'} in place; every name stays as it is"
+        text = f"{'the whole model' if self.how == 'whole' else 'each block'} in place; every name stays as it is"
         if self.saved_seconds > 0:
             steps = math.ceil(self.seconds / self.saved_seconds)
-            told += f"; took {self.seconds:.0f} s and saves {self.saved_seconds:.2g} s a step: paid back after {steps:,} steps"
-        return told
+            text += f"; took {self.seconds:.0f} s and saves {self.saved_seconds:.2g} s a step: paid back after {steps:,} steps"
+        return text
 
 
 def compile_in_place(

@@ -1,4 +1,4 @@
-"""Where torch's compiler caches what it makes, and what it found there: the only file that knows torch's private corners.
+"""Where torch's compiler caches what it makes, and what it finds there: the only file that uses torch's private API.
 
 What is not where torch 2.13 has it is left alone; that costs time, and nothing else.
 """

@@ -3,7 +3,7 @@
     1. a step is timed as the model is written
     2. what compiling costs and saves is known from the last run of this shape here, or else assumed from what was measured
        elsewhere (docs/performance.md)
-    3. the way that leaves most is taken; where none leaves anything, the model is not compiled. Half of a cost counts: the
+    3. the way with the largest gain is chosen; where none gains anything, the model is not compiled. Half of a cost counts: the
        code is cached, and the next run, or this one when it continues, finds it
     4. what it did cost and save is reported, and remembered for the next run
 
@@ -25,7 +25,7 @@ from onym.storage.paths import replace_file
 
 _FILE = "costs.json"
 _MOST_SHAPES = 200
-_COUNTS = 0.5  # the share of a cost that is this run's to bear
+_COUNTS = 0.5  # the part of a cost that this run has to earn back
 _WARM = 0.15  # of a cold start's time, where the code is found: 0.10 to 0.13 of it (docs/performance.md)
 _COLD_SECONDS = 8.0  # what takes longer was compiled, not found
 
@@ -84,10 +84,10 @@ def remember(shape: Mapping[str, Any], compilation: Compilation) -> None:
     # What was compiled now is found the next time.
     seconds = compilation.seconds * (_WARM if compilation.seconds > _COLD_SECONDS else 1.0)
     known = {**all_known.pop(_name(shape), {}), compilation.how: asdict(Costs(seconds, saved))}
-    kept = dict(list(all_known.items())[-_MOST_SHAPES:])
+    newest = dict(list(all_known.items())[-_MOST_SHAPES:])
     with suppress(Exception):
         root().mkdir(parents=True, exist_ok=True)
-        replace_file(root() / _FILE, json.dumps({**kept, _name(shape): known}))
+        replace_file(root() / _FILE, json.dumps({**newest, _name(shape): known}))
 
 
 def _read() -> dict[str, Any]:

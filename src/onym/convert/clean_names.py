@@ -1,4 +1,4 @@
-"""Names without what wrappers put into them, where there is no model to look at.
+"""Names without what wrappers added to them, where there is no model to look at.
 
 Some segments no author gives to an attribute (``_orig_mod``); they go wherever they are. Others somebody may have meant
 (``module``, ``model``); they go where every name begins with them, or where a known layout appears without them.
@@ -18,12 +18,12 @@ _ROOTS = ("module", "model")  # what DDP, Lightning modules and many trainers ca
 def clean_names(
     names: Iterable[str], *, thorough: bool = False, roots: Collection[str] = _ROOTS
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """Stored name -> name without wrappers, and how often each wrapper's segment was left out.
+    """Stored name -> name without wrappers, and how often each wrapper's segment was removed.
 
     Args:
         names: all names of the file.
-        thorough: leave ``module`` and ``model`` out wherever they are.
-        roots: what is left out where every name begins with it.
+        thorough: remove ``module`` and ``model`` wherever they are.
+        roots: what is removed where every name begins with it.
 
     Raises:
         CheckpointError: two tensors would have one name.

@@ -1,7 +1,7 @@
 """Folders of torch.distributed.checkpoint: PyTorch's own FSDP sharding, torchtitan, OLMo-core, lingua, Accelerate with FSDP.
 
-``.metadata`` is a pickle that says which chunk of which tensor is where in the ``.distcp`` files. It is opened by an unpickler
-that has stand-ins for the dozen classes in it, and nothing else. Each chunk is a ``torch.save`` of its own, opened with
+``.metadata`` is a pickle that records which chunk of which tensor is where in the ``.distcp`` files. Its unpickler
+has stand-ins for the dozen classes in it, and nothing else. Each chunk is a ``torch.save`` of its own, opened with
 ``weights_only``. A tensor is assembled when it is asked for; the chunks of one are in memory at a time.
 """
 
@@ -35,18 +35,8 @@ _METADATA = (_M, "Metadata")
 # The classes that a .metadata may name. None of them is looked up: each has a stand-in that stores what it is given.
 _STOOD_IN = {
     _METADATA,
-    *(
-        (_M, name)
-        for name in (
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    *((_M, f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
+    *((_M, name) for name in ("TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
     (_FS, "_StorageInfo"),
     (_FS, "_StoragePrefix"),
     ("torch.distributed.checkpoint.planner", "WriteItemType"),
@@ -87,10 +77,10 @@ class _Refused(Exception):
 def _stand_in(name: str) -> type:
     """A class of its own for one unpickler: a pickle can set what it likes on a class that it is given."""
 
-    def keep(self: Any, state: Any) -> None:
+    def restore(self: Any, state: Any) -> None:
         self.__dict__.update(state if isinstance(state, dict) else {"dtype": state[0]})  # a tuple is TensorProperties'
 
-    return type(name, (), {"__init__": lambda self, *values: None, "__setstate__": keep, "offset": None, "index": None})
+    return type(name, (), {"__init__": lambda self, *values: None, "__setstate__": restore, "offset": None, "index": None})
 
 
 def _asked_for(data: bytes) -> str:

@@ -125,7 +125,7 @@ def _ours(origin: Origin, named: NamedShapes, settings: Config) -> TensorFile:
 
 
 def _recognised(origin: Origin) -> tuple[TensorFile, NamedShapes | None]:
-    """The tensors without what wrappers put into their names, and their format, recorded in the origin."""
+    """The tensors without what wrappers added to their names, and their format, recorded in the origin."""
     contents = origin.contents
     stored = contents.tensors
     names = [name for name in stored.names if name != AVERAGE_COUNTER and not name.endswith(f".{AVERAGE_COUNTER}")]
@@ -175,7 +175,7 @@ def _renamed(stored: TensorFile, names: Mapping[str, str]) -> TensorFile:
 
 
 def cropped(checkpoint: Checkpoint, vocab_size: int) -> Checkpoint:
-    """The model with fewer rows in its vocabulary: the padding that some programs train with, left out.
+    """The model with fewer rows in its vocabulary: the padding that some programs train with, removed.
 
     Raises:
         ConfigError: it has fewer rows than that, or its architecture has no vocabulary that is known here.

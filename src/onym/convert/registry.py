@@ -47,6 +47,9 @@ class NamedShapes:
         return any(re.fullmatch(pattern, name) for name in self.shapes)
 
 
+_SUMMARISED = ("kind", "why", "wrappers", "rules", "unused", "notes", "not_ours", "problem")
+
+
 @dataclass
 class Origin:
     """How a checkpoint of another program was understood."""
@@ -91,16 +94,9 @@ class Origin:
         """For ``--json`` and reports."""
         return {
             "format": self.format.name if self.format else None,
-            "kind": self.kind,
-            "why": self.why,
-            "wrappers": self.wrappers,
-            "rules": self.rules,
             "dropped": len(self.dropped),
-            "unused": self.unused,
             "further": self.contents.further,
-            "notes": self.notes,
-            "not_ours": self.not_ours,
-            "problem": self.problem,
+            **{name: getattr(self, name) for name in _SUMMARISED},
         }
 
 

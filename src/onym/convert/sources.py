@@ -1,7 +1,7 @@
 """What a file or folder holds, before anybody asks whose layout it is: named tensors, plain values, texts beside them.
 
 Files are recognised by their first bytes and their content, never by their names; of a folder's files, an index or a
-``.metadata`` says which belong together. Nothing is executed, and tensors are mapped, not read.
+``.metadata`` records which belong together. Nothing is executed, and tensors are mapped, not read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TEXTS = (
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.\w+)")
 _PART = re.compile(r"consolidated\.\d|(?<![a-z])rank_?\d")
 _STEP = re.compile(r"(?P<stem>.*?)(?P<step>\d+)\.\w+")
-# Folders in which trainers put the model's own files.
+# Folders in which trainers write the model's own files.
 _INSIDE = ("model_and_optim", "model", "pytorch_model_fsdp_0", "weights", "checkpoint", "final")
 _OPTIMIZER_ENTRIES = ("optimizer", "optim", "optimizers", "lr_scheduler", "scheduler", "dataloader", "train_state")
 
@@ -284,12 +284,10 @@ def _open_index(index: Path) -> Contents:
 
 
 def _open_shards(path: Path, files: list[Path]) -> Contents:
-    found = [_SHARD.fullmatch(file.name) for file in files]
-    counts = {each["count"] for each in found if each}
-    count = int(max(counts))
+    found = [match for file in files if (match := _SHARD.fullmatch(file.name))]
+    count = int(max(match["count"] for match in found))
     if len(files) != count:
-        there = {int(each["number"]) for each in found if each}
-        absent = [number for number in range(1, count + 1) if number not in there]
+        absent = sorted(set(range(1, count + 1)) - {int(match["number"]) for match in found})
         raise CheckpointError(
             f"'{path}' holds {len(files)} of {count} files: number {', '.join(map(str, absent[:8])) or '?'} is missing. Fetch "
             "all of them into the same folder."
@@ -304,18 +302,14 @@ def _open_distributed(path: Path, part: str | None) -> Contents:
     models = [name for name in names if not {"optimizer", "optim", "optimizers"} & set(name.split(".")[:2])]
     models = [name for name in models if name.split(".")[0] not in _OPTIMIZER_ENTRIES and not name.startswith("state.exp_avg")]
     firsts = {name.split(".")[0] for name in models}
-    if part is not None:
-        wanted = [name for name in models if name.startswith(f"{part}.")]
-        if not wanted:
-            raise CheckpointError(f"'{path}' has no part {part!r}; it has {', '.join(sorted(firsts))}.")
-        within = part
-    elif len(firsts) == 1 and (only := next(iter(firsts))) in (*_MODEL_KEYS, "state"):
-        wanted, within = models, only
-    else:
-        wanted, within = models, ""
+    only = next(iter(firsts)) if len(firsts) == 1 else ""
+    within = part if part is not None else only if only in (*_MODEL_KEYS, "state") else ""
+    strip = f"{within}." if within else ""
+    wanted = [name for name in models if part is None or name.startswith(strip)]
+    if part is not None and not wanted:
+        raise CheckpointError(f"'{path}' has no part {part!r}; it has {', '.join(sorted(firsts))}.")
     if not wanted:
         raise CheckpointError(f"'{path}' holds no model's tensors; it has {', '.join(names[:6])}.")
-    strip = f"{within}." if within else ""
     view = View(stored, {name.removeprefix(strip): Recipe((name,)) for name in wanted}, path)
     kind = "a folder of torch.distributed.checkpoint"
     texts = {**_texts(path.parent), **_texts(path)}
@@ -323,7 +317,7 @@ def _open_distributed(path: Path, part: str | None) -> Contents:
 
 
 def _texts(folder: Path) -> dict[str, str]:
-    """What says more of the weights in a folder."""
+    """The texts that describe the weights in a folder."""
     return {name: _text(folder / name) for name in _TEXTS if (folder / name).is_file()}
 
 
@@ -340,4 +334,4 @@ def _text(path: Path) -> str:
 
 def as_json(values: Mapping[str, Any]) -> str:
     """The text of a configuration file."""
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n"

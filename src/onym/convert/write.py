@@ -5,7 +5,6 @@ Nothing is replaced, and what cannot be shown to be equal is removed again.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from onym.convert.lazy import compare, lazily, mapped_on_disk, sharded
 from onym.convert.mapping import Recipe, View, counts, nbytes
 from onym.convert.opening import cropped, open_any
 from onym.convert.registry import Config, Format, Target, Writing, family_of, formats, targets
+from onym.convert.sources import as_json
 from onym.convert.translation import their_recipes
 from onym.errors import CheckpointError, ConfigError, StorageError, nearest
 from onym.format.manifest import CONFIG, MODEL, TOKENIZER
@@ -64,7 +64,7 @@ class Report:
     tensors: int = 0
     bytes: int = 0
     compared: int = 0
-    """Tensors that were read back from the result and are equal to the source's, bit for bit."""
+    """Tensors that were read back from the result and are bitwise identical to the source's."""
     logits: float | None = None
     """The largest difference between the logits of both, where they are GPTs."""
 
@@ -91,10 +91,10 @@ def convert(
         destination: a file or folder that is not there yet.
         to: one of :func:`onym.convert.registry.targets`; by default as the destination ends.
         part, settings, step: see :func:`onym.convert.opening.open_any`.
-        vocab_size: leave out the rows of the vocabulary from here on, which padded it.
+        vocab_size: drop the rows of the vocabulary from here on, which padded it.
         shard_bytes: several .safetensors files of at most this size, with an index (``huggingface`` and ``safetensors``).
-        tokenizer: the text of a ``tokenizer.json`` to put beside the weights, where the source has none.
-        drop: what to do without that the target cannot hold, by the words that the refusal says.
+        tokenizer: the text of a ``tokenizer.json`` to write beside the weights, where the source has none.
+        drop: what the target cannot hold and may be dropped, by the words of the refusal.
         dry_run: find out all that can be, and write nothing.
         progress: called with the bytes written since the last call.
 
@@ -138,14 +138,10 @@ def convert(
         try:
             job.compare()
         except BaseException:  # what was written is not known to be what was meant, and nobody else has it yet
-            _remove(path)
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             raise
     return report
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _format(name: str) -> Format | None:
@@ -362,7 +358,7 @@ class _Translated:
             write_safetensors(self.path, lazily(self.theirs), architecture, config, self.how.progress)
             return
         text = self.checkpoint.text(TOKENIZER)
-        texts = {CONFIG: config_json(config)} | ({TOKENIZER: text} if text is not None else {})
+        texts = {CONFIG: as_json(config)} | ({TOKENIZER: text} if text is not None else {})
         write_folder(self.path, {MODEL: lazily(self.theirs)}, texts, About(architecture), self.how.progress)
 
     def _writing(self) -> Writing:
@@ -413,11 +409,3 @@ def _from_stored(recipes: Mapping[str, Recipe], ours: TensorFile) -> dict[str, R
 def _count(report: Report, tensors: TensorFile) -> None:
     report.tensors = len(tensors.shapes)
     report.bytes = nbytes(tensors)
-
-
-def config_json(config: Config) -> str:
-    """The content of ``config.json``."""
-    return json.dumps(dict(config), indent=2) + "\n"
-
-
-__all__ = ["Report", "compare", "convert", "lazily"]

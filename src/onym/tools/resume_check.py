@@ -1,6 +1,6 @@
 """Whether a run that is killed again and again ends bitwise identical to one that is not.
 
-Both runs are processes as a user starts them; the kills are SIGKILL, at random moments, so nothing gets a chance to tidy up.
+Both runs are processes as a user starts them; the kills are SIGKILL, at random moments, so nothing can clean up.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from onym.api import open_checkpoint
 from onym.checkpoint.restore import stored_generators, stored_values
 from onym.errors import RunError
+from onym.format.safetensors import as_bytes
 from onym.train.launch import workers
 from onym.train.run_folder import RunFolder
 from onym.train.state import KEY
@@ -80,11 +81,13 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
         progress(f"kill {number + 1} of {kills}", number, kills)
         process = _start(arguments, killed)
         if moments.random() < 0.2:  # while it starts, reads what is there, or compiles
-            _wait(process, moments.uniform(0, seconds_to_first))
+            wait = moments.uniform(0, seconds_to_first)
         else:
             while process.poll() is None and _last_step(killed) < target:
                 time.sleep(0.005)
-            _wait(process, moments.uniform(0, 20 * seconds_a_step))
+            wait = moments.uniform(0, 20 * seconds_a_step)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(wait)
         if process.poll() is not None:
             _require_success(process)
             break
@@ -103,16 +106,8 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
 def _start(arguments: Sequence[str], run: RunFolder) -> subprocess.Popen[bytes]:
     where = ["--name", run.path.name, "--runs-dir", str(run.path.parent)]
     command = [sys.executable, "-P", "-m", "onym", "train", *arguments, *where]
-    output = (run.path.parent / f"{run.path.name}.log").open("wb")
-    with output:
+    with (run.path.parent / f"{run.path.name}.log").open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, env=os.environ)
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
 
 
 def _require_success(process: subprocess.Popen[bytes]) -> None:
@@ -142,7 +137,7 @@ def _compare(straight: RunFolder, killed: RunFolder, result: Comparison) -> None
         for name in sorted(mine.keys() | theirs.keys()):
             if name not in mine or name not in theirs:
                 result.differences.append(f"{name} in {file} is in one of them only")
-            elif not torch.equal(_bytes(mine[name]), _bytes(theirs[name])):
+            elif not torch.equal(*(as_bytes(each[name].contiguous()) for each in (mine, theirs))):  # so NaN is equal to NaN
                 result.differences.append(f"{name} in {file} differs")
     values = [{k: v for k, v in stored_values(each)[KEY].items() if k not in _CLOCKS} for each in (one, other)]
     _compare_values("the training state", values[0], values[1], result)
@@ -161,8 +156,3 @@ def _compare_values(what: str, one: dict[str, Any], other: dict[str, Any], resul
         mine, theirs = json.dumps(one.get(key)), json.dumps(other.get(key))  # as text NaN is equal to itself
         if mine != theirs:
             result.differences.append(f"{key} in {what} is {mine[:80]}, and {theirs[:80]} of the run that was killed")
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """So that NaN is equal to itself, and 0 not to -0."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -129,7 +129,7 @@ def test_a_rung_whose_process_dies_is_told_and_the_rest_goes_on(
     first, mask, fused = ladder.figures
     assert mask.reason == reason
     assert mask.tokens_per_second is None
-    assert f" 2 mask made on the fly: left out: {reason}" in capsys.readouterr().out
+    assert f" 2 mask made on the fly: skipped: {reason}" in capsys.readouterr().out
     assert first.factor is None
     assert first.total == 1.0
     assert fused.factor is not None

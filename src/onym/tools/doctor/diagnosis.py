@@ -212,7 +212,7 @@ def _largest_worth(machine: Machine, precision: str, largest: str | None) -> str
 
 
 def _step_seconds(machine: Machine, preset: str, precision: str) -> float | None:
-    """Of a step at the default batch size, at the share of the matmul rate that the trial's steps reached."""
+    """Of a step at the default batch size, at the part of the matmul rate that the trial's steps reached."""
     rate, trial = machine.rates.get(precision), machine.trial
     reached = None if trial is None else min((s for s in (trial.eager_seconds, trial.compiled_seconds) if s), default=None)
     if rate is None or reached is None:

@@ -1,4 +1,4 @@
-"""The disk under a folder: its kind, its room, and how fast it keeps something for good."""
+"""The disk under a folder: its kind, its room, and how fast it writes durably."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Disk:
 
     @property
     def on_network(self) -> bool:
-        """Whether another computer keeps it."""
+        """Whether it is on another computer."""
         return self.kind in NETWORK or self.kind.startswith(_NETWORK_BY_FUSE)
 
 

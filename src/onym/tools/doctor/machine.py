@@ -1,6 +1,6 @@
-"""What this machine is, and what it can do: facts alone, each found out by a function of its own.
+"""What this machine is, and what it can do: facts alone, each measured by a function of its own.
 
-Whatever a system does not tell is None, never a guess. Where a function reads files of the system it takes the folder that
+What a system does not report is None, never a guess. Where a function reads files of the system it takes the folder that
 stands for ``/``, so that the files of another machine can be given. Disks are in :mod:`onym.tools.doctor.disk`, what
 ``torch.compile`` does here in :mod:`onym.tools.doctor.trial`, and what follows from it all in
 :mod:`onym.tools.doctor.diagnosis`.
@@ -26,7 +26,7 @@ from onym.train.metering import documented_peak, matmul_flops, synchronize
 
 SYSTEM = Path("/")
 _EXTRAS = ("tensorboard", "wandb", "pyarrow", "s3fs")
-_UNLIMITED = 2**60  # what version 1 of cgroups says where there is no limit is a little below 2^63
+_UNLIMITED = 2**60  # version 1 of cgroups has a number a little below 2^63 where there is no limit
 _TURNS = 3
 _EMULATED = 1e10  # operations a second; what is slower is not measured twice
 _COPIED = 2**27  # bytes; more than any cache holds
@@ -75,7 +75,7 @@ class Cores:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes; None where the system does not tell."""
+    """Bytes; None where the system does not report it."""
 
     total: int | None
     available: int | None
@@ -150,9 +150,9 @@ def find_cores(limits: Limits, system: Path = SYSTEM) -> Cores:
 
 def find_memory(limits: Limits, system: Path = SYSTEM) -> Memory:
     """The machine's memory, and what of it is free."""
-    told = dict(re.findall(r"^(\w+):\s*(\d+) kB$", _text(system / "proc/meminfo") or "", re.MULTILINE))
-    total = int(told["MemTotal"]) * 1024 if "MemTotal" in told else None
-    available = int(told["MemAvailable"]) * 1024 if "MemAvailable" in told else None
+    reported = dict(re.findall(r"^(\w+):\s*(\d+) kB$", _text(system / "proc/meminfo") or "", re.MULTILINE))
+    total = int(reported["MemTotal"]) * 1024 if "MemTotal" in reported else None
+    available = int(reported["MemAvailable"]) * 1024 if "MemAvailable" in reported else None
     if total is None and sys.platform != "win32":
         with contextlib.suppress(ValueError, OSError):
             total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -206,10 +206,10 @@ def find_gpus() -> tuple[Gpu, ...]:
 
 def nvidia_driver(system: Path = SYSTEM) -> str | None:
     """The version of NVIDIA's driver, "unknown" where there is a device alone, None where there is no such GPU."""
-    told = _text(system / "proc/driver/nvidia/version")
-    if told is None:
+    text = _text(system / "proc/driver/nvidia/version")
+    if text is None:
         return "unknown" if (system / "dev/nvidia0").exists() else None
-    version = re.search(r"\b\d{3,}\.\d[\d.]*", told)
+    version = re.search(r"\b\d{3,}\.\d[\d.]*", text)
     return version[0] if version else "unknown"
 
 
@@ -224,17 +224,17 @@ def find_compiler() -> Compiler:
         return Compiler(None, asked_for=asked_for)
     question = [command] if Path(command).stem == "cl" else [command, "--version"]
     try:
-        said = subprocess.run(question, capture_output=True, text=True, errors="replace", check=False, timeout=20)
+        answer = subprocess.run(question, capture_output=True, text=True, errors="replace", check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return Compiler(command, asked_for=asked_for)
-    return Compiler(command, ((said.stdout or said.stderr).splitlines() or [""])[0].strip(), asked_for)
+    return Compiler(command, ((answer.stdout or answer.stderr).splitlines() or [""])[0].strip(), asked_for)
 
 
 def matmul_rates(device: torch.device, *, quick: bool) -> dict[str, float]:
-    """Operations a second of matrix products, by dtype; those that the device cannot compute are left out.
+    """Operations a second of matrix products, by dtype; those that the device cannot compute are skipped.
 
     Args:
-        quick: leave fp16 out on a CPU: where it is emulated, one product takes seconds.
+        quick: skip fp16 on a CPU: where it is emulated, one product takes seconds.
     """
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if quick and device.type == "cpu":
@@ -280,7 +280,7 @@ def copy_speed(device: torch.device) -> float:
 
 
 def _text(path: Path) -> str | None:
-    """What a file of the system says; None where it is not there."""
+    """The content of a file of the system; None where it is not there."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:

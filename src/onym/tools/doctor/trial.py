@@ -50,7 +50,7 @@ class _Tiny(nn.Module):
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of it; None for what was not found out."""
+    """The result; None for what is not known."""
 
     precision: str
     works: bool | None = None
@@ -121,7 +121,7 @@ def _try(request: dict[str, str], answer: Callable[..., None]) -> None:
 
 
 def _step_seconds(steppers: list[Stepper], batch: Batch) -> list[float]:
-    """Medians; of several, steps are taken in turn, so that what else the machine does weighs on each alike."""
+    """Medians; of several, steps are taken in turn, so that other load on the machine affects each alike."""
     times: list[list[float]] = [[] for _ in steppers]
     ends = time.perf_counter() + _STEPS_FOR
     while len(times[0]) < 4 or (len(times[0]) < _STEPS and time.perf_counter() < ends):

@@ -5,7 +5,7 @@
 2. Each runs in a process of its own (:mod:`onym.tools.ladder.process`), and is measured in turns with the rung before,
    which is still alive: this one, that one, that one, this one. Its factor is the median over pairs of turns, so what else the
    machine does meets both; its tokens a second are the median of its own turns; the total is the product of the factors.
-3. What is left of the time is shared out anew at each rung, so the whole stays within it.
+3. The time left is divided anew at each rung, so all of them together stay within it.
 
 Bounds: at most two processes besides this one, one of which computes. Nothing is left of them, whatever ends the ladder.
 """
@@ -36,13 +36,13 @@ from onym.units import format_size
 
 BOOK_VOCABULARY = 50257
 CPU_VOCABULARY = 12_241
-"""For the preset mini: its head has the share of the weights that GPT-2 small's has, 31 %, and the ladder stays within minutes
+"""For the preset mini: its head has 31 % of the weights, as GPT-2 small's has, and the ladder stays within minutes
 on two cores. Like 50,257 it is 17 more than a multiple of 64."""
 
 _TURN = 0.5  # seconds at least; a turn of short steps has several
 _MOST_STEPS = 50  # in a turn
 _MOST_PAIRS, _FEWEST_PAIRS = 9, 2
-_RESERVE = 0.9  # share of a rung's time after which no further pair of turns begins
+_RESERVE = 0.9  # fraction of a rung's time after which no further pair of turns begins
 
 
 def _always(_: Compute) -> str | None:
@@ -80,7 +80,7 @@ class Rung:
     why_not: Callable[[Compute], str | None] = _always
     """The reason why it cannot apply to a machine, or None."""
     weight: int = 1
-    """Its share of the time; what compiles needs more."""
+    """Its part of the time; what compiles needs more."""
 
 
 RUNGS = (
@@ -90,7 +90,7 @@ RUNGS = (
         None,
         12_525,
     ),
-    Rung("mask made on the fly", "no mask is kept", "mask", 12_526),
+    Rung("mask made on the fly", "no mask is stored", "mask", 12_526),
     Rung("TF32 tensor cores", "fp32 products in TF32", "tf32", 27_648, _needs_nvidia("TF32 is a mode of NVIDIA's GPUs")),
     Rung("fused AdamW", "the optimizer's update in one operation", "fused", 28_399),
     Rung(
@@ -139,7 +139,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Ladder:
-    """The whole of it."""
+    """All figures, and what they were measured with."""
 
     machine: str
     config: GPTConfig
@@ -216,7 +216,7 @@ def climb(
     """Measure every rung.
 
     Args:
-        config: shape of the model; its head is taken as a matrix of its own, as the book's is.
+        config: shape of the model; its head is a matrix of its own, as the book's is.
         batch_size: sequences in a step, below the rung that takes more.
         compute: the device, and the dtype that ``onym train`` would take here.
         minutes: within which it ends.
@@ -250,7 +250,7 @@ def climb(
             label = f"{number:>2} {title}"
             if reason is not None:
                 figures.append(replace(figure, reason=reason))
-                display.note(f"{label}: left out: {reason}")
+                display.note(f"{label}: skipped: {reason}")
                 continue
             weights = [each.weight for each in rungs[number - 1 :] if each.why_not(compute) is None]
             share = (end - time.monotonic()) * rung.weight / sum(weights)
@@ -259,7 +259,7 @@ def climb(
                     live, factor = _attempt(candidate, before, share, end, activity)
                 except RungFailed as failed:
                     figures.append(replace(figure, reason=str(failed)))
-                    activity.result = f"left out: {failed}"
+                    activity.result = f"skipped: {failed}"
                     if before is None:
                         break
                     continue
@@ -292,9 +292,9 @@ def climb(
 
 
 def _attempt(
-    setting: Setting, before: RungProcess | None, share: float, end: float, tell: Activity
+    setting: Setting, before: RungProcess | None, share: float, end: float, report: Activity
 ) -> tuple[RungProcess, float | None]:
-    """Start a process and measure it in turns with the one before, until its share of the time is used.
+    """Start a process and measure it in turns with the one before, until its part of the time is used.
 
     Args:
         share: seconds from now; building and compiling may borrow half of what the others have.
@@ -316,7 +316,7 @@ def _attempt(
     except OSError as error:
         raise RungFailed(f"its process did not start: {error.strerror}") from error
     try:
-        tell("building and warming up", 0, 0)
+        report("building and warming up", 0, 0)
         live.warm_up(latest)
         factors: list[float] = []
         started = time.monotonic()
@@ -325,7 +325,7 @@ def _attempt(
             took = (now - started) / max(1, number)  # by a pair of turns
             if number and now + took > (latest if number < _FEWEST_PAIRS else share_ends):
                 break
-            tell(f"turn {number + 1} of at most {_MOST_PAIRS}", number, _MOST_PAIRS)
+            report(f"turn {number + 1} of at most {_MOST_PAIRS}", number, _MOST_PAIRS)
             that = _turn_of(before, end) if number % 2 else None
             this = live.turn(end)
             that = that or _turn_of(before, end)
@@ -365,7 +365,7 @@ def _larger_batch(batch_size: int, before: RungProcess | None, device: torch.dev
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Bytes; None where nobody can tell."""
+    """Bytes; None where the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     found = []

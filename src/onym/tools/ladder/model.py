@@ -26,7 +26,7 @@ Techniques = Collection[Technique]
 
 
 class FormulaNorm(nn.Module):
-    """Layer normalisation as its formula says."""
+    """Layer normalisation by its formula."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class LadderModel(nn.Module):
     """The GPT of a rung.
 
     Args:
-        config: its shape. The head is a matrix of its own and there is no dropout, whatever it says.
+        config: its shape. The head is a matrix of its own and there is no dropout, whatever the configuration has.
         techniques: how it is computed; those that are not the model's have no effect. ``mask``: the causal mask is made in each
             forward pass, and no block stores one [context, context]. ``norm``: torch's LayerNorm and GELU, one operation each.
             ``attention``: ``scaled_dot_product_attention`` on q, k and v from one product. ``padding``: embedding and head with
