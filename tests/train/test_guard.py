@@ -130,7 +130,7 @@ def test_a_poisoned_batch_is_survived(onym: Run, book: Path, tmp_path: Path, poi
     ]
     assert all(row["train_loss"] is not None for row in rows if "event" not in row), "the others of its interval count"
     assert "Step 7 was not applied: loss nan" in done.stdout
-    assert "2 steps whose loss or gradient was no good" in done.stdout
+    assert "2 steps whose loss or gradient was non-finite or a spike" in done.stdout
     for name, tensor in checkpoint(tmp_path / "runs/book", 60).items():
         assert tensor.isfinite().all(), name
 
@@ -168,7 +168,7 @@ def test_spoilt_weights_are_rolled_back(onym: Run, book: Path, tmp_path: Path, s
     rows = metrics(tmp_path / "runs/book")
     *left_out, event = [row for row in rows if "event" in row]
     assert [(row["event"], row["step"]) for row in left_out] == [("skipped-step", step) for step in range(25, 31)]
-    assert "6 steps whose loss or gradient was no good; 1 rollbacks" in done.stdout
+    assert "6 steps whose loss or gradient was non-finite or a spike; 1 rollbacks" in done.stdout
     assert event == {"event": "rollback", "step": 20, "from": 30, "batches": [20, 10]}
     assert [row["step"] for row in rows if "event" not in row] == list(range(0, 61, 5)), "no row is missing, none is twice"
     longer = onym("train", "--name", "book", "--steps", 65)
@@ -243,7 +243,7 @@ def test_a_roll_back_in_vain_goes_further_back(onym: Run, book: Path, tmp_path: 
     assert [(row["step"], row["from"]) for row in events if row["event"] == "rollback"] == [(40, 55), (20, 50)]
     left_out = [row["step"] for row in events if row["event"] == "skipped-step"]
     assert left_out == [*range(46, 56), *range(41, 51)], "in the order in which it happened, none missing, none twice"
-    assert "20 steps whose loss or gradient was no good; 2 rollbacks" in done.stdout
+    assert "20 steps whose loss or gradient was non-finite or a spike; 2 rollbacks" in done.stdout
     assert [row["step"] for row in metrics(run) if "event" not in row] == list(range(0, 61, 5))
     assert "back to step 40, and on without batches 40 to 54" in done.stdout
     assert "back to step 20, and on without batches 20 to 64" in done.stdout
@@ -327,7 +327,7 @@ def test_what_was_pending_in_the_checkpoint_is_told_once(onym: Run, book: Path, 
     assert done.returncode == 0, done.stdout + done.stderr
     left_out = [row["step"] for row in metrics(tmp_path / "runs/book") if row.get("event") == "skipped-step"]
     assert sorted(left_out) == [18, *range(31, 46)]
-    assert "16 steps whose loss or gradient was no good; 1 rollbacks" in done.stdout
+    assert "16 steps whose loss or gradient was non-finite or a spike; 1 rollbacks" in done.stdout
 
 
 def test_a_full_disk_at_a_roll_back_does_not_end_training(

@@ -66,7 +66,9 @@ def _summarise(outcome: Outcome, display: Display) -> None:
         rows["speed"] = f"{rate}; {how} {compilation.seconds:.1f} s"
     if state.skipped_steps:
         back = f"; {state.rollbacks} rollbacks" if state.rollbacks else ""
-        rows["skipped"] = f"{state.skipped_steps} steps whose loss or gradient was no good{back}: see {outcome.folder.metrics}"
+        rows["skipped"] = (
+            f"{state.skipped_steps} steps whose loss or gradient was non-finite or a spike{back}: see {outcome.folder.metrics}"
+        )
     if proof is not None:
         difference = abs(proof.held_out - proof.expected)
         equal = "bitwise identical" if difference == 0 else f"{difference:.1e} apart"
