@@ -15,13 +15,13 @@ from onym.units import parse_count
 @pytest.mark.parametrize(
     ("options", "steps", "batch_size"),
     [
-        ({}, 1000, 8),
+        ({}, 800, 8),
         ({"steps": 7}, 7, 8),
         ({"tokens": "10k"}, 10, 8),
         ({"tokens": "10_241"}, 11, 8),
         ({"epochs": 2.0}, 20, 8),
         ({"epochs": 0.01}, 1, 8),
-        ({"tokens_per_step": "1k"}, 1000, 8),
+        ({"tokens_per_step": "1k"}, 800, 8),
         ({"tokens_per_step": "5", "epochs": 1.0}, 80, 1),
     ],
 )

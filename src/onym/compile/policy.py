@@ -40,10 +40,10 @@ class Costs:
     """Share of a step's forward and backward passes."""
 
 
-# On two cores with nothing else to do, the preset micro: 31 to 34 s and 0.21 to 0.35; 23 s and 0.05. A GPU's are those of the
-# book's ladder and other projects' reports, not tried here.
+# On two idle cores, micro and nano: 31 to 34 s and 0.21 to 0.35, 52 s on a slower day, 63 s with AVX2 alone; blocks 23 s and
+# 0.05. The middle is assumed. A GPU's are those of the book's ladder and other projects' reports, not tried here.
 _ASSUMED: dict[bool, dict[How, Costs]] = {
-    True: {"whole": Costs(32.0, 0.25), "blocks": Costs(23.0, 0.05)},
+    True: {"whole": Costs(48.0, 0.25), "blocks": Costs(35.0, 0.05)},
     False: {"whole": Costs(45.0, 0.18), "blocks": Costs(20.0, 0.12)},
 }
 

@@ -24,7 +24,7 @@ _NOT_OF_THE_SHAPE = ("preset", "start_from")
 
 # How a value that may be left out is shown on the help page.
 _PRESETS = "(default: the preset's)"
-DEFAULT_STEPS = 1000
+DEFAULT_STEPS = 800
 LENGTHS = ("steps", "epochs", "tokens")
 """The options that say how long to train, each in its own unit."""
 SIZES = ("batch_size", "tokens_per_step")
