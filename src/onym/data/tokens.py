@@ -36,7 +36,7 @@ from onym.errors import DataError, TokenizerError, storage_error
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is (0 while that is not known)."""
+"""Called with what is being done, how much of it is done, and how much there is (0 while that is unknown)."""
 
 _FORMAT = 1
 _CHUNK_CHARACTERS = 1 << 20  # encoded at a time, so that a long document does not need twenty times its size in memory

@@ -135,7 +135,7 @@ def holder(folder: Path) -> Holder | None:
 
 
 def writer_of(folder: Path) -> Holder | None:
-    """Who writes here now, as far as can be told without disturbing anybody: a process of another host is taken to live."""
+    """Who writes here now, found out without disturbing anybody. A process of another host is assumed to live."""
     last = holder(folder)
     if last is None or last.host != platform.node():
         return last
