@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -259,9 +259,3 @@ def family_of(architecture: str | None) -> Family | None:
 def targets() -> list[str]:
     """What can be written: registered formats, the tensors as they are in one of two files, and Onym's own folder."""
     return [*(known.name for known in formats() if known.target is not None), *RESERVED]
-
-
-def listed(items: Iterable[Any]) -> str:
-    """The first three, in a sentence."""
-    items = list(items)
-    return ", ".join(map(str, items[:3])) + (" ..." if len(items) > 3 else "")

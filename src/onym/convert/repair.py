@@ -27,6 +27,7 @@ from onym.format.reader import require_path
 from onym.format.safetensors_file import SafetensorsFile
 from onym.format.tensors import TensorFile
 from onym.format.writer import write_safetensors
+from onym.names.match import renamed_state
 from onym.names.wrappers import AVERAGE_COUNTER
 from onym.storage.paths import as_path, is_local, replace_file
 
@@ -105,14 +106,7 @@ def _rewrite_pickle(path: Path, contents: Contents, names: Mapping[str, str]) ->
         if rest:
             inner = {key: renamed(each, rest[1:]) if key == rest[0] else _param_names(each) for key, each in value.items()}
             return type(value)(inner) if type(value) in (dict, OrderedDict) else inner
-        state: OrderedDict[str, Any] = OrderedDict((names.get(key, key), each) for key, each in value.items())
-        versions = getattr(value, "_metadata", None)
-        if isinstance(versions, Mapping):
-            modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in names.items()}
-            state._metadata = OrderedDict(  # type: ignore[attr-defined]
-                (modules.get(module, module), version) for module, version in versions.items()
-            )
-        return state
+        return renamed_state(value, names)
 
     write_pickle(path, renamed(content, place), path.stat().st_size)
 

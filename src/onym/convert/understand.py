@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from onym.convert.mapping import Recipe, Shape, View, counts, to_ours
-from onym.convert.registry import Config, NamedShapes, Origin, Stated, listed
+from onym.convert.registry import Config, NamedShapes, Origin, Stated
 from onym.errors import CheckpointError
 from onym.format.tensors import TensorFile
+from onym.names.mismatch import listed
 from onym.state.architectures import build_model
 from onym.state.model import state_dict
 
@@ -55,7 +56,7 @@ def require_complete(origin: Origin, view: View, wanted: Mapping[str, Shape]) ->
     """Raise a CheckpointError unless every tensor of the model is there, in its shape."""
     path, present = origin.contents.path, set(view.names)
     if absent := [name for name in wanted if name not in present]:
-        names = listed(their_name(origin, name) for name in absent)
+        names = listed([their_name(origin, name) for name in absent])
         raise CheckpointError(f"'{path}' is incomplete: of {len(wanted)} tensors {len(absent)} are missing, {names}.")
     for name, shape in wanted.items():
         if (found := shape_of(view, name)) != shape:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from onym.convert.mapping import Recipe, View, first_rows
-from onym.convert.registry import Config, Origin, Stated, listed
+from onym.convert.registry import Config, Origin, Stated
 from onym.convert.understand import apply_rules, note_rules, require_complete, shape_of, their_name
 from onym.errors import CheckpointError, ConfigError
 from onym.format.tensors import TensorFile
 from onym.gpt.config import GPTConfig
 from onym.gpt.gpt2 import GPT
+from onym.names.mismatch import listed
 
 HEAD_SIZE = 64
 """Of every GPT-2 that OpenAI and the book have."""
@@ -83,7 +84,7 @@ def _configured(origin: Origin, view: View, stated: Stated, n_heads: int | None)
     layers = {int(found.group(1)) for name in view.names if (found := re.match(r"trf_blocks\.(\d+)\.", name))}
     if layers != set(range(len(layers))):
         absent = sorted(set(range(max(layers) + 1)) - layers)
-        missing = f"{listed(absent)} {'is' if len(absent) == 1 else 'are'} missing"
+        missing = f"{listed([*map(str, absent)])} {'is' if len(absent) == 1 else 'are'} missing"
         raise CheckpointError(f"'{path}' is incomplete: of its {max(layers) + 1} layers, {missing}.")
     vocabulary, width = view.shapes[_EMBEDDING]
     shaped: dict[str, Any] = {
