@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,24 @@ def test_no_tensor_is_read(onym: Run, run_folder: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(TensorFile, method, refuse)
     for arguments in ((run_folder,), (run_folder, "--step", "latest"), (run_folder / "x.safetensors",)):
         assert onym("inspect", *arguments).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "folder", "file"])
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_what_onym_wrote_is_read_without_torch(
+    in_fresh_process: Callable[[str], str], run_folder: Path, tmp_path: Path, command: str, kind: str
+) -> None:
+    """Importing torch takes longer than all the rest."""
+    library.save(library.GPT(CONFIG), tmp_path / "folder")
+    library.save(library.GPT(CONFIG), tmp_path / "file.safetensors")
+    path = {"run": run_folder, "checkpoint": step_of(run_folder, 10)}.get(kind) or next(tmp_path.glob(f"{kind}*"))
+    program = f"""
+import sys
+from onym.cli.main import main
+assert main([{command!r}, {str(path)!r}]) == 0
+print("torch" in sys.modules)
+"""
+    assert in_fresh_process(program).splitlines()[-1] == "False"
 
 
 def test_ten_gigabytes_are_inspected_by_their_header(onym: Run, tmp_path: Path) -> None:

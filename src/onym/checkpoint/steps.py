@@ -12,7 +12,7 @@ from onym.format.manifest import CONFIG, MANIFEST, MODEL, Manifest
 from onym.format.reader import Checkpoint, read_checkpoint, require_path
 from onym.state.collectives import all_gather_object, broadcast_from_rank0, get_rank, get_world_size
 from onym.storage.local import replaced
-from onym.storage.paths import as_path, replace_file, storage_of
+from onym.storage.paths import as_path, is_local, replace_file, storage_of
 
 CHECKPOINTS = "checkpoints"
 TO_BUILD = (MODEL, CONFIG)
@@ -214,6 +214,22 @@ def find_checkpoint(
     if not steps(directory):
         raise CheckpointError(f"'{path}' is no run, so there is no step {step} to choose in it.")
     return GoodCheckpoint(read_checkpoint(step_folder(directory, step_number(directory, step))))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether Onym wrote it; what is in an object store, it did."""
+    if not is_local(path):
+        return True
+    if path.is_dir():
+        return (path / MANIFEST).is_file() or (path / CHECKPOINTS).is_dir() or bool(steps(path))
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+        if start[8:] != b"{":
+            return False
+        length = int.from_bytes(start[:8], "little")
+        return b'"onym":' in b"{" + file.read(min(length, 64 << 20))
 
 
 def _listed(available: list[int]) -> str:

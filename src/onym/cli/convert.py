@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 
 from onym.cli.arguments import ConvertArguments
-from onym.cli.report import as_step, print_facts, print_heading, print_json
+from onym.cli.report import as_step, found_facts, print_facts, print_heading, print_json, some
 from onym.convert.repair import repair
 from onym.convert.write import Report, convert
 from onym.data.tokenizer import Tokenizer
@@ -86,8 +83,8 @@ def _say(report: Report, *, dry_run: bool) -> None:
             "written as": report.to + (f", because {report.why_to} (--to chooses)" if report.why_to else ""),
             "done": ", ".join(f"{word} {count}" for word, count in report.rules.items())
             or "nothing: every tensor is unchanged",
-            "dropped": "; ".join(_some(report.dropped)) or None,
-            "not used": ", ".join(_some(report.unused)) or None,
+            "dropped": "; ".join(some(report.dropped)) or None,
+            "not used": ", ".join(some(report.unused)) or None,
             "result": f"{plural(report.tensors, 'tensor')}, {format_size(report.bytes)}",
             "compared": None
             if dry_run
@@ -99,24 +96,6 @@ def _say(report: Report, *, dry_run: bool) -> None:
         print_heading(f"  {note}", style="")
     if not dry_run:
         print(_next(report))
-
-
-def found_facts(found: Mapping[str, Any] | None) -> dict[str, str | None]:
-    """How a source was understood, for a report."""
-    if found is None:
-        return {"found": "a checkpoint of Onym's own"}
-    wrappers = ", ".join(f"{segment}. in {count}" for segment, count in found["wrappers"].items())
-    return {
-        "found": found["kind"],
-        "known by": found["why"] or None,
-        "wrappers": f"{wrappers} names" if wrappers else None,
-        "also there": ", ".join(_some(found["further"])) or None,
-    }
-
-
-def _some(items: list[str], most: int = 5) -> list[str]:
-    items = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", item) for item in items))
-    return [*items[:most], f"and {len(items) - most} more"] if len(items) > most else items
 
 
 def _next(report: Report) -> str:

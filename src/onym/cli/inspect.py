@@ -10,16 +10,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from onym.checkpoint.steps import pins, step_folder, steps
+from onym.checkpoint.steps import find_checkpoint, is_ours, pins, step_folder, steps
 from onym.cli.arguments import InspectArguments
-from onym.cli.convert import found_facts
-from onym.cli.report import as_step, bytes_of, checkpoints_folder, print_facts, print_heading, print_json, print_table
+from onym.cli.report import (
+    as_step,
+    bytes_of,
+    checkpoints_folder,
+    found_facts,
+    print_facts,
+    print_heading,
+    print_json,
+    print_table,
+)
 from onym.cli.tree import tree
-from onym.convert.opening import open_any
 from onym.errors import CheckpointError
 from onym.format.manifest import Manifest
 from onym.format.reader import Checkpoint
-from onym.format.safetensors import dtype_called
+from onym.format.safetensors import item_size
 from onym.format.tensors import TensorFile
 from onym.storage.lock import LEASE, holder, lock
 from onym.storage.paths import as_path, is_local
@@ -36,10 +43,22 @@ def run(given: InspectArguments) -> int:
         report = describe_run(path, directory)
         print_json(report) if given.json else _print_run(report)
         return 0
-    checkpoint = open_any(path, as_step(given.step or "latest"), verify=False, part=given.part).checkpoint
+    checkpoint = _open(path, given)
     report = describe(checkpoint)
     print_json(report) if given.json else _print_checkpoint(report, checkpoint)
     return 0
+
+
+def _open(path: Path, given: InspectArguments) -> Checkpoint:
+    """A checkpoint or file. Where Onym wrote it and it names its architecture, torch is not imported, which takes a second."""
+    step = as_step(given.step or "latest")
+    if given.part is None and is_ours(path):
+        own = find_checkpoint(path, step, verify=False).checkpoint
+        if own.architecture is not None:
+            return own
+    from onym.convert.opening import open_any
+
+    return open_any(path, step, verify=False, part=given.part).checkpoint
 
 
 def describe_run(path: Path, directory: Path) -> dict[str, Any]:
@@ -137,9 +156,8 @@ def _totals(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int
     for entry in tensors.values():
         if entry["dtype"] != _VALUE:
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
-    sizes = {name: kind.itemsize if (kind := dtype_called(name)) is not None else None for name in counts}
     return {
-        name: {"parameters": count, "bytes": None if (size := sizes[name]) is None else count * size}
+        name: {"parameters": count, "bytes": None if (size := item_size(name)) is None else count * size}
         for name, count in counts.items()
     }
 

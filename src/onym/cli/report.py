@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onym.checkpoint.steps import CHECKPOINTS, steps
-from onym.convert.opening import open_any
-from onym.convert.registry import Config
 from onym.format.reader import Checkpoint, require_path
 from onym.storage import object_store
 from onym.storage.paths import is_local
 from onym.train.display import Display
+
+if TYPE_CHECKING:
+    from onym.convert.registry import Config
 
 _WIDTH = 62  # of a fact beside its name, so that both fit into 80 columns
 
@@ -38,6 +40,8 @@ def as_step(text: str) -> int | str:
 
 def open_noting(path: str, step: str, *, part: str | None = None, settings: Config | None = None) -> Checkpoint:
     """Open what is at a path; damaged steps that were skipped for an older one are named on standard error."""
+    from onym.convert.opening import open_any
+
     found = open_any(path, as_step(step), part=part, settings=settings)
     for skipped, reason in found.skipped:
         print(f"Passed over '{skipped}': {reason}", file=sys.stderr)
@@ -93,6 +97,25 @@ def print_facts(facts: Mapping[str, str | None]) -> None:
         for number, line in enumerate(textwrap.wrap(value or "", _WIDTH, break_long_words=False, break_on_hyphens=False)):
             rows.append(("" if number else name, line))
     print_table(rows)
+
+
+def found_facts(found: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """How a source was understood, for a report."""
+    if found is None:
+        return {"found": "a checkpoint of Onym's own"}
+    wrappers = ", ".join(f"{segment}. in {count}" for segment, count in found["wrappers"].items())
+    return {
+        "found": found["kind"],
+        "known by": found["why"] or None,
+        "wrappers": f"{wrappers} names" if wrappers else None,
+        "also there": ", ".join(some(found["further"])) or None,
+    }
+
+
+def some(items: list[str], most: int = 5) -> list[str]:
+    """The first of a list; names that differ in the number of their layer are one."""
+    items = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", item) for item in items))
+    return [*items[:most], f"and {len(items) - most} more"] if len(items) > most else items
 
 
 def bytes_of(path: Path) -> int:

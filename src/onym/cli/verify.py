@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onym.checkpoint.steps import find_checkpoint, step_folder, steps
+from onym.checkpoint.steps import find_checkpoint, is_ours, step_folder, steps
 from onym.cli.arguments import VerifyArguments
 from onym.cli.report import as_step, bytes_of, checkpoints_folder, print_heading, print_json, shown
-from onym.convert.opening import is_ours, open_any
 from onym.errors import CheckpointError
-from onym.format.reader import read_checkpoint
+from onym.format.reader import Checkpoint, read_checkpoint
 from onym.storage.paths import as_path
 from onym.units import format_size
 
@@ -60,10 +59,7 @@ def _check(path: Path, step: int | None) -> dict[str, Any] | None:
     """What is damaged, and what could be checked; None for a step that its run has deleted meanwhile."""
     checked = _STRUCTURE
     try:
-        if step is not None:
-            checkpoint = read_checkpoint(path)
-        else:
-            checkpoint = (find_checkpoint if is_ours(path) else open_any)(path, verify=False).checkpoint
+        checkpoint = _open(path) if step is None else read_checkpoint(path)
         found = [(damage.file, damage.tensor, damage.reason) for damage in checkpoint.damages()]
         if checkpoint.manifest is not None or checkpoint.identity is not None:
             checked = _EVERY_BYTE
@@ -77,6 +73,14 @@ def _check(path: Path, step: int | None) -> dict[str, Any] | None:
         return None
     damages = [{"step": step, "file": file or None, "tensor": tensor, "reason": reason} for file, tensor, reason in found]
     return {"step": step, "path": path, "damages": damages, "checked": checked}
+
+
+def _open(path: Path) -> Checkpoint:
+    if is_ours(path):
+        return find_checkpoint(path, verify=False).checkpoint
+    from onym.convert.opening import open_any  # with torch, which Onym's own files do not need
+
+    return open_any(path, verify=False).checkpoint
 
 
 @contextmanager

@@ -11,14 +11,14 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from onym.checkpoint.steps import CHECKPOINTS, GoodCheckpoint, find_checkpoint, steps
+from onym.checkpoint.steps import GoodCheckpoint, find_checkpoint, is_ours
 from onym.convert.clean_names import clean_names
 from onym.convert.mapping import Recipe, View, to_ours
 from onym.convert.registry import Config, Format, NamedShapes, Origin, family_of, formats
 from onym.convert.sources import Contents, open_contents
 from onym.convert.understand import by_rules, shape_of
 from onym.errors import CheckpointError, ConfigError, OnymError
-from onym.format.manifest import MANIFEST, TOKENIZER
+from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint, require_path
 from onym.format.tensors import TensorFile
 from onym.names.wrappers import AVERAGE_COUNTER
@@ -75,22 +75,6 @@ def _require_unsaid(checkpoint: Checkpoint, part: str | None, settings: Config) 
         stated = (checkpoint.config or {}).get(name, value)
         if stated != value:
             raise ConfigError(f"'{checkpoint.path}' says {name}={stated}, and {value} was given: leave it out.")
-
-
-def is_ours(path: Path) -> bool:
-    """Whether Onym wrote it; what is in an object store, it did."""
-    if not is_local(path):
-        return True
-    if path.is_dir():
-        return (path / MANIFEST).is_file() or (path / CHECKPOINTS).is_dir() or bool(steps(path))
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(9)
-        if start[8:] != b"{":
-            return False
-        length = int.from_bytes(start[:8], "little")
-        return b'"onym":' in b"{" + file.read(min(length, 64 << 20))
 
 
 def _understood(contents: Contents, settings: Config) -> Checkpoint:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
-from torch import Tensor
 
 from onym.errors import CheckpointError
 from onym.format.chunk_index import CHUNKS, ChunkIndex
@@ -30,11 +29,13 @@ from onym.format.manifest import (
     is_file_name,
     parse_json,
 )
-from onym.format.pth import open_pth
 from onym.format.safetensors_file import open_safetensors
 from onym.format.sharded_file import ShardedFile
 from onym.format.tensors import Damage, TensorFile
 from onym.storage.paths import as_path, is_local, storage_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _TensorFiles:
@@ -118,6 +119,8 @@ class Checkpoint:
 
     def tensor(self, name: str, *, verify: bool = True) -> Tensor:
         """One of the model's tensors, read now, on the CPU, checked against its hash."""
+        from torch import Tensor
+
         value = self.model.tensor(name, verify=verify)
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name!r} in '{self.path}' is a {type(value).__name__}, not a tensor.")
@@ -268,6 +271,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"'{path}' is no .safetensors file; files of other kinds are read from this machine: copy it here."
         )
+    from onym.format.pth import open_pth  # with torch, which the other kinds do not need
+
     return Checkpoint(path, model=open_pth(path))
 
 

@@ -3,6 +3,7 @@
 Written and read here, not by the safetensors library: equal models are equal files (the order of the library's metadata
 varies), a file is hashed while it is written and mapped while it is verified, chunks of it are fetched from an object store,
 and a header is checked before it is used. The tests read our files with the library, and its files with this module.
+Headers are read without torch, which takes a second to import.
 """
 
 from __future__ import annotations
@@ -12,39 +13,42 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from onym.errors import CheckpointError
 from onym.format.manifest import MOST_JSON_BYTES, are_counts, parse_json
 
-# The dtypes of the format, under its names for them.
-_FORMAT_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in _FORMAT_NAMES.items()}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# The dtypes of the format: torch's name, the format's, and the bits of an element.
+_DTYPES = (
+    ("float64", "F64", 64),
+    ("float32", "F32", 32),
+    ("float16", "F16", 16),
+    ("bfloat16", "BF16", 16),
+    ("float8_e4m3fn", "F8_E4M3", 8),
+    ("float8_e5m2", "F8_E5M2", 8),
+    ("float8_e4m3fnuz", "F8_E4M3FNUZ", 8),
+    ("float8_e5m2fnuz", "F8_E5M2FNUZ", 8),
+    ("complex64", "C64", 64),
+    ("int64", "I64", 64),
+    ("int32", "I32", 32),
+    ("int16", "I16", 16),
+    ("int8", "I8", 8),
+    ("uint64", "U64", 64),
+    ("uint32", "U32", 32),
+    ("uint16", "U16", 16),
+    ("uint8", "U8", 8),
+    ("bool", "BOOL", 8),
+)
+_FORMAT_NAMES = {name: format_name for name, format_name, _ in _DTYPES}
+_TORCH_NAMES = {format_name: name for name, format_name, _ in _DTYPES}
+_BITS = {name: bits for _, name, bits in _DTYPES} | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 
 # Dtypes that the format does not have, stored as one that it has, with one more dimension: the bytes are the same.
-_STORED_AS = {torch.complex128: (torch.float64, 2), torch.complex32: (torch.float16, 2)}
+_STORED_AS = {"complex128": ("F64", 2), "complex32": ("F16", 2)}
 
 _LONGEST_HEADER = 100_000_000  # what the safetensors library reads; a longer one would open here alone
 
@@ -68,27 +72,40 @@ def dtype_name(dtype: torch.dtype) -> str:
 @cache
 def dtype_called(name: str) -> torch.dtype | None:
     """torch's dtype of that name; None where this version has none, or where it is a quantized one."""
+    import torch
+
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) and not name.startswith("q") else None
 
 
 @cache
-def format_dtype(dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:
-    """The format's name for the dtype that it is stored as, and the dimensions that this adds to the shape.
+def item_size(name: str) -> int | None:
+    """The bytes of an element, from torch's name of the dtype; None for a dtype that this version does not know."""
+    if name in _FORMAT_NAMES:
+        return _BITS[_FORMAT_NAMES[name]] // 8
+    dtype = dtype_called(name)
+    return None if dtype is None else dtype.itemsize
 
-    A dtype that the format does not have (complex128, int4, float4 …) is stored as one that it has.
+
+@cache
+def format_dtype(name: str) -> tuple[str, tuple[int, ...]] | None:
+    """The format's name for what a dtype is stored as, and the dimensions that this adds to the shape.
+
+    A dtype that the format does not have (complex128, int4, float4 …) is stored as one that it has. None for one that this
+    version of torch does not have.
     """
-    if dtype in _FORMAT_NAMES:
-        return _FORMAT_NAMES[dtype], ()
-    if dtype in _STORED_AS:
-        stored_as, further = _STORED_AS[dtype]
-        return _FORMAT_NAMES[stored_as], (further,)
-    return "U8", () if dtype.itemsize == 1 else (dtype.itemsize,)
+    if name in _FORMAT_NAMES:
+        return _FORMAT_NAMES[name], ()
+    if name in _STORED_AS:
+        stored_as, further = _STORED_AS[name]
+        return stored_as, (further,)
+    size = item_size(name)
+    return None if size is None else ("U8", () if size == 1 else (size,))
 
 
-def torch_dtype(format_name: str) -> torch.dtype | None:
-    """What torch calls a dtype of the format; None for one that this version does not know."""
-    return _DTYPES.get(format_name)
+def torch_name(format_name: str) -> str | None:
+    """What torch calls a dtype of the format; None for one that is not known here."""
+    return _TORCH_NAMES.get(format_name)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -101,11 +118,15 @@ def as_bytes(tensor: Tensor) -> Tensor:
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     if flat.numel() == 1:  # contiguous whatever its stride
         flat = flat.as_strided((1,), (1,))
+    import torch
+
     return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def from_bytes(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The reverse of :func:`as_bytes`; shares the memory where its alignment allows."""
+    import torch
+
     if not len(data):
         return torch.empty(shape, dtype=dtype, device="cpu")
     if data.data_ptr() % dtype.itemsize:
@@ -125,7 +146,9 @@ def header_of(
     end = 0
     for name in ordered:
         dtype, shape = tensors[name]
-        stored_as, further = format_dtype(dtype)
+        stored = format_dtype(dtype_name(dtype))
+        assert stored is not None
+        stored_as, further = stored
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": stored_as, "shape": [*shape, *further], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -175,9 +198,6 @@ def parse_header(text: bytes, size: int, path: object) -> tuple[dict[str, Placed
     if end != size:
         raise CheckpointError(f"'{path}' is damaged: its tensors need {end:,} bytes, and {size:,} follow the header.")
     return placed, metadata
-
-
-_BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()} | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 
 
 def _placed(name: str, entry: Any, path: object) -> Placed:

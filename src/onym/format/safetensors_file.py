@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from blake3 import blake3
-from torch import Tensor
 
 from onym.errors import CheckpointError
 from onym.format.hashing import BLOCK, blocks_of
@@ -16,13 +15,12 @@ from onym.format.manifest import TensorEntry, gc_paused
 from onym.format.safetensors import (
     as_bytes,
     dtype_called,
-    dtype_name,
     format_dtype,
     from_bytes,
     header_length,
     is_plain,
     parse_header,
-    torch_dtype,
+    torch_name,
 )
 from onym.format.tensors import Damage, TensorFile
 from onym.state.chunks import Chunk, contiguous_strides
@@ -30,6 +28,10 @@ from onym.storage.local import MappedFile
 from onym.storage.paths import storage_of
 from onym.storage.protocol import OpenFile
 from onym.storage.threads import WORKERS, run_in_threads
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _READ_BYTES = 1 << 20
 _UNIT_BYTES = 16 * BLOCK  # of a large tensor, what a thread checks at a time
@@ -61,11 +63,11 @@ class SafetensorsFile(TensorFile):
             for alias, name in self.metadata.items()
             if name in self.placed and alias not in self.placed and alias != "format"
         }
-        self._dtypes = {name: torch_dtype(placed.dtype) for name, placed in self.placed.items()}
+        self._dtypes = {name: torch_name(placed.dtype) for name, placed in self.placed.items()}
         super().__init__(
             path,
             {name: placed.shape for name, placed in self.placed.items()},
-            {name: dtype_name(dtype) if dtype else self.placed[name].dtype for name, dtype in self._dtypes.items()},
+            {name: dtype or self.placed[name].dtype for name, dtype in self._dtypes.items()},
             aliases,
             {},
         )
@@ -77,13 +79,15 @@ class SafetensorsFile(TensorFile):
             CheckpointError: they do not agree with the header.
         """
         for name, entry in entries.items():
-            placed, dtype = self.placed.get(name), dtype_called(entry.dtype)
-            if dtype is None:
+            placed, stored = self.placed.get(name), format_dtype(entry.dtype)
+            if stored is None:
+                import torch
+
                 raise CheckpointError(
                     f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch {torch.__version__} does not have: "
                     "pip install --upgrade torch."
                 )
-            stored_as, more = format_dtype(dtype)
+            stored_as, more = stored
             agrees = placed is not None and (placed.dtype, placed.shape) == (stored_as, (*entry.shape, *more))
             if placed is None or not agrees or len(entry.blocks) not in (0, 64 * blocks_of(placed.end - placed.start)):
                 raise CheckpointError(f"'{self.path}' is damaged: it holds other tensors than were written.")
@@ -94,7 +98,7 @@ class SafetensorsFile(TensorFile):
             raise CheckpointError(f"'{self.path}' is damaged: it holds other tensors than were written.")
         self.shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
         self.dtypes = {name: entry.dtype for name, entry in entries.items()}
-        self._dtypes = {name: dtype_called(entry.dtype) for name, entry in entries.items()}
+        self._dtypes = dict(self.dtypes)
         self.aliases = {alias: name for name, entry in entries.items() for alias in entry.aliases}
         self.hashes = {name: entry.hash for name, entry in entries.items()}
 
@@ -139,7 +143,7 @@ class SafetensorsFile(TensorFile):
             raise CheckpointError(f"{name} in '{self.path}' cannot be a tensor: {error}.") from error
 
     def _dtype(self, name: str) -> torch.dtype:
-        dtype = self._dtypes[name]
+        dtype = dtype_called(self._dtypes[name] or "")
         if dtype is None:
             raise CheckpointError(f"{name} in '{self.path}' has the dtype {self.dtypes[name]}, which torch does not have.")
         return dtype
@@ -186,6 +190,8 @@ class MappedSafetensors(SafetensorsFile):
 
     def _mapped(self) -> Tensor:
         if self._map is None:
+            import torch
+
             self._map = torch.frombuffer(self._file.map(), dtype=torch.uint8)
         return self._map
 
@@ -287,9 +293,13 @@ class FetchedSafetensors(SafetensorsFile):
         data = self._file.read(self._position(name) + first, self._position(name) + stop)
         if len(data) < stop - first or (verify and not self._agrees(name, data, first // block)):
             raise CheckpointError(self._damage(name).reason)
+        import torch
+
         return torch.frombuffer(bytearray(data[start - first : end - first]), dtype=torch.uint8)
 
     def _bytes(self, name: str) -> Tensor:
+        import torch
+
         data = self._fetched.pop(name) if name in self._fetched else self._fetch(name)
         return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device="cpu")
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from onym.errors import CheckpointError
 from onym.format.chunk_index import CHUNKS, ShardedTensor
@@ -14,6 +12,10 @@ from onym.format.layout import Shard, shard_file, shard_name
 from onym.format.safetensors import dtype_called
 from onym.format.tensors import Damage, TensorFile
 from onym.state.chunks import Chunk
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class ShardedFile(TensorFile):

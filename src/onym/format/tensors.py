@@ -8,15 +8,16 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from onym.errors import CheckpointError
 from onym.format.hashing import TensorHash
 from onym.format.safetensors import dtype_called
 from onym.state.chunks import Chunk, Shape, chunk_of_index
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class TensorFile(ABC):
 
     def read_chunk(self, name: str, chunk: Chunk, dtype: torch.dtype, *, verify: bool = True) -> Tensor:
         """A chunk of a tensor, in memory of its own."""
+        import torch
+
         try:
             values = torch.empty(chunk.sizes, dtype=dtype, device="cpu")
         except RuntimeError as error:  # a shape whose strides no machine can count

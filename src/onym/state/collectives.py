@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-
 from onym.errors import CheckpointError, OnymError
 
 T = TypeVar("T")
@@ -18,13 +16,16 @@ T = TypeVar("T")
 
 def get_world_size() -> int:
     """How many processes train together; 1 without torch.distributed."""
-    distributed = torch.distributed
+    from torch import distributed
+
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def get_rank() -> int:
     """This process's rank; 0 without torch.distributed."""
-    return torch.distributed.get_rank() if get_world_size() > 1 else 0
+    from torch import distributed
+
+    return distributed.get_rank() if get_world_size() > 1 else 0
 
 
 def is_rank0() -> bool:
@@ -38,15 +39,17 @@ def broadcast_from_rank0(decide: Callable[[], T], collective: bool = True) -> T:
     Raises:
         OnymError: in all ranks, where ``decide`` raised in rank 0.
     """
-    if get_world_size() == 1 or not collective:
+    if not collective or get_world_size() == 1:
         return decide()
+    from torch import distributed
+
     message: list[Any] = [None]
     if is_rank0():
         try:
             message = [(decide(), None)]
         except Exception as error:
             message = [(None, error if isinstance(error, OnymError) else OnymError(f"Rank 0 failed: {error}"))]
-    torch.distributed.broadcast_object_list(message, src=0)
+    distributed.broadcast_object_list(message, src=0)
     result: T
     result, failure = message[0]
     if failure is not None:
@@ -56,10 +59,12 @@ def broadcast_from_rank0(decide: Callable[[], T], collective: bool = True) -> T:
 
 def all_gather_object(value: T, collective: bool = True) -> list[T]:
     """The values of all ranks, by rank."""
-    if get_world_size() == 1 or not collective:
+    if not collective or get_world_size() == 1:
         return [value]
+    from torch import distributed
+
     values: list[Any] = [None] * get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    distributed.all_gather_object(values, value)
     return values
 
 
