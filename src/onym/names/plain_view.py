@@ -151,9 +151,8 @@ def _twin_class(cls: type[nn.Module]) -> Any:
         return meta(cls.__name__, (_Twin, cls), {})
     except TypeError as error:  # its instances have a layout of their own
         raise ConfigError(
-            f"{cls.__name__} has __slots__, so what is wrapped inside it cannot be seen through: take the __slots__ "
-            "out, or compile "
-            "in place (module.compile())."
+            f"{cls.__name__} has __slots__, so what is wrapped inside it cannot be seen through: take the __slots__ out, or "
+            "compile in place (module.compile())."
         ) from error
 
 

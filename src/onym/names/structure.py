@@ -14,22 +14,70 @@ from onym.names.mismatch import Described, clip, listed
 from onym.names.wrappers import AVERAGE_COUNTER
 
 
-def _average_counter(case: Case) -> None:
-    for names, text in (
-        (
-            case.unexpected,
-            f"`{AVERAGE_COUNTER}` is the counter of an AveragedModel (EMA, SWA), whose averaged weights these are: load into "
-            "an AveragedModel, or save onym.unwrap(averaged).",
-        ),
-        (
-            case.missing,
-            f"This model is an AveragedModel and the file is of a plain one, without `{AVERAGE_COUNTER}`: load into "
-            "onym.unwrap(model).",
-        ),
-    ):
-        if AVERAGE_COUNTER in names:
-            case.found(text, [AVERAGE_COUNTER])
-            return
+@dataclass(frozen=True)
+class _Sign:
+    """Tensors that only another kind of model has: a cause where the file has them, or where the model has them."""
+
+    is_one: Callable[[str, tuple[int, ...]], bool]
+    stored: str
+    """The sentence where the file has them alone, with ``{count}`` and ``{example}``."""
+    live: str
+    """The sentence where the model has them alone."""
+
+    def __call__(self, case: Case) -> None:
+        for names, described, text in (
+            (case.unexpected, case.stored, self.stored),
+            (case.missing, case.model, self.live),
+        ):
+            if found := [name for name in names if self.is_one(name, described[name][0])]:
+                case.found(text.format(count=len(found), example=clip(found[0])), found)
+
+
+def _named(pattern: str) -> Callable[[str, tuple[int, ...]], bool]:
+    return lambda name, _: re.search(pattern, name) is not None
+
+
+def _is_causal_mask(name: str, shape: tuple[int, ...]) -> bool:
+    leaf = name.rpartition(".")[2]
+    square = len(shape) in (2, 4) and shape[-1:] == shape[-2:-1]
+    return leaf == "masked_bias" or (leaf in ("mask", "causal_mask", "tril", "attn_mask", "bias") and square)
+
+
+_AVERAGE = _Sign(
+    _named(f"^{AVERAGE_COUNTER}$"),
+    f"`{AVERAGE_COUNTER}` is the counter of an AveragedModel (EMA, SWA), whose averaged weights these are: load into an "
+    "AveragedModel, or save onym.unwrap(averaged).",
+    f"This model is an AveragedModel and the file is of a plain one, without `{AVERAGE_COUNTER}`: load into "
+    "onym.unwrap(model).",
+)
+_QUANTISED = _Sign(
+    _named(
+        r"(^|\.)(qweight|qzeros|scales|g_idx|SCB|(nested_)?absmax|quant_map|quant_state(\..*)?|zero_points?|_packed_params)$"
+    ),
+    "Stored quantised ({example}): such weights load only into a model quantised in the same way; dequantise them first.",
+    "This model is quantised ({example}): weights load only into a model quantised in the same way; dequantise them first.",
+)
+_BATCH_NORM = _Sign(
+    _named(r"(^|\.)(running_mean|running_var|num_batches_tracked)$"),
+    "Stored with BatchNorm ({example}) where this model has another norm, or none that has statistics: weights of the one mean "
+    "nothing in the other.",
+    "This model is with BatchNorm ({example}) where the file has another norm, or none that has statistics: weights of the one "
+    "mean nothing in the other.",
+)
+_MASK = _Sign(
+    _is_causal_mask,
+    "{count} stored tensors are causal masks ({example}), which this model computes: leave them out, or pass strict=False.",
+    "{count} of the model's tensors are causal masks ({example}), which were not stored: strict=False leaves them as the model "
+    "built them.",
+)
+
+
+def _mask_size(case: Case) -> None:
+    resized = [name for name, pair in case.shapes.items() if all(_is_causal_mask(name, shape) for shape in pair)]
+    if resized:
+        was, now = case.shapes[resized[0]]
+        text = f"Stored with causal masks for a context of {was[-1]}, this model has {now[-1]}: build it with a context of "
+        case.found(f"{text}{was[-1]}.", resized, structural=True)
 
 
 def _adapters(case: Case) -> None:
@@ -39,76 +87,11 @@ def _adapters(case: Case) -> None:
     ):
         lora = [name for name in names if re.search(r"(^|[._])lora(_|\.[AB]\b)|(^|\.)adapter", name)]
         # What they are added to has one step more: peft's base_layer, the book's linear.
-        moved = [name for name in names if re.sub(r"\.(base_layer|linear)\.", ".", name) in others]
+        plain = {name: re.sub(r"\.(base_layer|linear)\.", ".", name) for name in names}
+        moved = [name for name in names if plain[name] in others]
         if lora:
             text = f"{whose} with LoRA or adapter parameters ({clip(lora[0])}): {remedy}."
-            case.found(text, [*lora, *moved, *(re.sub(r"\.(base_layer|linear)\.", ".", name) for name in moved)])
-
-
-@dataclass(frozen=True)
-class _Sign:
-    """Parameters that only another kind of module has."""
-
-    names: str
-    """A regular expression that is searched in names."""
-    text: str
-    """With ``{where}``, ``{other}`` and ``{example}``."""
-
-
-_SIGNS = (
-    _Sign(
-        r"(^|\.)(qweight|qzeros|scales|g_idx|SCB|(nested_)?absmax|quant_map|quant_state(\..*)?|zero_points?|_packed_params)$",
-        "{where} quantised ({example}): such weights load only into a model quantised in the same way; dequantise them first.",
-    ),
-    _Sign(
-        r"(^|\.)(running_mean|running_var|num_batches_tracked)$",
-        "{where} with BatchNorm ({example}) where {other} another norm, or none that has statistics: weights of the one mean "
-        "nothing in the other.",
-    ),
-)
-
-
-def _signs(case: Case) -> None:
-    for sign in _SIGNS:
-        for names, where, other in (
-            (case.unexpected, "Stored", "this model has"),
-            (case.missing, "This model is", "the file has"),
-        ):
-            if found := [name for name in names if re.search(sign.names, name)]:
-                case.found(sign.text.format(where=where, other=other, example=clip(found[0])), found)
-
-
-def _causal_mask(case: Case) -> None:
-    def is_mask(name: str, shape: tuple[int, ...]) -> bool:
-        leaf = name.rpartition(".")[2]
-        square = len(shape) in (2, 4) and shape[-1:] == shape[-2:-1]
-        return leaf == "masked_bias" or (leaf in ("mask", "causal_mask", "tril", "attn_mask", "bias") and square)
-
-    stored = [name for name in case.unexpected if is_mask(name, case.stored[name][0])]
-    if stored:
-        case.found(
-            f"{len(stored)} stored tensors are causal masks ({clip(stored[0])}), which this model computes: leave them "
-            "out, or "
-            "pass strict=False.",
-            stored,
-        )
-    live = [name for name in case.missing if is_mask(name, case.model[name][0])]
-    if live:
-        case.found(
-            f"{len(live)} of the model's tensors are causal masks ({clip(live[0])}), which were not stored: "
-            "strict=False leaves "
-            "them as the model built them.",
-            live,
-        )
-    resized = [name for name, (was, now) in case.shapes.items() if is_mask(name, was) and is_mask(name, now)]
-    if resized:
-        was, now = case.shapes[resized[0]]
-        case.found(
-            f"Stored with causal masks for a context of {was[-1]}, this model has {now[-1]}: build it with a context of "
-            f"{was[-1]}.",
-            resized,
-            structural=True,
-        )
+            case.found(text, [*lora, *moved, *(plain[name] for name in moved)])
 
 
 _SPLIT = (
@@ -145,68 +128,52 @@ def _fused_attention(case: Case) -> None:
         parts = ", ".join(triple)
         if stored_is_split:
             text = (
-                f"Stored with queries, keys and values apart ({parts}), this model has them in one matrix ({one}): join "
-                "each three "
-                "with torch.cat, in that order, or load into the class that was saved."
+                f"Stored with queries, keys and values apart ({parts}), this model has them in one matrix ({one}): join each "
+                "three with torch.cat, in that order, or load into the class that was saved."
             )
         else:
             text = (
-                f"Stored with queries, keys and values in one matrix ({one}), this model has them apart ({parts}): "
-                "split each with "
-                "chunk(3), or load into the class that was saved."
+                f"Stored with queries, keys and values in one matrix ({one}), this model has them apart ({parts}): split each "
+                "with chunk(3), or load into the class that was saved."
             )
         case.found(text, [*split, *fused])
         return
 
 
 def _norm_names(case: Case) -> None:
-    for theirs, ours, text in (
-        (
-            case.unexpected,
-            case.missing,
-            "Stored LayerNorms have `scale` and `shift` where this model's have `weight` and `bias`",
-        ),
-        (
-            case.missing,
-            case.unexpected,
-            "Stored LayerNorms have `weight` and `bias` where this model's have `scale` and `shift`",
-        ),
+    short, standard = "`scale` and `shift`", "`weight` and `bias`"
+    for theirs, ours, was, now in (
+        (case.unexpected, case.missing, short, standard),
+        (case.missing, case.unexpected, standard, short),
     ):
-        names = []
-        for name in theirs:
-            parent, _, leaf = name.rpartition(".")
-            other = f"{parent}.{ {'scale': 'weight', 'shift': 'bias'}.get(leaf, '') }".lstrip(".")
-            if leaf in ("scale", "shift") and other in ours:
-                names += [name, other]
-        if names:
-            case.found(f"{text}: the same values under other names, so rename them.", names)
+        other = {name: re.sub(r"\bshift$", "bias", re.sub(r"\bscale$", "weight", name)) for name in theirs}
+        if pairs := [(name, other[name]) for name in theirs if other[name] in ours]:
+            text = f"Stored LayerNorms have {was} where this model's have {now}: the same values, so rename them."
+            case.found(text, [name for pair in pairs for name in pair])
 
 
 def _head(case: Case) -> None:
-    def is_head(name: str) -> bool:
-        return bool(re.search(r"(^|\.)(out_head|lm_head|head|output|decoder|embed_out)\.weight$", name))
-
-    def elsewhere(name: str, names: Iterable[str]) -> bool:
-        """Whether something of the same parent has another name: a LoRA layer, say."""
-        parent = name.removesuffix("weight")
-        return any(other.startswith(parent) and other != name for other in names)
-
-    stored = [name for name in case.unexpected if is_head(name) and not elsewhere(name, case.all.missing)]
-    if len(stored) == 1 and case.stored[stored[0]][0] in _embedding_shapes(case.stored):
-        case.found(
-            f"Stored with an output head ({stored[0]}) that this model does not have: build the model with a head, or, "
-            "where it "
-            "equals the token embedding (tied), leave it out.",
-            stored,
-        )
-    live = [name for name in case.missing if is_head(name) and not elsewhere(name, case.all.unexpected)]
-    if len(live) == 1 and case.model[live[0]][0] in _embedding_shapes(case.stored):
-        case.found(
-            f"Stored without an output head ({live[0]}): it was tied to the token embedding. Tie it in this model too, "
-            "or give it "
-            "the embedding's values.",
-            live,
-        )
+    for names, described, others, text in (
+        (
+            case.unexpected,
+            case.stored,
+            case.all.missing,
+            "Stored with an output head ({}) that this model does not have: build the model with a head, or, where it equals "
+            "the token embedding (tied), leave it out.",
+        ),
+        (
+            case.missing,
+            case.model,
+            case.all.unexpected,
+            "Stored without an output head ({}): it was tied to the token embedding. Tie it in this model too, or give it the "
+            "embedding's values.",
+        ),
+    ):
+        heads = [name for name in names if re.search(r"(^|\.)(out_head|lm_head|head|output|decoder|embed_out)\.weight$", name)]
+        # Something else of the same parent on the other side: a LoRA layer, say.
+        heads = [name for name in heads if not any(other.startswith(name.removesuffix("weight")) for other in others)]
+        if len(heads) == 1 and described[heads[0]][0] in _embedding_shapes(case.stored):
+            case.found(text.format(heads[0]), heads)
 
 
 def _embedding_shapes(described: Described) -> set[tuple[int, ...]]:
@@ -369,8 +336,7 @@ def _near_misses(case: Case) -> None:
         example = f"{clip(names[0][0])} for {clip(names[0][1])}"
         more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
         case.found(
-            f"Stored `{theirs}` where this model has `{ours}` ({example}{more}), of the same shape: rename it in one of "
-            "the two.",
+            f"Stored `{theirs}` where this model has `{ours}` ({example}{more}), of the same shape: rename one of the two.",
             [name for pair in names for name in pair],
         )
 
@@ -398,16 +364,14 @@ def _parts(case: Case) -> None:
     if case.unexpected and not case.causes and not case.all.missing:
         case.found(
             f"All of this model's tensors are stored, and {len(case.unexpected)} more: the file is of a larger model. "
-            "strict=False "
-            "leaves those out.",
+            "strict=False leaves those out.",
             case.unexpected,
         )
     elif case.missing and not case.all.unexpected and (not case.causes or len(case.missing) > len(case.model) / 4):
         fitting = len(case.model) - len(case.all.missing)
         case.found(
-            f"What is stored fits, but is {fitting} of the {len(case.model)} tensors: one shard of several, or a part "
-            "of the model? "
-            "strict=False leaves the others as they are.",
+            f"What is stored fits, but is {fitting} of the {len(case.model)} tensors: one shard of several, or a part of the "
+            "model? strict=False leaves the others as they are.",
             case.missing,
         )
 
@@ -439,11 +403,13 @@ def _dtypes(case: Case) -> None:
 
 
 CAUSES: tuple[Callable[[Case], None], ...] = (
-    _average_counter,
+    _AVERAGE,
     _adapters,
-    _signs,
+    _QUANTISED,
+    _BATCH_NORM,
     _layers,
-    _causal_mask,
+    _MASK,
+    _mask_size,
     _fused_attention,
     _norm_names,
     _head,
