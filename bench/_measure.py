@@ -78,7 +78,7 @@ def ask(process: subprocess.Popen[str], steps: int) -> dict[str, object]:
     return json.loads(process.stdout.readline())
 
 
-def keep(name: str, results: dict[str, object]) -> None:
+def save_results(name: str, results: dict[str, object]) -> None:
     """Write what was measured, with the machine, to ``bench/results``."""
     RESULTS.mkdir(exist_ok=True)
     machine = {

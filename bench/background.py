@@ -1,10 +1,10 @@
-"""What keeping costs: throughput of training with a checkpoint every 50 steps, written behind the loop's back, against none.
+"""What checkpoints cost: throughput of training with one at every 50th step, written in the background, against none.
 
     python bench/background.py [--rounds 3] [--preset mini] [--steps 100]
 
 Each is `onym train` in a process of its own on the text that Python carries, in turn, from the same warm caches. The time is
-that of the whole loop between step 10 and the last, by the clock of metrics.jsonl, with the copy, the writing thread and its
-flushes.
+that of the loop between step 10 and the last, by the clock of metrics.jsonl, with the copy, the writing thread and its
+fsyncs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _measure import keep, rounds, table
+from _measure import rounds, save_results, table
 
 VARIANTS = {"no checkpoint": 10**9, "every 50 steps, in the background": 50}
 
@@ -52,7 +52,7 @@ def main() -> None:
                 if number > 0:
                     seconds[variant].append(clock[given.steps] - clock[10])
     ratios = table(f"{given.steps - 10} steps of {given.preset}", seconds, "no checkpoint")
-    keep("background", {"preset": given.preset, "seconds": seconds, "ratios": ratios, "target": 0.95})
+    save_results("background", {"preset": given.preset, "seconds": seconds, "ratios": ratios, "target": 0.95})
 
 
 if __name__ == "__main__":

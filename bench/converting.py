@@ -4,8 +4,8 @@
 
 The book's model.pth (1.7 GB with its masks) into a folder of transformers, and into clean names. The script loads everything,
 changes the dict, and saves it with the safetensors library or torch.save: no check of what it reads, no flush, nothing read
-back. Onym's conversion is whole: source checked, written durably, read back, every tensor and the logits compared. Each is a
-process of its own; the files are in the page cache. Memory is what is not backed by a file (RssAnon), sampled every 2 ms.
+back. Onym's conversion does all of this: source checked, written durably, read back, every tensor and the logits compared. Each
+is a process of its own; the files are in the page cache. Memory is what is not backed by a file (RssAnon), sampled every 2 ms.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import onym
-from _measure import keep, rounds, table
+from _measure import rounds, save_results, table
 from onym.convert.write import convert
 
 CHILD = """
@@ -90,7 +90,7 @@ def main() -> None:
         ratios = table(f"{size:.2f} GB, {given.preset}", seconds, next(iter(VARIANTS)))
         for name, peaks in memory.items():
             print(f"  {name:<52} {max(peaks):9.0f} MiB at most (largest tensor {largest:.0f} MiB)")
-        keep(
+        save_results(
             "converting", {"gigabytes": size, "seconds": seconds, "ratios": ratios, "peak_mib": memory, "largest_mib": largest}
         )
 

@@ -1,10 +1,11 @@
 """Sharded checkpoints: ``dcp.save`` and ``dcp.load`` with ``onym.DCPWriter`` and ``DCPReader``, against torch's own, in turns;
-and ``onym.Checkpointer`` behind the loop's back against ``dcp.async_save``.
+and ``onym.Checkpointer`` in the background against ``dcp.async_save``.
 
     python bench/distributed.py --processes 2 --megabytes 400 --rounds 5
 
 The same calls on the same FSDP2 model, in the same processes; medians over the rounds, of the time until all have returned.
-Torch's writer flushes its files (``sync_files=True`` is its default); it has no hashes and is not replaced as a whole.
+Torch's writer flushes its files (``sync_files=True`` is its default); it has no hashes, and a save that is interrupted leaves
+a part.
 """
 
 from __future__ import annotations
@@ -100,11 +101,11 @@ def stalls(folder: Path, model: Any, rounds: int) -> None:
                 checkpointer.wait()
             else:
                 state = model.state_dict()
-                told: Any = dcp.async_save(
+                future: Any = dcp.async_save(
                     state, checkpoint_id=folder / f"async-{number}", process_group=group, async_stager=stager
                 )
                 stalled = time.perf_counter() - start
-                getattr(told, "upload_completion", told).result()
+                getattr(future, "upload_completion", future).result()
             dist.barrier()
             if number > 1:
                 times.setdefault((way, "stall"), []).append(stalled)
@@ -113,9 +114,7 @@ def stalls(folder: Path, model: Any, rounds: int) -> None:
     if dist.get_rank() == 0:
         for what in ("stall", "until done"):
             ours, theirs = (statistics.median(times[way, what]) for way in ("onym", "dcp"))
-            print(
-                f"behind the loop's back, {what}: onym {ours:.3f} s, dcp.async_save {theirs:.3f} s, {theirs / ours:.2f} times"
-            )
+            print(f"in the background, {what}: onym {ours:.3f} s, dcp.async_save {theirs:.3f} s, {theirs / ours:.2f} times")
 
 
 def main() -> int:

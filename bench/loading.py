@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import onym
-from _measure import keep, rounds, table
+from _measure import rounds, save_results, table
 from onym.format.manifest import MODEL
 from onym.format.reader import read_checkpoint
 from onym.format.writer import write_folder
@@ -90,7 +90,7 @@ def main() -> None:
             times.append(time.perf_counter() - start)
         results["open and list 100,000 tensors, s"] = statistics.median(times)
         print(f"\nopening and listing a checkpoint of 100,000 tensors: {statistics.median(times):.2f} s")
-    keep("loading", results)
+    save_results("loading", results)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _measure import keep, rounds
+from _measure import rounds, save_results
 
 
 def curve(optimizer: str, rate: float, given: argparse.Namespace, folder: str) -> dict[int, float]:
@@ -58,7 +58,7 @@ def main() -> None:
         f"\nAdamW's best end: {target:.4f} after {given.steps} steps; Muon after {needed:.0f}: "
         f"{given.steps / needed:.2f} times fewer"
     )
-    keep(
+    save_results(
         "optimizers",
         {"preset": given.preset, "curves": curves, "target_loss": target, "ratio": given.steps / needed, "target": 1.3},
     )

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import onym
-from _measure import added_peak, alternate, keep, table
+from _measure import added_peak, alternate, save_results, table
 from onym.checkpoint.retention import Retention, write_step
 from onym.format.manifest import MODEL
 from onym.format.safetensors import as_bytes
@@ -195,7 +195,7 @@ def main() -> None:
                 retention=Retention(10_000))}, 5
         )  # fmt: skip
         table("Unchanged tensors:", rewritten, next(iter(rewritten)))
-    keep("saving", results)
+    save_results("saving", results)
 
 
 if __name__ == "__main__":

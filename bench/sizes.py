@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from _measure import ask, keep, rounds
+from _measure import ask, rounds, save_results
 
 SHAPES = {  # width, layers, heads, sequences a step
     "5M": (192, 6, 3, 8),
@@ -87,7 +87,7 @@ def main() -> None:
         print(f"{each['parameters'] / 1e6:6.1f}M  {tokens_per_second:8,.0f} tokens/s  {rates[name]:5.0f} GFLOP/s")
     share = min(rates.values()) / max(rates.values())
     print(f"the lowest is {share:.0%} of the best")
-    keep("sizes", {"seconds": seconds, "gflops_per_second": rates, "lowest_share": share, "target": 0.75})
+    save_results("sizes", {"seconds": seconds, "gflops_per_second": rates, "lowest_share": share, "target": 0.75})
 
 
 if __name__ == "__main__":

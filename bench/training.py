@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from _measure import ask, compute_dtype, keep, rounds
+from _measure import ask, compute_dtype, rounds, save_results
 
 SHAPE = {"vocab_size": 50304, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
 BATCH = 8
@@ -246,7 +246,9 @@ def main() -> None:
     results = {"dtype": str(DTYPE), "shape": SHAPE, "batch": BATCH, "seconds": seconds}
     results |= {"products_alone": alone, "peak_mib": peaks}
     tokens_per_second = {name: round(TOKENS / median, 1) for name, median in medians.items()}
-    keep("training", {**results, "tokens_per_second": tokens_per_second, "share_of_limit": limit / medians[given.only[0]]})
+    save_results(
+        "training", {**results, "tokens_per_second": tokens_per_second, "share_of_limit": limit / medians[given.only[0]]}
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _measure import keep, rounds, table
+from _measure import rounds, save_results, table
 
 TARGET = 1 / 5
 CHILD = """
@@ -73,9 +73,9 @@ def main() -> None:
     for _ in rounds(given.rounds):
         with tempfile.TemporaryDirectory() as place:
             for name in seconds:
-                whole, compiled, found, made, loss = start(Path(place), arguments)
+                total, compiled, found, made, loss = start(Path(place), arguments)
                 assert (found > 0 and not made) if name == "warm" else not found, f"{name}: {found} found, {made} made"
-                seconds[name].append(whole)
+                seconds[name].append(total)
                 compiling[name].append(compiled)
                 losses.add(loss)
             size = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
@@ -85,7 +85,7 @@ def main() -> None:
     verdict = "met" if ratio <= TARGET else "MISSED"
     print(f"\n  warm / cold: {ratio:.3f} (target {TARGET:.3f}: {verdict}); of compiling: {part:.3f}")
     print(f"  {size / 1e6:.1f} MB in the cache")
-    keep(
+    save_results(
         "warm_start",
         {
             "preset": given.preset,

@@ -40,8 +40,8 @@ def test_it_deletes_what_need_not_stay(onym: Run, run_folder: Path) -> None:
     assert onym("prune", run_folder, "--unpin", "keep-me").returncode == 0
     assert there(run_folder) == [10, 20, 30]
     result = told(onym, "prune", run_folder, "--keep-last", 1)
-    assert result["deleted"] == result["doomed"] == [20]
-    assert result["kept"] == {"10": "pinned as 'first'", "30": "one of the newest"}
+    assert result["deleted"] == result["to_delete"] == [20]
+    assert result["retained"] == {"10": "pinned as 'first'", "30": "one of the newest"}
     assert result["bytes"] == size
     assert there(run_folder) == [10, 30]
     assert not (run_folder / "checkpoints" / LEASE).exists()

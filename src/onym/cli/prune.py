@@ -45,7 +45,7 @@ def run(given: PruneArguments) -> int:
     freed = sum(sizes[step] for step in (doomed if given.dry_run else gone))
     if given.json:
         retained = {step: reason for step, reason in reasons.items() if reason is not None}
-        print_json({"kept": retained, "doomed": doomed, "deleted": gone, "sizes": sizes, "bytes": freed, "notes": notes})
+        print_json({"retained": retained, "to_delete": doomed, "deleted": gone, "sizes": sizes, "bytes": freed, "notes": notes})
     else:
         rows = [("step", "size", "", "")]
         for step, reason in reasons.items():
