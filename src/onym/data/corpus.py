@@ -12,10 +12,11 @@ import itertools
 import json
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic  # Path.glob takes no absolute pattern
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from onym.errors import DataError
 
@@ -105,22 +106,21 @@ def read_file(path: Path, text_field: str = "text") -> Iterator[Document]:
     elif path.suffix == ".jsonl":
         yield from _read_jsonl(path, text_field)
     else:
-        yield Document(str(path), _read_text(path))
+        with _open(path) as file:
+            yield Document(str(path), _decode(file.read(), str(path)))
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _read_bytes(path: Path) -> bytes:
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise DataError(f"The file '{path}' cannot be read: {error.strerror}.") from error
-
-
-def _read_text(path: Path) -> str:
-    return _decode(_read_bytes(path), str(path))
 
 
 def _decode(raw: bytes, source: str) -> str:
@@ -144,11 +144,7 @@ def _require_text(text: str, source: str) -> None:
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    try:
-        lines = path.open("rb")
-    except OSError as error:
-        raise DataError(f"The file '{path}' cannot be read: {error.strerror}.") from error
-    with lines:
+    with _open(path) as lines:
         for number, raw in enumerate(lines, start=1):
             source = f"{path}:{number}"
             if not (line := _decode(raw, source).strip()):
@@ -163,8 +159,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
                     f"'{source}' has no text in a field {text_field!r} (its fields: {fields}): "
                     "name the field that holds the text with --text-field."
                 )
-            if not row[text_field].isascii():
-                _require_text(row[text_field], source)
+            _require_text(row[text_field], source)
             yield Document(source, row[text_field])
 
 
@@ -186,19 +181,14 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
                 "name the one that holds the text with --text-field."
             )
         row = 0
-        batches = file.iter_batches(columns=[text_field])
-        while True:
-            try:
-                texts = next(batches).column(0).to_pylist()
-            except StopIteration:
-                return
-            except (OSError, pyarrow.ArrowException) as error:
-                raise DataError(f"'{path}' is damaged after row {row:,}: {error}.") from error
-            for text in texts:
-                row += 1
+        texts = (text for batch in file.iter_batches(columns=[text_field]) for text in batch.column(0).to_pylist())
+        try:
+            for row, text in enumerate(texts, start=1):
                 if text is not None and not isinstance(text, str):
                     raise DataError(f"Column {text_field!r} of '{path}' holds {type(text).__name__}, not text.")
                 yield Document(f"{path}:{row}", text or "")
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"'{path}' is damaged after row {row:,}: {error}.") from error
 
 
 @functools.cache

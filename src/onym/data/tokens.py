@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from onym.data.corpus import Corpus
 from onym.data.tokenizer import Tokenizer
 from onym.errors import DataError, TokenizerError, storage_error
+from onym.storage.paths import replace_file
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -140,14 +141,7 @@ def cached_tokenizer(
                 progress("Training the tokenizer", number + 1, found.documents)
 
     tokenizer = Tokenizer.train(training_texts(), vocab_size)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            temporary.write_text(tokenizer.to_json(), encoding="utf-8")
-            os.replace(temporary, path)
-    except OSError as error:
-        raise storage_error("keep the tokenizer", path, error) from error
+    replace_file(path, tokenizer.to_json())
     return tokenizer
 
 
@@ -162,15 +156,8 @@ def tokenise(corpus: Corpus, found: Survey, tokenizer: Tokenizer, cache: Path, p
     folder = cache / "tokens" / key
     if (data := open_tokens(folder)) is not None:
         return data
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as name:
-            temporary = Path(name) / key
-            temporary.mkdir()
-            _write(temporary, corpus, found, tokenizer, progress)
-            _put_in_place(temporary, folder)
-    except OSError as error:
-        raise storage_error("write the token cache", folder, error) from error
+    with _new_cache(folder) as temporary:
+        _write(temporary, corpus, found, tokenizer, progress)
     written = open_tokens(folder)
     assert written is not None, "the token cache just written does not open"
     return written
@@ -184,29 +171,34 @@ def relink_cache(data: TokenData) -> None:
     """
     if open_tokens(data.path) is not None:
         return
+    with _new_cache(data.path) as temporary:
+        for split, stream in (("train", data.train), ("held_out", data.held_out)):
+            stream.tokens.tofile(temporary / f"{split}.bin")
+            np.save(temporary / f"{split}.documents.npy", stream.document_starts)
+        (temporary / "tokens.json").write_text(json.dumps(data.description, indent=2) + "\n")
+
+
+@contextmanager
+def _new_cache(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write a cache into; renamed to its name after the block.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     try:
-        data.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=data.path.parent) as name:
-            temporary = Path(name) / data.path.name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as name:
+            temporary = Path(name, folder.name)
             temporary.mkdir()
-            for split, stream in (("train", data.train), ("held_out", data.held_out)):
-                stream.tokens.tofile(temporary / f"{split}.bin")
-                np.save(temporary / f"{split}.documents.npy", stream.document_starts)
-            (temporary / "tokens.json").write_text(json.dumps(data.description, indent=2) + "\n")
-            _put_in_place(temporary, data.path)
+            yield temporary
+            try:
+                os.replace(temporary, folder)
+            except OSError:  # something is there: another process was faster, or the cache is incomplete
+                if open_tokens(folder) is None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.replace(temporary, folder)
     except OSError as error:
-        raise storage_error("write the token cache", data.path, error) from error
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename it to its name. Another process, of this machine or of one with the same disk, may have been faster."""
-    try:
-        os.replace(temporary, folder)
-    except OSError:
-        if open_tokens(folder) is not None:
-            return
-        shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
-        os.replace(temporary, folder)
+        raise storage_error("write the token cache", folder, error) from error
 
 
 def _write(folder: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, progress: Progress | None) -> None:
