@@ -30,7 +30,16 @@ from onym.names.match import recover_names, renamed_state
 from onym.names.mismatch import MismatchError, compare
 from onym.names.wrappers import AVERAGE_COUNTER, require_module, unwrap
 from onym.state.architectures import build_model, describe_model
-from onym.state.model import DtypePolicy, LoadReport, describe, full_state_dict, load_state_dict, materialise_meta, state_dict
+from onym.state.model import (
+    DtypePolicy,
+    LoadReport,
+    describe,
+    full_state_dict,
+    load_state_dict,
+    materialise_meta,
+    named_state,
+    state_dict,
+)
 from onym.storage.paths import as_path
 
 
@@ -205,7 +214,7 @@ def _load_into(
     verify: bool,
     device: str | torch.device = "cpu",
 ) -> LoadReport:
-    known = state_dict(model)
+    known = named_state(model)
     state: dict[str, Any] = _stored(checkpoint, model, known).state(verify=verify)
     spare = [name for name in (AVERAGE_COUNTER,) if name in state and name not in known]  # the model itself is all there
     for name in spare:
@@ -214,7 +223,7 @@ def _load_into(
     state = renamed_state(state, renamed)
     try:
         if any(tensor.is_meta for tensor in model.parameters()):  # report mismatches before memory is allocated
-            stored, wanted = describe(state), describe(known)
+            stored, wanted = describe(state), describe(known, state)
             if (differences := compare(stored, wanted)).shapes:
                 raise MismatchError(differences, diagnose(differences, stored, wanted))
         with materialise_meta(model, device) as empty:
@@ -246,7 +255,7 @@ def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) 
     if set(checkpoint.model.names) == known.keys():
         _require_same_computation(checkpoint, model)
         return checkpoint.model
-    shapes = {name: tuple(value.shape) for name, value in known.items() if isinstance(value, torch.Tensor)}
+    shapes = {name: shape for name, (shape, kind) in describe(known).items() if kind != "value"}
     format = format_of(shapes)
     if format is None or format.architecture != origin.format.architecture:
         return raw

@@ -18,7 +18,7 @@ from onym.format.reader import Checkpoint
 from onym.names.mismatch import compare
 from onym.state.collectives import get_rank, run_on_all_ranks
 from onym.state.dtensor import any_sharded, from_local_chunk, has_chunks, local_chunk
-from onym.state.model import describe, load_state_dict, state_dict
+from onym.state.model import describe, load_state_dict, named_state
 from onym.state.optimizer import load_optimizer_state
 from onym.state.rng import load_rng_state, require_rng_state
 from onym.state.tree import unflatten
@@ -64,7 +64,7 @@ def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> _De
                 f"{key!r} in '{checkpoint.path}' is of the kind {stored.kind(key)!r}, not {_kind_of(value)!r}."
             )
         if stored.kind(key) == "model":
-            decoded[key] = stored.tensors(key, state_dict(value))
+            decoded[key] = stored.tensors(key, named_state(value))
         elif stored.kind(key) == "optimizer":
             decoded[key] = stored.tensors(key, _slots_like(stored.names(key), model_of(key, value, modules)))
         else:
@@ -87,7 +87,9 @@ def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> _De
 def _apply(state: Mapping[str, Any], content: _Decoded) -> dict[str, Any]:
     """Change the objects."""
     stored, modules, decoded = content.stored, content.modules, content.objects
-    fitting = {key: not compare(describe(decoded[key]), describe(state_dict(module))) for key, module in modules.items()}
+    fitting = {
+        key: not compare(describe(decoded[key]), describe(named_state(module), decoded[key])) for key, module in modules.items()
+    }
     for key in sorted(modules, key=lambda key: fitting[key]):  # one that does not fit says so before any other is changed
         if not fitting[key]:
             load_state_dict(modules[key], decoded[key])
@@ -231,7 +233,7 @@ class _Stored:
 
 def _slots_like(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
     """The parameter that each of an optimizer's tensors (``state.<slot>.<name>``) belongs to."""
-    parameters = state_dict(model)
+    parameters = named_state(model)
     found = {name: parameters.get(name.split(".", 2)[-1]) for name in names}
     return {name: parameter for name, parameter in found.items() if isinstance(parameter, Tensor)}
 

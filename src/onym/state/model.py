@@ -75,15 +75,19 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     >>> list(state_dict(torch.compile(nn.Linear(2, 1))))
     ['weight', 'bias']
     """
+    state = named_state(model)
+    for name, value in state.items():
+        if _is_lazy(value):
+            raise ConfigError(f"{name} has no values yet, because its layer is lazy: run one batch through the model first.")
+    return state
+
+
+def named_state(model: nn.Module) -> dict[str, Any]:
+    """As :func:`state_dict`, with the parameters of lazy layers, which have no values yet: for what loads into the model."""
     require_module(model)
     with full_parameters(model) as passing:
         state: dict[str, Any] = plain_view(model).state_dict()
-        if passing:
-            state = _mapped(state, Tensor.clone)
-    for name, value in state.items():
-        if isinstance(value, Tensor) and is_lazy(value):
-            raise ConfigError(f"{name} has no values yet, because its layer is lazy: run one batch through the model first.")
-    return state
+        return _mapped(state, Tensor.clone) if passing else state
 
 
 def full_state_dict(state: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -141,7 +145,7 @@ def load_state_dict(
             if name not in complete and given is not None:
                 complete[name] = state[given]
 
-        stored, target = describe(complete), describe(live)
+        stored, target = describe(complete), describe(live, complete)
         differences = compare(stored, target)
         uncastable = {name: kinds for name, kinds in differences.dtypes.items() if not _castable(*kinds)}
         refused = Differences(
@@ -150,20 +154,24 @@ def load_state_dict(
             shapes=differences.shapes,
             dtypes=differences.dtypes if dtype == "exact" else uncastable,
         )
-        # Modules read the layout version of their state here. A .safetensors file has none, so the present version is assumed.
+        # Modules read the layout version of their state here. A .safetensors file has none, so the present version is assumed;
+        # a model that does not take it so is asked once more, as of a file without versions.
         versions = getattr(state, "_metadata", getattr(live, "_metadata", OrderedDict()))
-        if refused and not _has_names_alone(refused):
+        if refused.dtypes:
             raise MismatchError(refused, diagnose(refused, stored, target))
         _require_readable(complete)
         _require_equal_ties(ties, complete)
         storages = _storages(live.values())
         ready = OrderedDict((name, _ready(value, live.get(name), storages)) for name, value in complete.items())
-        if refused or (stored and target and len(differences.missing) == len(target)):
-            # The names are other ones, or strict=False and none fits, which nobody wants and few notice. A model may have
-            # loading code that knows the names of earlier versions of itself: if it takes them all, they are right.
-            if not _taken_by_the_model(plain, ready, versions):
+        none_fits = bool(stored and target) and len(differences.missing) == len(target)
+        if refused or none_fits:
+            # Other names or shapes, or strict=False and no name fits, which nobody wants and few notice. A model may have
+            # loading code of its own, for the names of earlier versions of itself or for buffers that grow: it is asked first.
+            left = _left_by_the_model(plain, ready, [versions, OrderedDict()], strict or none_fits)
+            if left is None:
                 raise MismatchError(refused or differences, diagnose(refused or differences, stored, target))
-            return LoadReport(list(complete))
+            missing, unexpected = left
+            return LoadReport([name for name in complete if name not in unexpected], missing, unexpected, differences.dtypes)
 
         loaded = [name for name in target if name in complete]
         _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions)
@@ -240,21 +248,31 @@ def _copy(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any) -> None
             raise ValueError(f"its load_state_dict does not take what its state_dict gives: {unused.unexpected_keys[:3]}")
 
 
-def _taken_by_the_model(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any) -> bool:
-    """Whether the model's own loading code finds a place for every name, and a value for every place."""
+def _left_by_the_model(
+    plain: nn.Module, ready: OrderedDict[str, Any], versions: Iterable[Any], strict: bool
+) -> tuple[list[str], list[str]] | None:
+    """Load by the model's own loading code.
+
+    Args:
+        plain: the model.
+        ready: the values.
+        versions: the layout versions to try.
+        strict: it has to find a place for every name, and a value for every place.
+
+    Returns:
+        The names that are missing and those that were not used; None where it does not take the values, or has no such code.
+    """
     if not any(map(_has_loading_code, plain.modules())):
-        return False
-    ready._metadata = versions  # type: ignore[attr-defined]
-    try:
-        with _undone_on_failure(plain, ready):
-            plain.load_state_dict(ready, strict=True)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _has_names_alone(differences: Differences) -> bool:
-    return not (differences.shapes or differences.dtypes)
+        return None
+    for tried in versions:
+        ready._metadata = tried  # type: ignore[attr-defined]
+        try:
+            with _undone_on_failure(plain, ready):
+                left = plain.load_state_dict(ready, strict=strict)
+        except CheckpointError:
+            continue
+        return ([], []) if left is None else (list(left.missing_keys), list(left.unexpected_keys))
+    return None
 
 
 def _castable(stored: str, live: str) -> bool:
@@ -263,14 +281,28 @@ def _castable(stored: str, live: str) -> bool:
     return isinstance(was, torch.dtype) and isinstance(now, torch.dtype) and torch.can_cast(was, now)
 
 
-def describe(state: Mapping[str, Any]) -> Described:
-    """Names with their shapes and dtypes; what a module stores of its own making (``_extra_state``) has none."""
+def describe(state: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Described:
+    """Names with their shapes and dtypes; what a module stores of its own making (``_extra_state``) has none.
+
+    A parameter of a lazy layer takes the shape of what it is ``given``.
+    """
+
+    def shape(name: str, value: Tensor) -> tuple[int, ...]:
+        if not is_lazy(value):
+            return tuple(value.shape)
+        like = (given or {}).get(name)
+        return tuple(like.shape) if isinstance(like, Tensor) and not is_lazy(like) else ()
+
     return {
-        name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        name: (shape(name, value), str(value.dtype).removeprefix("torch."))
         if isinstance(value, Tensor) and not _is_extra(name)
         else ((), "value")
         for name, value in state.items()
     }
+
+
+def _is_lazy(value: Any) -> bool:
+    return isinstance(value, Tensor) and is_lazy(value)
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -309,8 +341,8 @@ def _require_writable(live: Mapping[str, Any]) -> None:
     for name, value in live.items():
         if not isinstance(value, Tensor):
             continue
-        if is_lazy(value):
-            raise ConfigError(f"{name} has no shape yet, because its layer is lazy: run one batch through the model first.")
+        if is_lazy(value):  # its layer makes it as large as what is loaded into it
+            continue
         if value.is_meta:
             raise ConfigError(
                 f"{name} is on the meta device and can hold no values: use onym.load(path, into=model), which gives it "
@@ -360,7 +392,7 @@ def _equal(mine: Tensor, theirs: Tensor) -> bool:
 def _require_readable(given: Mapping[str, Any]) -> None:
     """Refuse what has no values to copy."""
     for name, value in given.items():
-        if isinstance(value, Tensor) and (is_lazy(value) or value.is_meta):
+        if _is_lazy(value) or (isinstance(value, Tensor) and value.is_meta):
             raise CheckpointError(
                 f"The tensor given for {name} has no values (it is on the meta device, or lazy); nothing was changed."
             )
@@ -368,7 +400,7 @@ def _require_readable(given: Mapping[str, Any]) -> None:
 
 def _ready(value: Any, target: Any, storages: set[int]) -> Any:
     """A value as the model's own ``load_state_dict`` can copy it."""
-    if not isinstance(value, Tensor) or not isinstance(target, Tensor) or value.shape != target.shape:
+    if not isinstance(value, Tensor) or not isinstance(target, Tensor) or is_lazy(target) or value.shape != target.shape:
         return value
     value = distribute_like(value, target)
     # Two layers swapped, say: the copy into one must not change what is still to be copied from it.
@@ -387,14 +419,15 @@ def _undone_on_failure(plain: nn.Module, given: Mapping[str, Any]) -> Iterator[N
     """Put a model back where its own loading code fails half-way; where it has none, nothing is left that could fail."""
     tensors = list(chain(plain.parameters(), plain.buffers()))
     ordinary = all(
-        _has_memory(local(tensor)) or tensor.numel() == 0
+        not is_lazy(tensor) and (_has_memory(local(tensor)) or tensor.numel() == 0)
         for tensor in (*tensors, *given.values())
         if isinstance(tensor, Tensor)
     )
     if ordinary and not any(map(_has_loading_code, plain.modules())):
         yield
         return
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    lazy: list[tuple[Any, type, Tensor]] = [(tensor, type(tensor), tensor.data) for tensor in tensors if is_lazy(tensor)]
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
     tables: list[tuple[Any, Any]] = [
         (table, dict(table)) for module in plain.modules() for table in (module._parameters, module._buffers)
     ]
@@ -405,8 +438,13 @@ def _undone_on_failure(plain: nn.Module, given: Mapping[str, Any]) -> Iterator[N
         for table, entries in tables:
             table.clear()
             table.update(entries)
+        for tensor, kind, data in lazy:
+            tensor.data, tensor.__class__ = data, kind
         for tensor, value in before:
-            tensor.copy_(value)
+            if tensor.shape == value.shape:
+                tensor.copy_(value)
+            else:  # its own code has resized it
+                tensor.data = value
         for module, state in extra:
             module.set_extra_state(state)
         raise CheckpointError(f"The model's own loading code failed, and nothing was changed: {error}") from error
