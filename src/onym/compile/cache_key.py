@@ -35,7 +35,7 @@ def facts() -> dict[str, str]:
         "Python's headers": sysconfig.get_path("include"),
         "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())).strip(),
         "processor": _processor(),
-        "C++ compiler": _compiler(),
+        "C++ compiler": compiler_version(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) or "none",
         "GPU": _gpus(),
     }
 
@@ -71,14 +71,14 @@ def _processor() -> str:
     return f"{model}, {capability}{f', {blake3(flags.encode()).hexdigest()[:8]}' if flags else ''}"
 
 
-def _compiler() -> str:
-    """The first line of the C++ compiler's --version."""
-    command = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+def compiler_version(command: str) -> str | None:
+    """The first line that a C++ compiler says of itself; None where it cannot be run."""
+    question = [command] if Path(command).stem == "cl" else [command, "--version"]
     try:
-        done = subprocess.run([command, "--version"], capture_output=True, text=True, errors="replace", timeout=60, check=True)
+        done = subprocess.run(question, capture_output=True, text=True, errors="replace", timeout=60, check=False)
     except (OSError, subprocess.SubprocessError):
-        return "none"
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else command
+        return None
+    return next(iter((done.stdout or done.stderr).strip().splitlines()), command)
 
 
 def _gpus() -> str:

@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -67,7 +68,7 @@ class Problem:
 
     what: str
     remedy: str
-    matters: bool
+    matters: bool = True
     """Whether training fails, is far slower, or may be lost because of it; the others are good to know."""
 
 
@@ -127,9 +128,9 @@ def diagnose(machine: Machine) -> Diagnosis:
     ]
     command = [] if machine.cores.well_used else [f"OMP_NUM_THREADS={machine.cores.usable}"]
     command += ["onym", "train", *(word for option, value, default in options if value != default for word in (option, value))]
-    rows = (*_machine_rows(machine), *_disk_rows(machine, preset))
-    problems = [Problem(what, remedy, matters) for applies, what, remedy, matters in rows if applies]
-    return Diagnosis(tuple(advice), tuple(sorted(problems, key=lambda each: not each.matters)), shlex.join(command))
+    on_disks = [_disk_problems(name, disk, preset) for name, disk in (("runs", machine.runs), ("cache", machine.cache))]
+    problems = sorted(chain(_machine_problems(machine), *on_disks), key=lambda each: not each.matters)
+    return Diagnosis(tuple(advice), tuple(problems), shlex.join(command))
 
 
 def choose_precision(rates: Mapping[str, float]) -> tuple[str, str]:
@@ -260,115 +261,79 @@ def _place(disk: Disk) -> str:
     return f"{disk.kind}, {format_size(disk.free)} free, writes {format_size(disk.bytes_per_second)} a second, measured"
 
 
-_Row = tuple[bool, str, str, bool]
-"""Whether it applies; then the fields of a problem."""
-
-
-def _machine_rows(machine: Machine) -> list[_Row]:
+def _machine_problems(machine: Machine) -> Iterator[Problem]:
     versions, cores, memory, compiler, trial = machine.versions, machine.cores, machine.memory, machine.compiler, machine.trial
     on_cpu = machine.device == "cpu"
     numbers = re.match(r"(\d+)\.(\d+)", versions.torch)
-    old = numbers is not None and (int(numbers[1]), int(numbers[2])) < _OLDEST_TORCH
-    unused_gpu = machine.driver is not None and not machine.gpus
-    no_compiler = compiler.command is None and on_cpu
-    bad_cxx = f"CXX is set to {compiler.asked_for!r}, which cannot be run: unset it, or name a compiler. "
-    return [
-        (
-            old,
-            f"torch {versions.torch} is older than {'.'.join(map(str, _OLDEST_TORCH))}.",
-            "pip install --upgrade torch",
-            True,
-        ),
-        (
-            unused_gpu and versions.cuda is None,
-            f"There is an NVIDIA GPU (driver {machine.driver}), and torch {versions.torch} is built without CUDA.",
-            "Install the torch for your driver's CUDA: https://pytorch.org/get-started/locally shows the command.",
-            True,
-        ),
-        (
-            unused_gpu and versions.cuda is not None,
-            f"There is an NVIDIA GPU (driver {machine.driver}), and torch cannot use it with CUDA {versions.cuda}.",
-            "Update the driver, or install a torch for an older CUDA; start a container with --gpus all; see that "
-            "CUDA_VISIBLE_DEVICES is not empty.",
-            True,
-        ),
-        (
-            not machine.bf16_in_hardware,
-            "This device does not compute bf16 in hardware.",
-            "Nothing to do: --precision auto takes fp32.",
-            False,
-        ),
-        (
-            no_compiler,
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < _OLDEST_TORCH:
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        yield Problem(f"torch {versions.torch} is older than {oldest}.", "pip install --upgrade torch")
+    if machine.driver is not None and not machine.gpus:
+        unused = f"There is an NVIDIA GPU (driver {machine.driver}), and torch "
+        if versions.cuda is None:
+            yield Problem(
+                f"{unused}{versions.torch} is built without CUDA.",
+                "Install the torch for your driver's CUDA: https://pytorch.org/get-started/locally shows the command.",
+            )
+        else:
+            yield Problem(
+                f"{unused}cannot use it with CUDA {versions.cuda}.",
+                "Update the driver, or install a torch for an older CUDA; start a container with --gpus all; see that "
+                "CUDA_VISIBLE_DEVICES is not empty.",
+            )
+    if not machine.bf16_in_hardware:
+        what = "This device does not compute bf16 in hardware."
+        yield Problem(what, "Nothing to do: --precision auto takes fp32.", matters=False)
+    if compiler.command is None and on_cpu:
+        wrong = f"CXX is set to {compiler.asked_for!r}, which cannot be run: unset it, or name a compiler. "
+        yield Problem(
             "There is no C++ compiler, so torch.compile cannot work, and steps run without.",
-            f"{bad_cxx if compiler.asked_for else ''}To install one: apt install g++ (Debian, Ubuntu), dnf install gcc-c++ "
+            f"{wrong if compiler.asked_for else ''}To install one: apt install g++ (Debian, Ubuntu), dnf install gcc-c++ "
             "(Fedora, RHEL), xcode-select --install (macOS), Visual Studio's Build Tools with C++ (Windows).",
-            True,
-        ),
-        (
-            not no_compiler and trial is not None and not trial.works,
-            f"torch.compile does not work here: {trial.reason if trial else ''}",
+        )
+    elif trial is not None and not trial.works:
+        yield Problem(
+            f"torch.compile does not work here: {trial.reason}",
             "onym train runs without it, or give --compile off. To repair it, look at what the reason names: the compiler and "
             "its headers (apt install g++ python3-dev), or a folder that programs may be run from (TORCHINDUCTOR_CACHE_DIR).",
-            True,
-        ),
-        (
-            cores.threads < cores.usable,
-            f"torch computes with {plural(cores.threads, 'thread')}, and there are {cores.usable} cores.",
-            f"export OMP_NUM_THREADS={cores.usable}, or unset it; see MKL_NUM_THREADS too.",
-            on_cpu,
-        ),
-        (
-            cores.threads > cores.most,
-            f"torch computes with {cores.threads} threads, and may use {cores.most} cores: they are in each other's way.",
-            f"export OMP_NUM_THREADS={cores.usable}",
-            on_cpu,
-        ),
-        (
-            (cores.quota or math.inf) < cores.allowed,
-            f"The container or job may use {cores.quota or 0:g} of {cores.allowed} cores.",
-            "Ask for more of them where it is started (docker run --cpus, srun --cpus-per-task), if you can.",
-            False,
-        ),
-        (
-            memory.limit is not None and memory.total is not None,
-            f"The container or job may use {format_size(memory.limit or 0)} of the machine's {format_size(memory.total or 0)} "
-            "of memory.",
-            "Ask for more where it is started (docker run --memory, srun --mem), if a model does not fit.",
-            False,
-        ),
-    ]
+        )
+    if cores.threads < cores.usable:
+        what = f"torch computes with {plural(cores.threads, 'thread')}, and there are {cores.usable} cores."
+        remedy = f"export OMP_NUM_THREADS={cores.usable}, or unset it; see MKL_NUM_THREADS too."
+        yield Problem(what, remedy, matters=on_cpu)
+    if cores.threads > cores.most:
+        what = f"torch computes with {cores.threads} threads, and may use {cores.most} cores: they are in each other's way."
+        yield Problem(what, f"export OMP_NUM_THREADS={cores.usable}", matters=on_cpu)
+    if cores.quota is not None and cores.quota < cores.allowed:
+        what = f"The container or job may use {cores.quota:g} of {cores.allowed} cores."
+        remedy = "Ask for more of them where it is started (docker run --cpus, srun --cpus-per-task), if you can."
+        yield Problem(what, remedy, matters=False)
+    if memory.limit is not None and memory.total is not None:
+        sizes = f"{format_size(memory.limit)} of the machine's {format_size(memory.total)} of memory"
+        remedy = "Ask for more where it is started (docker run --memory, srun --mem), if a model does not fit."
+        yield Problem(f"The container or job may use {sizes}.", remedy, matters=False)
 
 
-def _disk_rows(machine: Machine, preset: str) -> Iterator[_Row]:
-    saved = _SAVED_BYTES * parameters_of(preset) * (RunOptions().keep_last + 1)
-    for name, disk, lost, needed in (
-        ("runs", machine.runs, "checkpoints are", max(_LITTLE_ROOM, saved)),
-        ("cache", machine.cache, "what is in it is", _LITTLE_ROOM),
-    ):
-        where, option, works = f"The {name} folder '{disk.folder}'", f"--{name}-dir", not disk.trouble
-        yield (bool(disk.trouble), f"{where} cannot be written: {disk.trouble}", f"Choose another with {option}.", True)
-        yield (
-            works and disk.kind in IN_MEMORY,
-            f"{where} is in memory ({disk.kind}): {lost} gone at the next reboot.",
-            f"Choose one on a disk with {option}.",
-            name == "runs",
-        )
-        yield (
-            works and disk.kind in IN_CONTAINER,
-            f"{where} is inside a container ({disk.kind}): it is gone when the container is removed.",
-            f"Mount a folder of the host (docker run -v), and choose it with {option}.",
-            False,
-        )
-        yield (
-            works and disk.on_network,
-            f"{where} is on a network ({disk.kind}): slower, and locks may not reach other hosts.",
-            f"Choose one on a local disk with {option}, and copy it afterwards.",
-            False,
-        )
-        yield (
-            works and disk.free < needed,
+def _disk_problems(name: str, disk: Disk, preset: str) -> Iterator[Problem]:
+    """Of the folder for ``runs`` or for the ``cache``."""
+    where, option = f"The {name} folder '{disk.folder}'", f"--{name}-dir"
+    if disk.trouble:
+        yield Problem(f"{where} cannot be written: {disk.trouble}", f"Choose another with {option}.")
+        return
+    if disk.kind in IN_MEMORY:
+        lost = "checkpoints are" if name == "runs" else "what is in it is"
+        what = f"{where} is in memory ({disk.kind}): {lost} gone at the next reboot."
+        yield Problem(what, f"Choose one on a disk with {option}.", matters=name == "runs")
+    if disk.kind in IN_CONTAINER:
+        what = f"{where} is inside a container ({disk.kind}): it is gone when the container is removed."
+        yield Problem(what, f"Mount a folder of the host (docker run -v), and choose it with {option}.", matters=False)
+    if disk.on_network:
+        what = f"{where} is on a network ({disk.kind}): slower, and locks may not reach other hosts."
+        yield Problem(what, f"Choose one on a local disk with {option}, and copy it afterwards.", matters=False)
+    saved = _SAVED_BYTES * parameters_of(preset) * (RunOptions().keep_last + 1) if name == "runs" else 0
+    needed = max(_LITTLE_ROOM, saved)
+    if disk.free < needed:
+        yield Problem(
             f"{where} has {format_size(disk.free)} free; {preset} needs {format_size(needed)} with some to spare.",
             f"Delete something (onym prune, for checkpoints), or choose another disk with {option}.",
-            True,
         )

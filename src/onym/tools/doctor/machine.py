@@ -13,7 +13,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from onym.compile.cache_key import compiler_version
 from onym.train.metering import documented_peak, matmul_flops, synchronize
 
 SYSTEM = Path("/")
@@ -125,16 +125,12 @@ class Versions:
 
 def find_versions() -> Versions:
     """Of Python, torch, and the optional packages."""
-    extras: dict[str, str | None] = {}
+    extras: dict[str, str | None] = dict.fromkeys(_EXTRAS)
     for name in _EXTRAS:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             extras[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            extras[name] = None
-    built_for = torch.version.cuda
-    return Versions(
-        f"{platform.system()} {platform.machine()}", platform.python_version(), torch.__version__, built_for, extras
-    )
+    system = f"{platform.system()} {platform.machine()}"
+    return Versions(system, platform.python_version(), torch.__version__, torch.version.cuda, extras)
 
 
 def find_cores(limits: Limits, system: Path = SYSTEM) -> Cores:
@@ -222,12 +218,7 @@ def find_compiler() -> Compiler:
         command = get_cpp_compiler()
     except (RuntimeError, OSError):  # torch's InvalidCxxCompiler; a CXX that is a folder, or not executable
         return Compiler(None, asked_for=asked_for)
-    question = [command] if Path(command).stem == "cl" else [command, "--version"]
-    try:
-        answer = subprocess.run(question, capture_output=True, text=True, errors="replace", check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return Compiler(command, asked_for=asked_for)
-    return Compiler(command, ((answer.stdout or answer.stderr).splitlines() or [""])[0].strip(), asked_for)
+    return Compiler(command, compiler_version(command) or "", asked_for)
 
 
 def matmul_rates(device: torch.device, *, quick: bool) -> dict[str, float]:

@@ -16,7 +16,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -45,27 +45,6 @@ _MOST_PAIRS, _FEWEST_PAIRS = 9, 2
 _RESERVE = 0.9  # fraction of a rung's time after which no further pair of turns begins
 
 
-def _always(_: Compute) -> str | None:
-    return None
-
-
-def _needs_nvidia(what: str) -> Callable[[Compute], str | None]:
-    def why_not(compute: Compute) -> str | None:
-        if compute.device.type != "cuda":
-            return f"{what}, and the {compute.device.type.upper()} computes here"
-        if "TF32" in what and torch.cuda.get_device_capability(compute.device) < (8, 0):
-            return "this GPU has no TF32, which came with the Ampere generation"
-        return None
-
-    return why_not
-
-
-def _why_no_bf16(compute: Compute) -> str | None:
-    if compute.dtype != torch.bfloat16:
-        return "this machine has no bf16 arithmetic; emulated, it would be slower than fp32"
-    return None
-
-
 @dataclass(frozen=True)
 class Rung:
     """One step up."""
@@ -77,10 +56,20 @@ class Rung:
     """What it adds; the first adds nothing."""
     a100: int | None
     """Tokens a second on the book's A100: GPT-2 124M, context 1024, torch 2.6 (ch05/10_llm-training-speed)."""
-    why_not: Callable[[Compute], str | None] = _always
-    """The reason why it cannot apply to a machine, or None."""
     weight: int = 1
     """Its part of the time; what compiles needs more."""
+    needs_nvidia: str = ""
+    """Why it needs an NVIDIA GPU, where it does."""
+
+    def why_not(self, compute: Compute) -> str | None:
+        """The reason why it cannot apply to a machine, or None."""
+        if self.needs_nvidia and compute.device.type != "cuda":
+            return f"{self.needs_nvidia}, and the {compute.device.type.upper()} computes here"
+        if self.technique == "tf32" and torch.cuda.get_device_capability(compute.device) < (8, 0):
+            return "this GPU has no TF32, which came with the Ampere generation"
+        if self.technique == "bf16" and compute.dtype != torch.bfloat16:
+            return "this machine has no bf16 arithmetic; emulated, it would be slower than fp32"
+        return None
 
 
 RUNGS = (
@@ -91,18 +80,16 @@ RUNGS = (
         12_525,
     ),
     Rung("mask made on the fly", "no mask is stored", "mask", 12_526),
-    Rung("TF32 tensor cores", "fp32 products in TF32", "tf32", 27_648, _needs_nvidia("TF32 is a mode of NVIDIA's GPUs")),
+    Rung("TF32 tensor cores", "fp32 products in TF32", "tf32", 27_648, needs_nvidia="TF32 is a mode of NVIDIA's GPUs"),
     Rung("fused AdamW", "the optimizer's update in one operation", "fused", 28_399),
     Rung(
         "pinned memory",
         "batches in pinned memory, copied while the GPU computes",
         "pinned",
         28_402,
-        _needs_nvidia("pinned memory speeds up copies to an NVIDIA GPU"),
+        needs_nvidia="pinned memory speeds up copies to an NVIDIA GPU",
     ),
-    Rung(
-        "bf16 compute", "bf16 compute over fp32 weights, by autocast; the book's weights are bf16", "bf16", 45_486, _why_no_bf16
-    ),
+    Rung("bf16 compute", "bf16 compute over fp32 weights, by autocast; the book's weights are bf16", "bf16", 45_486),
     Rung("torch's norm, GELU", "torch's LayerNorm and GELU", "norm", 55_256),
     Rung("fused attention", "scaled_dot_product_attention; q, k and v from one product", "attention", 91_901),
     Rung("torch.compile", "the model compiled, in place", "compile", 112_046, weight=3),
