@@ -11,6 +11,7 @@ from difflib import SequenceMatcher
 from onym.names.case import Case
 from onym.names.hints import layout_of
 from onym.names.mismatch import Described, clip, listed
+from onym.names.reparametrised import reparametrised
 from onym.names.wrappers import AVERAGE_COUNTER
 
 
@@ -405,6 +406,7 @@ def _dtypes(case: Case) -> None:
 CAUSES: tuple[Callable[[Case], None], ...] = (
     _AVERAGE,
     _adapters,
+    reparametrised,
     _QUANTISED,
     _BATCH_NORM,
     _layers,
