@@ -100,6 +100,11 @@ def joined(theirs: tuple[str, ...], ours: str) -> Rule:
     return Rule(theirs, ours, JOINED, tuple(part(number, len(theirs)) for number in range(len(theirs))))
 
 
+def weight_and_bias(theirs: str, ours: str, rule: Callable[[str, str], Rule] = same) -> tuple[Rule, Rule]:
+    """Of a module; ``rule`` is that of its weight."""
+    return rule(f"{theirs}.weight", f"{ours}.weight"), same(f"{theirs}.bias", f"{ours}.bias")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How one tensor comes of others."""

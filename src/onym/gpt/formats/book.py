@@ -6,12 +6,11 @@ chapters' model) or is not (in the one with a KV cache). The file is a bare stat
 
 from __future__ import annotations
 
-from onym.convert.mapping import Recipe, joined, same
-from onym.convert.registry import Config, Format, NamedShapes, Target
+from onym.convert.mapping import Recipe, Rule, joined, same, weight_and_bias
+from onym.convert.registry import Config, NamedShapes, Target
 from onym.gpt.config import GPTConfig
-from onym.gpt.formats.biases import biases, extra, mask
-from onym.gpt.formats.dropping import without
-from onym.gpt.formats.understand import HEAD_SIZE, HIDDEN, as_gpt
+from onym.gpt.formats.differences import biases, mask, without
+from onym.gpt.formats.understand import HEAD_SIZE, GPT2Format
 
 _QKV = ("W_query", "W_key", "W_value")
 MASK = "trf_blocks.{n}.att.mask"
@@ -54,33 +53,27 @@ def _added(values: Config, dtype: str) -> dict[str, Recipe]:
     return {**biases(config, BOOK.rules, needed_biases(config), dtype), **masks}
 
 
-BOOK = Format(
+def _norm(name: str) -> tuple[Rule, Rule]:
+    return same(f"{name}.scale", f"{name}.weight"), same(f"{name}.shift", f"{name}.bias")
+
+
+BOOK = GPT2Format(
     name="book",
     title="the book's GPTModel",
     recognise=_recognise,
     rules=(
         same("tok_emb.weight", "tok_emb.weight"),
         same("pos_emb.weight", "pos_emb.weight"),
-        same("trf_blocks.{n}.norm1.scale", "trf_blocks.{n}.norm1.weight"),
-        same("trf_blocks.{n}.norm1.shift", "trf_blocks.{n}.norm1.bias"),
+        *_norm("trf_blocks.{n}.norm1"),
         joined(tuple(f"trf_blocks.{{n}}.att.{each}.weight" for each in _QKV), "trf_blocks.{n}.att.qkv.weight"),
         joined(tuple(f"trf_blocks.{{n}}.att.{each}.bias" for each in _QKV), "trf_blocks.{n}.att.qkv.bias"),
-        same("trf_blocks.{n}.att.out_proj.weight", "trf_blocks.{n}.att.proj.weight"),
-        same("trf_blocks.{n}.att.out_proj.bias", "trf_blocks.{n}.att.proj.bias"),
-        same("trf_blocks.{n}.norm2.scale", "trf_blocks.{n}.norm2.weight"),
-        same("trf_blocks.{n}.norm2.shift", "trf_blocks.{n}.norm2.bias"),
-        same("trf_blocks.{n}.ff.layers.0.weight", "trf_blocks.{n}.ff.layers.0.weight"),
-        same("trf_blocks.{n}.ff.layers.0.bias", "trf_blocks.{n}.ff.layers.0.bias"),
-        same("trf_blocks.{n}.ff.layers.2.weight", "trf_blocks.{n}.ff.layers.2.weight"),
-        same("trf_blocks.{n}.ff.layers.2.bias", "trf_blocks.{n}.ff.layers.2.bias"),
-        same("final_norm.scale", "final_norm.weight"),
-        same("final_norm.shift", "final_norm.bias"),
+        *weight_and_bias("trf_blocks.{n}.att.out_proj", "trf_blocks.{n}.att.proj"),
+        *_norm("trf_blocks.{n}.norm2"),
+        *weight_and_bias("trf_blocks.{n}.ff.layers.0", "trf_blocks.{n}.ff.layers.0"),
+        *weight_and_bias("trf_blocks.{n}.ff.layers.2", "trf_blocks.{n}.ff.layers.2"),
+        *_norm("final_norm"),
         same("out_head.weight", "out_head.weight"),
     ),
     ignored=(r"trf_blocks\.\d+\.att\.mask",),
-    architecture="gpt",
-    understand=as_gpt,
-    hidden=HIDDEN,
-    extra=extra,
     target=Target(settings=("n_heads",), lacks=lacks, without=without, added=_added, note=heads_note),
 )

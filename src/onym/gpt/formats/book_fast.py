@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from onym.convert.mapping import Recipe, same
-from onym.convert.registry import Config, Format, NamedShapes, Target
+from onym.convert.mapping import Recipe, same, weight_and_bias
+from onym.convert.registry import Config, NamedShapes, Target
 from onym.gpt.config import GPTConfig
-from onym.gpt.formats.biases import biases, extra
 from onym.gpt.formats.book import heads_note, lacks, needed_biases
-from onym.gpt.formats.dropping import without
-from onym.gpt.formats.understand import HIDDEN, as_gpt
+from onym.gpt.formats.differences import biases, without
+from onym.gpt.formats.understand import GPT2Format
 
-_LAYER = ("norm1", "att.qkv", "att.proj", "norm2", "ff.layers.0", "ff.layers.2")
-
-
-def _both(name: str) -> tuple[str, str]:
-    return f"{name}.weight", f"{name}.bias"
+_LAYER = [f"trf_blocks.{{n}}.{name}" for name in ("norm1", "att.qkv", "att.proj", "norm2", "ff.layers.0", "ff.layers.2")]
 
 
 def _recognise(found: NamedShapes) -> str | None:
@@ -28,23 +23,15 @@ def _added(values: Config, dtype: str) -> dict[str, Recipe]:
     return biases(config, BOOK_FAST.rules, needed_biases(config), dtype)
 
 
-BOOK_FAST = Format(
+BOOK_FAST = GPT2Format(
     name="book-fast",
     title="the book's optimised GPTModel",
     recognise=_recognise,
-    rules=tuple(
-        same(name, name)
-        for name in (
-            "tok_emb.weight",
-            "pos_emb.weight",
-            *(f"trf_blocks.{{n}}.{name}" for module in _LAYER for name in _both(module)),
-            *_both("final_norm"),
-            "out_head.weight",
-        )
+    rules=(
+        same("tok_emb.weight", "tok_emb.weight"),
+        same("pos_emb.weight", "pos_emb.weight"),
+        *(rule for module in [*_LAYER, "final_norm"] for rule in weight_and_bias(module, module)),
+        same("out_head.weight", "out_head.weight"),
     ),
-    architecture="gpt",
-    understand=as_gpt,
-    hidden=HIDDEN,
-    extra=extra,
     target=Target(settings=("n_heads",), lacks=lacks, without=without, added=_added, note=heads_note),
 )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from onym.convert.mapping import Recipe, Rule, same, transposed
-from onym.convert.registry import Config, Format, NamedShapes, Stated, Target, Writing
+from onym.convert.mapping import Recipe, same, transposed, weight_and_bias
+from onym.convert.registry import Config, NamedShapes, Stated, Target, Writing
 from onym.convert.sources import as_json
 from onym.data.tokenizer import END_OF_TEXT, Tokenizer
 from onym.format.manifest import parse_json
 from onym.gpt.config import GPTConfig
-from onym.gpt.formats.biases import biases, extra
-from onym.gpt.formats.understand import HIDDEN, OURS, as_gpt
+from onym.gpt.formats.differences import biases
+from onym.gpt.formats.understand import OURS, GPT2Format
 
 FIELDS = {
     "n_layers": "n_layer",
@@ -67,10 +67,6 @@ _MODULES = ("norm1", "att.proj", "norm2", "ff.layers.0", "ff.layers.2", "final_n
 
 def _needed_biases(config: GPTConfig) -> list[str]:
     return ([] if config.qkv_bias else ["att.qkv"]) + ([] if config.bias else list(_MODULES))
-
-
-def _both(change: Any, theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return change(f"{theirs}.weight", f"{ours}.weight"), same(f"{theirs}.bias", f"{ours}.bias")
 
 
 def _added(values: Config, dtype: str) -> dict[str, Recipe]:
@@ -125,29 +121,25 @@ def _texts(writing: Writing) -> dict[str, str]:
     return files
 
 
-HUGGINGFACE = Format(
+HUGGINGFACE = GPT2Format(
     name="huggingface",
     title="transformers' GPT-2",
     recognise=_recognise,
     rules=(
         same("transformer.wte.weight", "tok_emb.weight"),
         same("transformer.wpe.weight", "pos_emb.weight"),
-        *_both(same, "transformer.h.{n}.ln_1", "trf_blocks.{n}.norm1"),
-        *_both(transposed, "transformer.h.{n}.attn.c_attn", "trf_blocks.{n}.att.qkv"),
-        *_both(transposed, "transformer.h.{n}.attn.c_proj", "trf_blocks.{n}.att.proj"),
-        *_both(same, "transformer.h.{n}.ln_2", "trf_blocks.{n}.norm2"),
-        *_both(transposed, "transformer.h.{n}.mlp.c_fc", "trf_blocks.{n}.ff.layers.0"),
-        *_both(transposed, "transformer.h.{n}.mlp.c_proj", "trf_blocks.{n}.ff.layers.2"),
-        *_both(same, "transformer.ln_f", "final_norm"),
+        *weight_and_bias("transformer.h.{n}.ln_1", "trf_blocks.{n}.norm1"),
+        *weight_and_bias("transformer.h.{n}.attn.c_attn", "trf_blocks.{n}.att.qkv", transposed),
+        *weight_and_bias("transformer.h.{n}.attn.c_proj", "trf_blocks.{n}.att.proj", transposed),
+        *weight_and_bias("transformer.h.{n}.ln_2", "trf_blocks.{n}.norm2"),
+        *weight_and_bias("transformer.h.{n}.mlp.c_fc", "trf_blocks.{n}.ff.layers.0", transposed),
+        *weight_and_bias("transformer.h.{n}.mlp.c_proj", "trf_blocks.{n}.ff.layers.2", transposed),
+        *weight_and_bias("transformer.ln_f", "final_norm"),
         same("lm_head.weight", "out_head.weight"),
     ),
     stated=_stated,
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
     prefix="transformer",
-    architecture="gpt",
-    understand=as_gpt,
-    hidden=HIDDEN,
-    extra=extra,
     target=Target(
         container="folder",
         added=_added,

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onym.convert.mapping import Recipe, same
-from onym.convert.registry import Config, Format, NamedShapes, Stated, Target, Writing
+from onym.convert.mapping import Recipe, same, weight_and_bias
+from onym.convert.registry import Config, NamedShapes, Stated, Target, Writing
 from onym.format.manifest import OPTIMIZER
 from onym.format.reader import Checkpoint
 from onym.gpt.config import GPTConfig
-from onym.gpt.formats.biases import biases, extra
-from onym.gpt.formats.dropping import without
-from onym.gpt.formats.understand import HIDDEN, as_gpt
+from onym.gpt.formats.differences import biases, without
+from onym.gpt.formats.understand import GPT2Format
 from onym.gpt.gpt2 import GPT
 
 _LAYER = {
@@ -127,7 +126,7 @@ def _saved_moments(checkpoint: Checkpoint, names: list[str]) -> tuple[dict[str, 
     return found if fitting else None
 
 
-NANOGPT = Format(
+NANOGPT = GPT2Format(
     name="nanogpt",
     title="nanoGPT's GPT",
     recognise=_recognise,
@@ -135,20 +134,15 @@ NANOGPT = Format(
         same("transformer.wte.weight", "tok_emb.weight"),
         same("transformer.wpe.weight", "pos_emb.weight"),
         *(
-            same(f"transformer.h.{{n}}.{theirs}.{kind}", f"trf_blocks.{{n}}.{ours}.{kind}")
+            rule
             for theirs, ours in _LAYER.items()
-            for kind in ("weight", "bias")
+            for rule in weight_and_bias(f"transformer.h.{{n}}.{theirs}", f"trf_blocks.{{n}}.{ours}")
         ),
-        same("transformer.ln_f.weight", "final_norm.weight"),
-        same("transformer.ln_f.bias", "final_norm.bias"),
+        *weight_and_bias("transformer.ln_f", "final_norm"),
         same("lm_head.weight", "out_head.weight"),
     ),
     stated=_stated,
     ignored=(r"transformer\.h\.\d+\.attn\.bias",),
-    architecture="gpt",
-    understand=as_gpt,
-    hidden=HIDDEN,
-    extra=extra,
     target=Target(lacks=_lacks, without=without, added=_added, pickle=_checkpoint),
 )
 

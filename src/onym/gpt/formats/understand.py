@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
 import torch
 
 from onym.convert.mapping import Recipe, View, first_rows
-from onym.convert.registry import Config, Origin, Stated
+from onym.convert.registry import Config, Format, Origin, Stated
 from onym.convert.understand import apply_rules, note_rules, require_complete, shape_of, their_name
 from onym.errors import CheckpointError, ConfigError
 from onym.format.tensors import TensorFile
 from onym.gpt.config import GPTConfig
+from onym.gpt.formats.differences import extra
 from onym.gpt.gpt2 import GPT
 from onym.names.mismatch import listed
 
@@ -20,8 +22,6 @@ HEAD_SIZE = 64
 """Of every GPT-2 that OpenAI and the book have."""
 OURS = "onym"
 """The entry of transformers' ``config.json`` with our own configuration, where we wrote it."""
-HIDDEN = ("n_heads", "gelu")
-"""Fields of a GPTConfig that change what it computes, and show in no shape."""
 _OTHER_HEADS = ("score.", "classifier.", "qa_outputs.")  # of transformers' GPT2For…Classification and …QuestionAnswering
 _EMBEDDING, _POSITIONS, _HEAD = "tok_emb.weight", "pos_emb.weight", "out_head.weight"
 
@@ -52,6 +52,10 @@ def as_gpt(origin: Origin, tensors: TensorFile, stated: Stated, given: Config) -
     )
     note_rules(origin, recipes)
     return view, config.to_dict()
+
+
+# A layout of GPT-2. Heads and the form of GELU change what a model computes, and show in no shape.
+GPT2Format = functools.partial(Format, architecture="gpt", understand=as_gpt, hidden=("n_heads", "gelu"), extra=extra)
 
 
 def crop_vocabulary(tensors: TensorFile, config: Config, vocab_size: int) -> tuple[TensorFile, Config]:

@@ -1,13 +1,15 @@
-"""Biases and masks that a layout of GPT-2 cannot do without, and a GPT may."""
+"""What a layout of GPT-2 has and a GPT need not have, as biases and masks; and a GPT without what a layout cannot hold."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 
-from onym.convert.mapping import Recipe, Rule, Shape, made, zeros
+from onym.convert.mapping import Recipe, Rule, Shape, View, made, zeros
+from onym.convert.registry import Config
+from onym.format.tensors import TensorFile
 from onym.gpt.config import GPTConfig
 
 _MASK = re.compile(r"(.*\.)?att\.mask")
@@ -47,3 +49,14 @@ def biases(config: GPTConfig, rules: Iterable[Rule], wanted: Iterable[str], dtyp
                 shape = (sizes.get(module, width) // len(rule.theirs),)
                 recipes[theirs.replace("{n}", str(layer))] = Recipe((), zeros(shape, dtype), dtype)
     return recipes
+
+
+def without(tensors: TensorFile, config: Config, words: Collection[str]) -> tuple[TensorFile, Config]:
+    """The other model that ``--drop`` asks for: ``head`` ties the head to the embedding, ``gelu`` takes the other form."""
+    if "head" in words:
+        recipes = {name: Recipe((name,)) for name in tensors.names if name != "out_head.weight"}
+        tensors = View(tensors, {**recipes, "out_head.weight": Recipe(("tok_emb.weight",))})
+        config = {**config, "tie_embeddings": True}
+    if "gelu" in words:
+        config = {**config, "gelu": "erf" if config["gelu"] == "tanh" else "tanh"}
+    return tensors, config
