@@ -19,6 +19,7 @@ from onym.names.mismatch import compare
 from onym.state.collectives import get_rank, run_on_all_ranks
 from onym.state.dtensor import any_sharded, from_local_chunk, has_chunks, local_chunk
 from onym.state.model import describe, load_state_dict, named_state
+from onym.state.offloaded import require_not_offloaded
 from onym.state.optimizer import load_optimizer_state
 from onym.state.rng import load_rng_state, require_rng_state
 from onym.state.tree import unflatten
@@ -64,6 +65,7 @@ def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> _De
                 f"{key!r} in '{checkpoint.path}' is of the kind {stored.kind(key)!r}, not {_kind_of(value)!r}."
             )
         if stored.kind(key) == "model":
+            require_not_offloaded(value)
             decoded[key] = stored.tensors(key, named_state(value))
         elif stored.kind(key) == "optimizer":
             decoded[key] = stored.tensors(key, _slots_like(stored.names(key), model_of(key, value, modules)))

@@ -86,12 +86,12 @@ def raise_on_all_ranks(
             raise error(reason if rank == 0 else f"On rank {rank}: {reason}")
 
 
-def run_on_all_ranks(work: Callable[[], T], collective: bool = True) -> T:
-    """The result of ``work`` on this rank; where it fails on one of them, all raise."""
+def run_on_all_ranks(work: Callable[[], T], collective: bool = True, error: type[OnymError] = CheckpointError) -> T:
+    """The result of ``work`` on this rank; where it fails on one of them, all raise; the others an ``error``."""
     failure: BaseException | None = None
     try:
         result = work()
-    except BaseException as error:
-        failure = error
-    raise_on_all_ranks(failure, collective)
+    except BaseException as raised:
+        failure = raised
+    raise_on_all_ranks(failure, collective, error)
     return result

@@ -25,6 +25,7 @@ from onym.names.mismatch import Described, Differences, MismatchError, compare
 from onym.names.plain_view import plain_view
 from onym.names.wrappers import require_module
 from onym.state.dtensor import distribute_like, full_parameters, full_tensor, is_sharded, local
+from onym.state.offloaded import require_not_offloaded, with_offloaded
 
 DtypePolicy = Literal["exact", "cast"]
 
@@ -86,7 +87,8 @@ def named_state(model: nn.Module) -> dict[str, Any]:
     """As :func:`state_dict`, with the parameters of lazy layers, which have no values yet: for what loads into the model."""
     require_module(model)
     with full_parameters(model) as passing:
-        state: dict[str, Any] = plain_view(model).state_dict()
+        plain = plain_view(model)
+        state: dict[str, Any] = with_offloaded(plain.state_dict(), plain)
         return _mapped(state, Tensor.clone) if passing else state
 
 
@@ -130,6 +132,7 @@ def load_state_dict(
     if dtype not in ("exact", "cast"):
         raise ConfigError(f'dtype is "exact" or "cast", not {dtype!r}.')
     require_module(model)
+    require_not_offloaded(model)
     if not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
         raise ConfigError(
             f"load_state_dict takes a dict of named tensors, not a {type(state).__name__}; onym.load takes a path."
@@ -190,6 +193,7 @@ def materialise_meta(model: nn.Module, device: str | torch.device = "cpu") -> It
     Raises:
         ConfigError: one of them is a buffer that is never saved, so nothing could give it values.
     """
+    require_not_offloaded(model)
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     new: dict[int, Tensor] = {}
     for path, module in model.named_modules():

@@ -1,0 +1,50 @@
+"""Models whose weights accelerate holds outside of them: cpu_offload, disk_offload, dispatch_model, ``device_map``.
+
+Such a module's tensors are on the meta device. A hook has the values, and puts them into the module for each forward pass. It
+is known by what it is called and has, so nothing is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from onym.errors import ConfigError
+
+
+def with_offloaded(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The state with the values that hooks have, in the place of tensors on the meta device."""
+    if not any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
+        return state
+    for name, weights, key in _offloaded(model):
+        if name in state and state[name].is_meta:
+            state[name] = weights[key].detach()
+    return state
+
+
+def require_not_offloaded(model: nn.Module) -> None:
+    """Refuse to load into a module whose hook would overwrite the values at the next forward pass.
+
+    Raises:
+        ConfigError: saying what to do instead.
+    """
+    if (first := next(_offloaded(model), None)) is not None:
+        raise ConfigError(
+            f"{first[0]} is offloaded: accelerate has its values outside of the model and would put the old ones back at the "
+            "next forward pass. Load first and offload then, or call accelerate.hooks.remove_hook_from_submodules(model) before."
+        )
+
+
+def _offloaded(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Tensor], str]]:
+    """The name of each offloaded tensor, the mapping that has its value, and its key there."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        hook = module.__dict__.get("_hf_hook")
+        for each in getattr(hook, "hooks", [hook] if hook is not None else []):
+            weights = getattr(each, "weights_map", None)
+            if not getattr(each, "offload", False) or weights is None:
+                continue
+            deep = each.place_submodules
+            tensors = [*module.named_parameters(recurse=deep), *module.named_buffers(recurse=deep)]
+            yield from ((f"{path}.{key}".lstrip("."), weights, key) for key, tensor in tensors if tensor.is_meta)
