@@ -33,7 +33,7 @@ def require_not_offloaded(model: nn.Module) -> None:
     if (first := next(_offloaded(model), None)) is not None:
         raise ConfigError(
             f"{first[0]} is offloaded: accelerate has its values outside of the model and would put the old ones back at the "
-            "next forward pass. Load first and offload then, or call accelerate.hooks.remove_hook_from_submodules(model) before."
+            "next forward pass. Load first and then offload, or call first accelerate.hooks.remove_hook_from_submodules(model)."
         )
 
 
