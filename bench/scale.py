@@ -23,12 +23,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from onym.checkpoint.coordinator import StoreCoordinator
 from onym.checkpoint.shard_plan import ShardPlan
-from onym.format.assembly import WrittenChunk, assemble
 from onym.format.chunk_index import CHUNKS, ChunkIndex
 from onym.format.hashing import unknown
 from onym.format.layout import Shard, shard_file
 from onym.format.manifest import MODEL, OPTIMIZER, TRAINER_TENSORS, FileEntry, Header, Manifest, TensorEntry, identity_of
-from onym.format.rank_files import RankReport
+from onym.format.rank_files import RankReport, WrittenChunk, assemble
 from onym.state.chunks import Chunk
 
 # layers, width, hidden width, heads for keys and values (of width 128), vocabulary

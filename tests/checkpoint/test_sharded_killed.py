@@ -25,9 +25,8 @@ from onym.checkpoint.retention import Retention, write_step
 from onym.checkpoint.sharded import ShardedSave
 from onym.checkpoint.steps import step_folder, steps
 from onym.errors import OnymError
-from onym.format.assembly import ShardTable
 from onym.format.manifest import MODEL, Manifest
-from onym.format.rank_files import ChunkOf, RankContent
+from onym.format.rank_files import ChunkOf, RankContent, ShardTable
 from onym.format.reader import read_checkpoint
 from onym.format.writer import About, write_folder
 from onym.state.chunks import Chunk

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onym.errors import CheckpointError
-from onym.format.assembly import ShardTable, WrittenChunk, assemble
 from onym.format.chunk_index import ChunkIndex, ShardedTensor
 from onym.format.layout import Layout, Shard, shard_file
 from onym.format.manifest import MODEL, FileEntry, Manifest
+from onym.format.rank_files import ShardTable, WrittenChunk, assemble
 from onym.state.chunks import Chunk
 
 Shape = tuple[int, ...]

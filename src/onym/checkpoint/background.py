@@ -129,31 +129,16 @@ class BackgroundTask:
         Raises:
             Exception: what went wrong in it; raised once.
         """
-        self._done.wait()
-        self.raise_error()
-
-    def raise_error(self) -> None:
-        """Raise what went wrong in work that is done, if anything did."""
-        if not self.busy and self._error is not None:
-            error, self._error = self._error, None
-            _failed.remove(self)
+        if (error := self.forget()) is not None:
             raise error
 
-    def forget(self) -> None:
-        """Return when it is done; its error is dropped."""
+    def forget(self) -> BaseException | None:
+        """Return when it is done; its error is returned once, and not raised."""
         self._done.wait()
-        if self._error is not None:
-            self._error = None
+        error, self._error = self._error, None
+        if error is not None:
             _failed.remove(self)
-
-    def wait_quietly(self) -> None:
-        """Return when it is done, however it ended."""
-        self._done.wait()
-
-    def print_error(self) -> None:
-        """Print an error that was not raised."""
-        if self._error is not None:
-            print(f"onym: {self.what} was not saved: {self._error}", file=sys.stderr)
+        return error
 
 
 _failed: list[BackgroundTask] = []
@@ -163,6 +148,6 @@ _running: set[BackgroundTask] = set()
 @atexit.register
 def _print_errors() -> None:
     for task in list(_running):  # begun by somebody else's work at the exit, which Python does not wait for
-        task.wait_quietly()
+        task._done.wait()
     for task in _failed:
-        task.print_error()
+        print(f"onym: {task.what} was not saved: {task._error}", file=sys.stderr)

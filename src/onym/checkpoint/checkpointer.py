@@ -20,7 +20,6 @@ from onym.checkpoint.steps import GoodCheckpoint, newest_good, open_step, pin, p
 from onym.errors import CheckpointError, ConfigError, storage_error
 from onym.format.chunk_index import CHUNKS
 from onym.format.manifest import CONFIG, MANIFEST, TRAINER, Manifest, is_file_name, is_text
-from onym.format.rank_files import RankContent
 from onym.format.reader import Checkpoint, read_checkpoint
 from onym.format.stored import gather
 from onym.format.writer import About, write_folder
@@ -182,7 +181,7 @@ class Checkpointer:
             broadcast_from_rank0(self.acquire, collective)
             if not is_rank0():
                 return True
-            tensors = self._staged(snapshot.tensors)
+            tensors = self._staged(snapshot.content.tensors)
             progress = Progress(step, _nbytes(tensors))
 
             def write(path: Path) -> Manifest:
@@ -191,8 +190,8 @@ class Checkpointer:
             self._start(progress, lambda: self._commit(step, write))
             return True
 
-        tensors = run_on_all_ranks(lambda: self._staged(snapshot.tensors))
-        progress = Progress(step, _nbytes(tensors))
+        content = replace(snapshot.content, tensors=run_on_all_ranks(lambda: self._staged(snapshot.content.tensors)))
+        progress = Progress(step, _nbytes(content.tensors))
         save = ShardedSave.begin(step_folder(self.directory, step), progress.bytes_total, self.acquire)
         if save is None:
             self._shared_disk = False
@@ -201,7 +200,6 @@ class Checkpointer:
                 "have to see it."
             )
             return self._save(step, state, given, files)
-        content = RankContent(tensors, snapshot.chunks, snapshot.table)
 
         def lead() -> None:
             with save.leading():

@@ -43,11 +43,10 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from onym.errors import CheckpointError, ConfigError, StorageError, storage_error
-from onym.format.assembly import assemble
 from onym.format.chunk_index import ChunkIndex, ShardedTensor
 from onym.format.layout import Layout, Shard
 from onym.format.manifest import MANIFEST, MODEL, gc_paused
-from onym.format.rank_files import ChunkOf, RankContent, RankReport, complete_folder, write_rank_files
+from onym.format.rank_files import ChunkOf, RankContent, RankReport, assemble, complete_folder, write_rank_files
 from onym.format.reader import Checkpoint, read_checkpoint
 from onym.format.safetensors import dtype_called, dtype_name
 from onym.format.sharded_file import ShardedFile

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from onym.format.assembly import ShardTable
-from onym.format.rank_files import ChunkOf
+from onym.format.rank_files import ChunkOf, ShardTable
 from onym.format.safetensors import dtype_name
 from onym.state.chunks import Chunk
 from onym.state.collectives import all_gather_object, get_rank, get_world_size

@@ -14,10 +14,9 @@ from typing import Any
 
 from onym.checkpoint.coordinator import StoreCoordinator, rendezvous_store
 from onym.errors import CheckpointError, ConfigError, OnymError, StorageError, storage_error
-from onym.format.assembly import assemble
 from onym.format.chunk_index import ChunkIndex, ShardedTensor
 from onym.format.manifest import MANIFEST, Manifest
-from onym.format.rank_files import RankContent, RankReport, complete_folder, write_rank_files
+from onym.format.rank_files import RankContent, RankReport, assemble, complete_folder, write_rank_files
 from onym.format.reader import read_checkpoint
 from onym.format.tensor_writing import Progress
 from onym.format.writer import About

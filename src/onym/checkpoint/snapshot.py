@@ -19,9 +19,8 @@ from torch.optim import Optimizer
 
 from onym.checkpoint.shard_plan import ShardPlan
 from onym.errors import CheckpointError, ConfigError, OnymError
-from onym.format.assembly import ShardTable
 from onym.format.manifest import CONFIG, MODEL, TRAINER, TRAINER_TENSORS
-from onym.format.rank_files import ChunkOf
+from onym.format.rank_files import RankContent
 from onym.names.wrappers import unwrap
 from onym.state.architectures import describe_model
 from onym.state.collectives import all_gather_object, get_rank, run_on_all_ranks
@@ -41,15 +40,10 @@ _TAKEN = ("rng", "trainer", "manifest", "config", "tokenizer")
 class Snapshot:
     """The content of one checkpoint. The tensors are the live ones, not copies."""
 
-    tensors: dict[str, dict[str, Tensor]]
-    """By file."""
-    texts: dict[str, str]
+    content: RankContent
+    texts: dict[str, str] = field(default_factory=dict)
     """By file."""
     architecture: str | None = None
-    chunks: dict[str, dict[str, ChunkOf]] = field(default_factory=dict)
-    """Of the tensors that are a chunk of one, by file and name."""
-    table: ShardTable = field(default_factory=ShardTable)
-    """The tensors that several ranks save together."""
 
 
 @dataclass
@@ -88,13 +82,14 @@ def capture(state: Mapping[str, Any], texts: Mapping[str, str], *, sharded: bool
         tensors = {file: full_state_dict(each)[0] for file, each in parts.tensors.items()}
         loose, _ = full_state_dict(parts.loose)
     tensors[TRAINER_TENSORS] = {**loose, **generators}
+    content = RankContent(tensors, plan.chunks, plan.table)
     if rank > 0 and sharded:
-        return Snapshot(tensors, {}, None, plan.chunks, plan.table)
+        return Snapshot(content)
     architecture, config = describe_model(unwrap(modules[main]))
     written = {TRAINER: json.dumps({"objects": parts.objects, "rng": values}, allow_nan=False) + "\n", **texts}
     if config is not None:
         written[CONFIG] = json.dumps(config, indent=2) + "\n"
-    return Snapshot(tensors, written, architecture, plan.chunks, plan.table)
+    return Snapshot(content, written, architecture)
 
 
 def _parts_of(state: Mapping[str, Any]) -> tuple[dict[str, nn.Module], str, _Parts]:
