@@ -20,8 +20,8 @@ from onym.format.manifest import CONFIG, MODEL, TOKENIZER
 from onym.format.writer import About, write_folder
 from onym.train import loop
 from onym.train import proof as proof_module
+from onym.train.evaluate import write_sample
 from onym.train.proof import Proof, prove
-from onym.train.sample import write_sample
 from onym.train.step import Result, Stepper
 from tests.conftest import TINY_RUN, Run
 

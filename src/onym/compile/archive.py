@@ -80,9 +80,9 @@ def import_cache(source: Path, *, trusted: bool) -> int:
     with stream:
         try:
             folder = cache.open_folder()
-            with cache.temporary_folder() as place:
-                _unpack(source, stream, place, folder.name)
-                return _take_over(place, folder)
+            with cache.temporary_folder() as name:
+                _unpack(source, stream, Path(name), folder.name)
+                return _take_over(Path(name), folder)
         except OSError as error:
             raise storage_error("write compiled code", cache.root(), error) from error
 

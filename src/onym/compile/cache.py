@@ -256,14 +256,9 @@ def _folders() -> list[Path]:
     return []
 
 
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder beside the keys that is gone after the block, or swept a day after its process died."""
-    path = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root()))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=root(), ignore_cleanup_errors=True)
 
 
 def _delete(folder: Path) -> bool:
@@ -273,7 +268,7 @@ def _delete(folder: Path) -> bool:
         return False
     try:
         with temporary_folder() as aside:
-            os.replace(folder, aside / folder.name)
+            os.replace(folder, Path(aside, folder.name))
         return True
     except OSError:
         return not folder.exists()

@@ -1,7 +1,8 @@
 """Compile the model in place, or report in one line why it runs without.
 
 ``model.compile()`` changes how the model is called and nothing else: no wrapper, no prefix in any name, the same parameters.
-Evaluation and sampling call the same model without compilation (:mod:`onym.compile.eager`), so they cause no recompilation.
+Evaluation and sampling run the same model as it is written (:func:`without_compilation`): they differ from a training step in
+shape, in grad mode and in dropout, and each difference would cost a recompilation of half a minute, for work of a second.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
 from onym.compile.inductor import forget_broken
@@ -94,6 +97,14 @@ def compile_in_place(
                     break
     dry_run()
     return Compilation("off", time.perf_counter() - start, reason)
+
+
+def without_compilation() -> AbstractContextManager[object]:
+    """A context in which compiled modules run without compilation."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled then, and importing it takes a second
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _parts(model: nn.Module, how: How) -> list[nn.Module]:

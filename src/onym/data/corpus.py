@@ -20,8 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 from onym.errors import DataError
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")  # what a folder is searched for
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")  # what a folder is searched for
 
 
 class Document(NamedTuple):

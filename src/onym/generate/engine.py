@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from onym.compile.eager import without_compilation
+from onym.compile.in_place import without_compilation
 from onym.errors import ConfigError
 from onym.generate.sampling import Sampling, choose
 from onym.gpt.gpt2 import GPT

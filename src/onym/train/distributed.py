@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from onym.errors import ConfigError, OnymError, RunError
-from onym.state.collectives import raise_on_all_ranks
+from onym.errors import ConfigError, RunError
+from onym.state.collectives import run_on_all_ranks
 
 T = TypeVar("T")
 
@@ -76,26 +76,15 @@ class DistContext:
         return value / self.world_size
 
     def on_all_ranks(self, work: Callable[[], T]) -> T:
-        """Do the same on all ranks; where one fails, all of them raise. A collective.
-
-        Raises:
-            OnymError: its own, or another rank's.
-        """
-        result, failure = _attempt(work)
-        raise_on_all_ranks(failure, error=RunError)
-        return result[0]
+        """Do the same on all ranks; where one fails, all of them raise: its own error, or a RunError. A collective."""
+        return run_on_all_ranks(work, error=RunError)
 
     def local_rank0_first(self, work: Callable[[], T]) -> T:
-        """Local rank 0 of each machine does it, then the others, which find its result in a cache. A collective.
-
-        Raises:
-            OnymError: as :meth:`on_all_ranks`.
-        """
-        if self.world_size == 1:
-            return work()
-        result, failure = _attempt(work) if self.local_rank == 0 else ([], None)
-        raise_on_all_ranks(failure, error=RunError)
-        return result[0] if result else work()
+        """Local rank 0 of each machine does it, then the others, which find its result in a cache. A collective."""
+        if self.local_rank == 0:
+            return self.on_all_ranks(work)
+        self.on_all_ranks(lambda: None)
+        return work()
 
     def all_arrive(self, place: str) -> bool:
         """Whether all ranks call this for ``place`` within some seconds: a barrier for where one may never come.
@@ -143,13 +132,6 @@ class DistContext:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _attempt(work: Callable[[], T]) -> tuple[list[T], OnymError | None]:
-    try:
-        return [work()], None
-    except OnymError as error:
-        return [], error
 
 
 def launched() -> bool:

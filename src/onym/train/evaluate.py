@@ -6,17 +6,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from onym.compile.eager import without_compilation
+import numpy as np
+
+from onym.compile.in_place import without_compilation
 from onym.data.batches import IGNORED_TARGET, evaluation_batches
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TokenStream
 from onym.errors import CheckpointError
+from onym.generate.engine import generate
 from onym.gpt.gpt2 import GPT
 from onym.state.collectives import all_gather_object
 from onym.state.dtensor import any_sharded, reshard, without_gradients
 from onym.train.distributed import DistContext
 from onym.train.precision import Compute
-from onym.train.sample import write_sample
+
+_PROMPT_TOKENS = 16
+_NEW_TOKENS = 80
+_SEED = 0  # the same each time, so that samples of different steps differ by what was learned
 
 
 def held_out_loss(
@@ -54,6 +60,27 @@ def held_out_loss(
     ordered = [each for round_ in zip_longest(*gathered) for each in round_ if each is not None]
     total, tokens = sum(loss for loss, _ in ordered), sum(count for _, count in ordered)
     return total / tokens if tokens else float("nan")
+
+
+def write_sample(model: GPT, tokenizer: Tokenizer, held_out: TokenStream) -> str:
+    """The beginning of a held-out document in brackets, and what the model makes of it."""
+    prompt = _beginning(held_out)
+    was_training = model.training
+    model.eval()
+    # After the end of a document a new one begins, so that token goes before the prompt, as it did in training.
+    tokens = [tokenizer.end_of_text, *prompt]
+    written = tokenizer.decode(generate(model, tokens, _NEW_TOKENS, seed=_SEED, end_of_text=tokenizer.end_of_text))
+    model.train(was_training)
+    return f"[{tokenizer.decode(prompt)}]{written}"
+
+
+def _beginning(held_out: TokenStream) -> list[int]:
+    """The first tokens of the first held-out document that is long enough to be begun."""
+    ends = np.append(held_out.document_starts[1:], len(held_out))
+    long_enough = np.flatnonzero(ends - held_out.document_starts > 3 * _PROMPT_TOKENS)
+    start = int(held_out.document_starts[long_enough[0]]) if len(long_enough) else 0
+    tokens: list[int] = held_out.tokens[start : start + _PROMPT_TOKENS].tolist()
+    return tokens if len(long_enough) else []
 
 
 @dataclass(frozen=True)

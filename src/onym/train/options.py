@@ -283,8 +283,6 @@ class TrainOptions:
             default = getattr(cls(), subject.name)
             known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
             given = {name: value for name, value in values.get(subject.name, {}).items() if name in known}
-            if isinstance(given.get("compile"), bool):  # of an earlier version
-                given["compile"] = "auto" if given["compile"] else "off"
             typed = {n: type(known[n])(v) if isinstance(known[n], tuple | Path) else v for n, v in given.items()}
             subjects[subject.name] = type(default)(**{**known, **typed})
         return cls(**subjects)
@@ -294,13 +292,9 @@ class TrainOptions:
         values = dataclasses.asdict(self)
         values["data"]["data"] = [str(Path(entry).expanduser().absolute()) for entry in self.data.data]
         return {
-            subject: {name: str(value) if isinstance(value, Path) else _plain(value) for name, value in fields.items()}
+            subject: {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
             for subject, fields in values.items()
         }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def flag(name: str) -> str:

@@ -90,9 +90,8 @@ def _open_and_measure(request: dict[str, object]) -> tuple[float, str]:
     from onym.format.manifest import TOKENIZER
     from onym.format.reader import read_checkpoint
     from onym.gpt.gpt2 import GPT
-    from onym.train.evaluate import held_out_loss
+    from onym.train.evaluate import held_out_loss, write_sample
     from onym.train.precision import choose_compute
-    from onym.train.sample import write_sample
 
     compute = choose_compute(str(request["device"]), str(request["precision"]))
     checkpoint = read_checkpoint(str(request["checkpoint"]))

@@ -13,7 +13,9 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,7 @@ class RunFolder:
         """
         if not self.writes:
             return
-        ancestor = self.path
-        while not ancestor.exists() and ancestor != ancestor.parent:
-            ancestor = ancestor.parent
-        missing = not self.path.exists()
+        new = list(takewhile(lambda folder: not folder.exists(), (self.path, *self.path.parents)))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".writable").touch()
@@ -79,11 +78,9 @@ class RunFolder:
         except OSError as error:
             raise storage_error("write the run", self.path, error) from error
         finally:
-            if missing:  # leave no trace of a run that has not begun
-                folder = self.path
-                while folder != ancestor and folder.is_dir() and not any(folder.iterdir()):
+            for folder in new:  # leave no trace of a run that has not begun
+                with suppress(OSError):  # it was not made, or another process has put something into it
                     folder.rmdir()
-                    folder = folder.parent
 
     def description(self) -> dict[str, Any] | None:
         """What run.json says, or None where the run has not begun.
@@ -104,18 +101,17 @@ class RunFolder:
             raise RunError(f"'{path}' is damaged: take another --name; the checkpoints beside it are whole.") from error
         return values  # type: ignore[no-any-return]
 
+    def _replace(self, name: str, text: str) -> None:
+        if self.writes:
+            replace_file(self.path / name, text)
+
     def describe(self, options: TrainOptions, status: str, **facts: Any) -> None:
         """Write run.json anew."""
-        if not self.writes:
-            return
-        text = json.dumps({"status": status, **facts, "options": options.to_dict()}, indent=2) + "\n"
-        replace_file(self.path / DESCRIPTION, text)
+        self._replace(DESCRIPTION, json.dumps({"status": status, **facts, "options": options.to_dict()}, indent=2) + "\n")
 
     def keep_tokenizer(self, text: str) -> None:
         """Write the tokenizer beside the run's description, as every checkpoint has it too."""
-        if not self.writes:
-            return
-        replace_file(self.path / "tokenizer.json", text)
+        self._replace("tokenizer.json", text)
 
     def add_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows: all of them, or none."""
@@ -152,9 +148,7 @@ class RunFolder:
 
     def keep_metrics(self, count: int) -> None:
         """Delete all rows after the first ``count``: their steps will be trained again."""
-        if not self.writes:
-            return
-        replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in self.read_metrics()[:count]))
+        self._replace(METRICS, "".join(json.dumps(row) + "\n" for row in self.read_metrics()[:count]))
 
     def sync_metrics(self) -> None:
         """Make the rows durable (fsync)."""
@@ -168,9 +162,7 @@ class RunFolder:
 
     def add_sample(self, step: int, text: str) -> None:
         """Write a sample of what the model generates."""
-        if not self.writes:
-            return
-        replace_file(self.path / "samples" / f"step-{step:09d}.txt", text)
+        self._replace(f"samples/step-{step:09d}.txt", text)
 
 
 _NOT_REPORTED = ("--cache-dir", "--name", "--runs-dir", "--data-changed", "--time-limit", "--keep")

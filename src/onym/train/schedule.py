@@ -37,15 +37,12 @@ class Schedule:
         if step < options.warmup_steps:
             return peak * (step + 1) / options.warmup_steps
         progress = min(1.0, (step - options.warmup_steps) / max(1, self.steps - options.warmup_steps))
-        if options.schedule == "cosine":
-            above = 0.5 * (1 + math.cos(math.pi * progress))
-        elif options.schedule == "linear":
-            above = 1 - progress
-        elif options.schedule == "wsd":
-            decay = max(1.0, self.steps * options.decay_share)
-            above = min(1.0, max(0.0, self.steps - step) / decay)
-        else:
-            above = 1.0
+        above = {
+            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+            "linear": 1 - progress,
+            "wsd": min(1.0, max(0.0, self.steps - step) / max(1.0, self.steps * options.decay_share)),
+            "constant": 1.0,
+        }[options.schedule]
         return peak * (options.min_learning_rate + (1 - options.min_learning_rate) * above)
 
     def micro_batches(self, given: str, processes: int = 1) -> list[int]:

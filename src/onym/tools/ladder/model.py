@@ -8,7 +8,7 @@ two. Only the ladder uses it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -136,15 +136,6 @@ class LadderModel(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.out_head(self.final_norm(x))  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def take_weights(self, other: Mapping[str, Tensor]) -> None:
-        """Copy the weights of a rung that has q, k and v apart, whatever form this one has them in."""
-        for name, parameter in self.named_parameters():
-            if ".qkv." in name:
-                parameter.copy_(torch.cat([other[name.replace(".qkv.", f".{part}.")] for part in ("query", "key", "value")]))
-            else:
-                parameter[: other[name].shape[0]].copy_(other[name])  # all rows, or those that are no padding
 
 
 def _norm(width: int, techniques: Techniques) -> nn.Module:

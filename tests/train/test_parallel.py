@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from onym import GPT, GPTConfig
-from onym.train.materialise import UpcastLayerNorm, materialise
+from onym.train.parallel import UpcastLayerNorm, materialise
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"bias": True, "qkv_bias": True}])
