@@ -152,7 +152,8 @@ class DCPWriter(StorageWriter):
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         chunks: dict[str, dict[str, ChunkOf]] = {}
         objects: dict[str, Any] = {}
-        in_model = _model_names([item.index.fqn for item in plan.items], planner)
+        paths = getattr(planner, "mappings", None) or {}
+        in_model = _names_in_model([*(item.index.fqn for item in plan.items), *paths], paths)
         for item in plan.items:
             fqn = item.index.fqn
             if item.type == WriteItemType.BYTE_IO:
@@ -396,11 +397,6 @@ def _names_in_model(names: list[str], paths: Mapping[str, Any]) -> dict[str, str
     if any(len(paths.get(name, ())) > 1 for name in under):
         return under
     return {name: name for name in names if len(paths.get(name, (name,))) == 1}
-
-
-def _model_names(names: list[str], planner: SavePlanner) -> dict[str, str]:
-    paths = getattr(planner, "mappings", None) or {}
-    return _names_in_model([*names, *paths], paths)
 
 
 def _object(item: WriteItem, planner: SavePlanner) -> Any:

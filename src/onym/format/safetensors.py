@@ -134,18 +134,16 @@ def from_bytes(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tens
     return data.view(dtype).reshape(shape)
 
 
-def header_of(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[str]]:
+def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
     """The first bytes of a file, and its tensors' names in the order in which their bytes follow.
 
     Tensors are ordered by falling item size, as the library does, so that each is aligned.
     """
-    ordered = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
+    ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in ordered:
-        dtype, shape = tensors[name]
+        dtype, shape = tensors[name].dtype, tensors[name].shape
         stored = format_dtype(dtype_name(dtype))
         assert stored is not None
         stored_as, further = stored

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onym.errors import CheckpointError
-from onym.format.hashing import TensorHash, hash_of, unknown
+from onym.format.hashing import TensorHash, hash_of
 from onym.format.manifest import TensorEntry, is_text
 from onym.format.safetensors import as_bytes, dtype_name, is_plain
 from onym.state.chunks import Shape
@@ -43,14 +43,6 @@ class Stored:
             )
             for name, tensor in self.tensors.items()
         }
-
-    def described(self) -> dict[str, tuple[torch.dtype, Shape]]:
-        """Their dtypes and shapes."""
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
-
-    def unhashed(self) -> dict[str, TensorHash]:
-        """Placeholders for their hashes, of the same length."""
-        return {name: unknown(tensor.nbytes) for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)

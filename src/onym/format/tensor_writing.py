@@ -14,8 +14,8 @@ from threading import Lock
 
 from blake3 import blake3
 
-from onym.format.hashing import Hasher, TensorHash, hash_of
-from onym.format.manifest import HEADER_KEY, FileEntry, Header
+from onym.format.hashing import Hasher, TensorHash, hash_of, unknown
+from onym.format.manifest import HEADER_KEY, FileEntry, Header, TensorEntry, gc_paused
 from onym.format.safetensors import as_bytes, header_of
 from onym.format.stored import LazyTensor, Stored, in_memory, tensor_hash
 from onym.storage.protocol import NewFile
@@ -23,8 +23,8 @@ from onym.storage.threads import WORKERS, run_in_threads
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were written since the last call, from any thread."""
-HeaderOf = Callable[[Mapping[str, TensorHash]], Header]
-"""Makes Onym's entry in the header of a file from the hashes of its tensors; always of the same length."""
+HeaderOf = Callable[[dict[str, TensorEntry]], Header]
+"""Makes Onym's own entry in the header of a file; always of the same length, whatever the hashes."""
 
 _WRITE_BYTES = 1 << 20
 _SMALL = 32 << 10
@@ -39,17 +39,17 @@ class TensorFileJob:
     Args:
         file: the new file.
         stored: its tensors.
-        header_of_hashes: for a file with its hashes in its own header.
+        own_header: for a file with its hashes in its own header.
     """
 
-    def __init__(self, file: NewFile, stored: Stored, header_of_hashes: HeaderOf | None = None) -> None:
+    def __init__(self, file: NewFile, stored: Stored, own_header: HeaderOf | None = None) -> None:
         self.file, self.stored = file, stored
         self.hashes: dict[str, TensorHash] = {}
         self.units: deque[tuple[int, list[str]]] = deque()
-        self._header_of = header_of_hashes
+        self._own_header = own_header
         self._lock, self._finished = Lock(), False
-        known = stored.unhashed()
-        if header_of_hashes and not file.positioned:  # the header is uploaded first, so it has to be right at once
+        known = {name: unknown(tensor.nbytes) for name, tensor in stored.tensors.items()}
+        if own_header and not file.positioned:  # the header is uploaded first, so it has to be right at once
             known = {name: tensor_hash(tensor) for name, tensor in stored.tensors.items()}
         self.start, order = self._start(known)
         position, small, small_bytes = len(self.start), list[str](), 0
@@ -73,7 +73,7 @@ class TensorFileJob:
 
     def write_hashes(self) -> None:
         """Write the header again, now that the hashes are known."""
-        if self._header_of and self.file.positioned:
+        if self._own_header and self.file.positioned:
             self.start, _ = self._start(self.hashes)
             self.file.write_at(self.start, 0)
 
@@ -85,9 +85,10 @@ class TensorFileJob:
             self.write_hashes()
             self.file.finish()
 
+    @gc_paused()
     def _start(self, hashes: Mapping[str, TensorHash]) -> tuple[bytes, list[str]]:
-        ours = {HEADER_KEY: self._header_of(hashes).to_json()} if self._header_of else {}
-        return header_of(self.stored.described(), {**self.stored.aliases, **ours})
+        ours = {HEADER_KEY: self._own_header(self.stored.entries(hashes)).to_json()} if self._own_header else {}
+        return header_of(self.stored.tensors, {**self.stored.aliases, **ours})
 
     def _add(self, position: int, names: list[str]) -> None:
         if names:

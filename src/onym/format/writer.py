@@ -5,7 +5,7 @@ The state is not copied, so it must not change until the call returns (:mod:`ony
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 from blake3 import blake3
 
 from onym.errors import CheckpointError, StorageError
-from onym.format.hashing import TensorHash
 from onym.format.manifest import (
     CONFIG,
     MANIFEST,
@@ -29,7 +28,7 @@ from onym.format.manifest import (
 )
 from onym.format.provenance import provenance
 from onym.format.stored import Stored, gather
-from onym.format.tensor_writing import Progress, TensorFileJob, write_tensors
+from onym.format.tensor_writing import HeaderOf, Progress, TensorFileJob, write_tensors
 from onym.storage.paths import storage_of
 from onym.storage.protocol import NewFolder
 
@@ -61,14 +60,8 @@ def write_safetensors(
     """Write one self-describing .safetensors file, durably. A state may hold :class:`onym.format.stored.LazyTensor`."""
     stored = gather(state)
     about = provenance()
-
-    @gc_paused()
-    def header(hashes: Mapping[str, TensorHash]) -> Header:
-        entries = stored.entries(hashes)
-        return Header(entries, architecture, config, identity_of(entries), about)
-
     with storage_of(path).new_file(path, stored.nbytes + MARGIN_BYTES) as file:
-        job = TensorFileJob(file, stored, header)
+        job = TensorFileJob(file, stored, lambda entries: Header(entries, architecture, config, identity_of(entries), about))
         write_tensors([job], progress, finish=False)
         job.write_hashes()
 
@@ -131,19 +124,8 @@ def write_tensor_files(
     folder: NewFolder, gathered: Mapping[str, Stored], progress: Progress | None, *, describe: bool = False
 ) -> dict[str, TensorFileJob]:
     """Write the tensor files of a folder and fsync them. ``describe``: each has its hashes in its own header."""
-
-    def header_of(stored: Stored) -> Callable[[Mapping[str, TensorHash]], Header]:
-        def header(hashes: Mapping[str, TensorHash]) -> Header:
-            entries = stored.entries(hashes)
-            return Header(entries, identity=identity_of(entries))
-
-        return header
-
-    with gc_paused():
-        jobs = {
-            name: TensorFileJob(folder.create(name), stored, header_of(stored) if describe else None)
-            for name, stored in gathered.items()
-        }
+    own_header: HeaderOf | None = (lambda entries: Header(entries, identity=identity_of(entries))) if describe else None
+    jobs = {name: TensorFileJob(folder.create(name), stored, own_header) for name, stored in gathered.items()}
     write_tensors(list(jobs.values()), progress, finish=True)
     return jobs
 
