@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from onym.api import open_checkpoint
 from onym.errors import ConfigError
@@ -38,10 +38,8 @@ class InitFrom:
     checkpoint: Checkpoint
 
     vocab_size: int
-    moments: Mapping[str, Tensor] | None = None
-    """AdamW's, where the other program's optimizer comes along."""
     step: int = 0
-    """The steps that it did then; the run continues after them."""
+    """The steps that the other program did, where its optimizer comes along; the run continues after them."""
 
     def load_into(self, model: GPT) -> None:
         """Fill a new model. Of a longer context the first positions are taken, and of a padded vocabulary the tokens."""
@@ -61,15 +59,24 @@ class InitFrom:
 
     def load_into_optimizer(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Give AdamW the moments that the other program's had."""
-        assert self.moments is not None
-        names, rows = {parameter: name for name, parameter in model.named_parameters()}, _rows(model)
+        parameters = dict(model.named_parameters())
+        found = nanogpt.moments(self.checkpoint.origin.contents.values, list(parameters))
+        assert found is not None
+        rows = _rows(model)
         for optimizer in optimizers:
-            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-                name, state = names[parameter], optimizer.state[parameter]
-                state["step"] = self.moments[f"step.{name}"].to(parameter.device, torch.float32, copy=True)
-                for slot in ("exp_avg", "exp_avg_sq"):
-                    moment = self.moments[f"{slot}.{name}"][: rows.get(name)]
-                    state[slot] = distribute_like(moment.to(parameter.device, parameter.dtype, copy=True), parameter)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = next(name for name, each in parameters.items() if each is parameter)
+                    moments = {slot: found[0][f"{slot}.{name}"] for slot in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[parameter] = {
+                        "step": found[0][f"step.{name}"].to(parameter.device, torch.float32, copy=True),
+                        **{
+                            slot: distribute_like(
+                                value[: rows.get(name, len(value))].to(parameter.device, parameter.dtype, copy=True), parameter
+                            )
+                            for slot, value in moments.items()
+                        },
+                    }
 
 
 def starting_point(options: TrainOptions) -> tuple[TrainOptions, InitFrom]:
@@ -88,7 +95,7 @@ def starting_point(options: TrainOptions) -> tuple[TrainOptions, InitFrom]:
     shape = GPTConfig.from_dict(checkpoint.config).to_dict()
     if options.data.tokenizer is None and checkpoint.text(TOKENIZER) is None:
         raise ConfigError(f"'{given.start_from}' holds no tokenizer: give the one it was trained with as --tokenizer.")
-    known = {field.name for field in fields(ModelOptions)}
+    known = {field.name for field in dataclasses.fields(ModelOptions)}
     for name, value in shape.items():
         if name not in known or (wanted := getattr(given, name)) is None or wanted == value:
             continue
@@ -99,15 +106,23 @@ def starting_point(options: TrainOptions) -> tuple[TrainOptions, InitFrom]:
                 f"'{given.start_from}' has {name}={value}, and {flag(name)} {wanted} was given: leave it out"
                 f"{' or take a smaller one' if name == 'context_length' else ''}, or train without --from."
             )
-    model = replace(given, **{name: value for name, value in shape.items() if name in known})
-    options = with_recipe(replace(options, model=model))
-    start = InitFrom(checkpoint, shape["vocab_size"])
-    if checkpoint.origin is None or checkpoint.origin.format is not nanogpt.NANOGPT:
-        return options, start
+    model = dataclasses.replace(given, **{name: value for name, value in shape.items() if name in known})
+    options = with_recipe(dataclasses.replace(options, model=model))
+    return options, InitFrom(checkpoint, shape["vocab_size"], _steps_done(options, checkpoint))
+
+
+def _steps_done(options: TrainOptions, checkpoint: Checkpoint) -> int:
+    """Where the file is nanoGPT's, with AdamW's moments, the steps behind it; otherwise this is a new run."""
+    if (
+        checkpoint.origin is None
+        or checkpoint.origin.format is not nanogpt.NANOGPT
+        or options.optimization.optimizer != "adamw"
+    ):
+        return 0
     values = checkpoint.origin.contents.values
-    names = [name for name, _ in GPT.without_values(GPTConfig.from_dict(checkpoint.config)).named_parameters()]
+    names = [name for name in checkpoint.model.shapes if name != "out_head.weight"]
     found, step = nanogpt.moments(values, names), values.get("iter_num")
-    needed = {f"{slot}.{name}" for slot in ("exp_avg", "exp_avg_sq", "step") for name in names}
-    if options.optimization.optimizer == "adamw" and isinstance(step, int) and found is not None and needed <= found[0].keys():
-        start = replace(start, moments=found[0], step=step)
-    return options, start
+    whole = found is not None and all(
+        f"{slot}.{name}" in found[0] for slot in ("exp_avg", "exp_avg_sq", "step") for name in names
+    )
+    return step if whole and isinstance(step, int) else 0
