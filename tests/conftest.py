@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -143,3 +144,14 @@ def in_fresh_process(tmp_path: Path) -> Callable[[str], str]:
         return done.stdout
 
     return run
+
+
+def workers(launcher: int) -> list[int]:
+    """The processes that a launcher has started, by rank, as Linux shows them."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # one that ends meanwhile
+            parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+            environment = (entry / "environ").read_bytes().split(b"\0") if int(parent) == launcher else []
+            found += [(int(each[5:]), int(entry.name)) for each in environment if each.startswith(b"RANK=")]
+    return [pid for _, pid in sorted(found)]

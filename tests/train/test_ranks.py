@@ -17,9 +17,9 @@ import torch
 import onym as library
 from onym.train import distributed
 from onym.train.distributed import DistContext, _rendezvous_id, join
-from onym.train.launch import free_port, workers
+from onym.train.launch import free_port
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
-from tests.conftest import TINY_RUN, Run
+from tests.conftest import TINY_RUN, Run, workers
 
 RUN = (*EAGER, "--precision", "fp32", "--steps", 40, "--save-every", 10, "--eval-every", 20, "--eval-batches", 3)
 COUNTS = (1, 2, 4) if os.environ.get("ONYM_PROVE") else (1, 2)

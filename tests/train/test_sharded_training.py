@@ -20,12 +20,12 @@ from onym.data.tokenizer import Tokenizer
 from onym.errors import ConfigError
 from onym.format.reader import read_checkpoint
 from onym.train import distributed
-from onym.train.launch import free_port, workers
+from onym.train.launch import free_port
 from onym.train.options import RunOptions
 from onym.train.parallel import make_sharding
 from onym.train.precision import Compute
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
-from tests.conftest import TINY_RUN, WORDS, Run
+from tests.conftest import TINY_RUN, WORDS, Run, workers
 from tests.convert import peers
 from tests.train.test_ranks import needs_proc, start, wait_for_step
 

@@ -1,6 +1,7 @@
 """Whether a run that is killed again and again ends bitwise identical to one that is not.
 
-Both runs are processes as a user starts them; the kills are SIGKILL, at random moments, so nothing can clean up.
+Both runs are processes as a user starts them; the kills are placed by step and at a random moment inside one, and nothing can
+clean up.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from onym.api import open_checkpoint
 from onym.checkpoint.restore import stored_generators, stored_values
 from onym.errors import RunError
 from onym.format.safetensors import as_bytes
-from onym.train.launch import workers
+from onym.train.planned_kill import AT_THE_START, KILL_AT
 from onym.train.run_folder import RunFolder
 from onym.train.state import KEY
 
@@ -47,14 +48,18 @@ class Comparison:
     """In words; none where everything is bitwise identical."""
 
 
-def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int, progress: Progress) -> Comparison:
+def compare_killed(
+    arguments: Sequence[str], folder: Path, kills: int, seed: int, progress: Progress, *, ranks: int = 1
+) -> Comparison:
     """Train twice, once straight and once with kills, and compare.
 
     Args:
         arguments: of ``onym train``, without a name or a folder.
         folder: for both runs.
-        kills: how many, at most: a process that ends before its turn ends them.
+        kills: how many; fewer where the run has fewer than two steps.
         seed: of their moments.
+        progress: is told what is being done.
+        ranks: the processes of the run; one of them is killed each time.
 
     Raises:
         RunError: a run fails by itself.
@@ -68,50 +73,40 @@ def compare_killed(arguments: Sequence[str], folder: Path, kills: int, seed: int
         if not seconds_to_first and _last_step(straight) >= 0:
             seconds_to_first = time.monotonic() - began
         time.sleep(0.01)
-    _require_success(process)
+    _require_success(process, process.communicate()[1])
     described = straight.description()
     if described is not None and described.get("compiled"):  # measured times decide what pays: let them decide once
         arguments = [*arguments, "--compile", described["compiled"]]
-    steps = _last_step(straight)
-    seconds_a_step = (time.monotonic() - began - seconds_to_first) / max(1, steps)
+    last = _last_step(straight) - 1  # the last step that another one follows
 
     moments = random.Random(seed)
     result = Comparison()
-    for number, target in enumerate(sorted(moments.randrange(steps) for _ in range(kills))):
+    for number, step in enumerate(sorted(moments.randrange(last) for _ in range(kills if last > 0 else 0))):
         progress(f"kill {number + 1} of {kills}", number, kills)
-        process = _start(arguments, killed)
+        moment = moments.random()
         if moments.random() < 0.2:  # while it starts, reads what is there, or compiles
-            wait = moments.uniform(0, seconds_to_first)
+            step, moment = AT_THE_START, moment * seconds_to_first
+        process = _start(arguments, killed, kill_at=f"{step}:{moments.randrange(ranks)}:{moment}")
+        _, errors = process.communicate()
+        if process.returncode in (-signal.SIGALRM, -signal.SIGKILL) or re.search(rb"ended by SIG(ALRM|KILL)", errors):
+            result.kills.append(_last_step(killed))
         else:
-            while process.poll() is None and _last_step(killed) < target:
-                time.sleep(0.005)
-            wait = moments.uniform(0, 20 * seconds_a_step)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(wait)
-        if process.poll() is not None:
-            _require_success(process)
-            break
-        step = _last_step(killed)
-        with suppress(ProcessLookupError):  # it ended meanwhile
-            os.kill(moments.choice(workers(process.pid) or [process.pid]), signal.SIGKILL)
-            result.kills.append(step)
-        process.communicate()
+            _require_success(process, errors)
     progress("to the end", kills, kills)
     process = _start(arguments, killed)
-    _require_success(process)
+    _require_success(process, process.communicate()[1])
     _compare(straight, killed, result)
     return result
 
 
-def _start(arguments: Sequence[str], run: RunFolder) -> subprocess.Popen[bytes]:
+def _start(arguments: Sequence[str], run: RunFolder, kill_at: str = "") -> subprocess.Popen[bytes]:
     where = ["--name", run.path.name, "--runs-dir", str(run.path.parent)]
     command = [sys.executable, "-P", "-m", "onym", "train", *arguments, *where]
     with (run.path.parent / f"{run.path.name}.log").open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, env=os.environ)
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, env={**os.environ, KILL_AT: kill_at})
 
 
-def _require_success(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate()
+def _require_success(process: subprocess.Popen[bytes], errors: bytes) -> None:
     if process.returncode:
         lines = errors.decode(errors="replace").strip().splitlines() or ["it gave no reason"]
         raise RunError(f"A run ended by itself with exit code {process.returncode}: {lines[-1].removeprefix('onym: ')}")

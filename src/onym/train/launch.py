@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 
 from onym.errors import RunError
@@ -71,22 +70,6 @@ def free_port() -> int:
         with socket.socket() as free, suppress(OSError):
             free.bind(("127.0.0.1", port))
             return port
-
-
-def can_find_workers() -> bool:
-    """Whether this system shows which processes another one started."""
-    return Path("/proc/self/stat").exists()
-
-
-def workers(launcher: int) -> list[int]:
-    """The processes that share a run's batches, in the order of their numbers; none where the launcher is no launcher."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*") if can_find_workers() else ():
-        with suppress(OSError):  # one that ends meanwhile
-            parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
-            environment = (entry / "environ").read_bytes().split(b"\0") if int(parent) == launcher else []
-            found += [(int(each[5:]), int(entry.name)) for each in environment if each.startswith(b"RANK=")]
-    return [pid for _, pid in sorted(found)]
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:

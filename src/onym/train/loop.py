@@ -26,6 +26,7 @@ from onym.train.dry_run import prepare
 from onym.train.evaluate import Evaluator
 from onym.train.log import TrainLog
 from onym.train.options import TrainOptions
+from onym.train.planned_kill import planned_kill
 from onym.train.proof import Proof, prove
 from onym.train.recovery import Recovery
 from onym.train.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder
@@ -154,6 +155,7 @@ class Trainer:
     def take_step(self, *, waits: bool) -> None:
         """A step; ``waits`` for the GPU, so that the time of the steps since the last row is measured, not of launches."""
         step = self.state.step
+        planned_kill.before(step)
         with self.log.meter.step(lambda: self.batches.waited_seconds):
             self.state.pending.append(self.stepper(self.batch(step), self.schedule.learning_rate(step), step))
             if waits and self.stepper.compute.device.type == "cuda":
