@@ -11,8 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import onym
 from onym.errors import StorageError
+from onym.storage import local
 from onym.storage.disk import Disk
 from onym.storage.local import new_file, new_folder, remove_folder, repair_interrupted, sweep
 from onym.storage.paths import replace_file
@@ -222,3 +226,43 @@ def test_an_error_of_the_system_is_a_sentence_and_leaves_the_old_file(
             save("old")
         assert failed
         assert sorted(os.listdir(tmp_path)) == sorted({"file", kind})
+
+
+@pytest.mark.filterwarnings("ignore:The file system of")
+def test_a_file_system_without_fsync_of_folders_is_noted_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares of Samba and VirtualBox."""
+    fsync = os.fsync
+
+    def of_files_alone(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    model = nn.Linear(2, 1)
+    with pytest.warns(UserWarning, match="cannot fsync a folder"):
+        onym.save(model, tmp_path / "m.safetensors")
+    onym.save(model, tmp_path / "m")
+    with onym.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, {"model": model})
+    for name in ("m.safetensors", "m", "run"):
+        fresh = nn.Linear(2, 1)
+        onym.load(tmp_path / name, into=fresh)
+        assert torch.equal(fresh.weight, model.weight)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pth", "m"])
+def test_a_file_system_that_maps_no_files_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fresh = nn.Linear(2, 1), nn.Linear(2, 1)
+    onym.save(model, tmp_path / name)
+
+    def refused(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(local, "mmap", refused)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refused)
+    onym.load(tmp_path / name, into=fresh)
+    assert torch.equal(fresh.weight, model.weight)
+    checkpoint = onym.open_checkpoint(tmp_path / name)
+    checkpoint.verify()
+    assert torch.equal(checkpoint.tensor("bias"), model.bias)

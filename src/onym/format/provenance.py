@@ -28,15 +28,18 @@ def provenance() -> dict[str, Any]:
 
 @cache
 def _git_commit() -> str | None:
-    """The commit that the working folder is at, with ``-dirty`` where tracked files differ from it."""
+    """The commit that the working folder is at, with ``-dirty`` where tracked files differ from it. Asked once.
+
+    Neither question takes the lock of the repository's index (``git describe --dirty`` does): a process that is killed at this
+    moment leaves nothing in what is the user's.
+    """
     try:
-        said = subprocess.run(
-            ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
+        commit, changes = (
+            subprocess.run(
+                ["git", "--no-optional-locks", *question], capture_output=True, text=True, timeout=5, check=True
+            ).stdout.strip()
+            for question in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip() or None if said.returncode == 0 else None
+    return f"{commit}-dirty" if changes else commit

@@ -19,6 +19,7 @@ from onym.format.stored import gather, in_memory
 from onym.format.tensors import Damage, TensorFile
 from onym.format.writer import MARGIN_BYTES
 from onym.state.model import describe
+from onym.storage.local import can_be_mapped
 from onym.storage.paths import storage_of
 
 _OLD_PICKLES = 4  # of a file from before torch 1.6: a magic number, a version, the system, and the object
@@ -81,20 +82,21 @@ def open_pth(path: Path) -> TensorFile:
 
 
 def read_pickle(path: Path) -> tuple[Any, bool]:
-    """The content of a file of ``torch.save``, and whether it is a zip, whose tensors are mapped.
+    """The content of a file of ``torch.save``, and whether its tensors are mapped: those of a zip, where the mount maps files.
 
     Raises:
         CheckpointError: it is damaged, much larger in memory than on disk, or asks for classes and functions, which are named.
     """
-    is_zip = False
+    is_zip = mapped = False
     try:
         is_zip = zipfile.is_zipfile(path)  # since torch 1.6; files from before cannot be mapped
         if is_zip:
             _require_plain_zip(path)
+            mapped = can_be_mapped(path)
         else:
             with path.open("rb") as file:
                 require_bounded(file, path, _OLD_PICKLES)
-        return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True), is_zip
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True), mapped
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can make torch raise nearly anything

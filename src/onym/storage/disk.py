@@ -6,6 +6,8 @@ import ctypes
 import errno
 import os
 import sys
+import warnings
+from functools import cache
 from pathlib import Path
 
 _FOLDER_FLAGS = 0 if sys.platform == "win32" else os.O_RDONLY | os.O_DIRECTORY
@@ -48,6 +50,10 @@ class Disk:
             descriptor = os.open(path, _FOLDER_FLAGS)
             try:
                 os.fsync(descriptor)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+                _note_no_folder_fsync(path)
             finally:
                 os.close(descriptor)
 
@@ -71,6 +77,16 @@ class Disk:
 
     def remove_folder(self, path: Path) -> None:
         path.rmdir()
+
+
+@cache
+def _note_no_folder_fsync(folder: Path) -> None:
+    """Shares of Samba and VirtualBox, and some file systems of FUSE, have no fsync of folders."""
+    warnings.warn(
+        f"The file system of '{folder}' cannot fsync a folder, so after a power cut the newest file in it may be missing; the "
+        "files themselves are durable.",
+        stacklevel=2,
+    )
 
 
 disk = Disk()

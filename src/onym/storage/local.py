@@ -31,6 +31,9 @@ _TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<host>.*)-[0-9a-f]{12
 _REPLACED_PREFIX = ".onym-replaced-"
 _LARGEST_WRITE = 1 << 20  # larger ones are slower: the data stays in the processor's cache, and the kernel in small pages
 
+_NOT_MAPPED = (errno.ENODEV, errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+"""What a file system says that maps no files, as some of FUSE's do."""
+
 
 class _LocalFile:
     positioned = True
@@ -107,14 +110,33 @@ class MappedFile:
         """Fill a buffer from a position; returns how many bytes there were."""
         return os.preadv(self.descriptor, [buffer], position)
 
-    def map(self) -> mmap:
-        """Its content as private memory: read when it is touched, and never written to the file."""
-        return mmap(self.descriptor, 0, access=ACCESS_COPY)
+    def map(self) -> mmap | bytearray:
+        """Its content as private memory, never written to the file: read when it is touched, or now where the mount refuses."""
+        try:
+            return mmap(self.descriptor, 0, access=ACCESS_COPY)
+        except OSError as error:
+            if error.errno not in _NOT_MAPPED:
+                raise
+        content = bytearray(self.nbytes)
+        done = 0
+        while done < self.nbytes and (count := self.read_into(memoryview(content)[done:], done)):
+            done += count
+        return content
 
     def stamp(self) -> tuple[int, int]:
         """Equal while nobody writes to it."""
         status = os.fstat(self.descriptor)
         return status.st_size, status.st_mtime_ns
+
+
+def can_be_mapped(path: Path) -> bool:
+    """Whether the file system maps a file."""
+    file = MappedFile(path)
+    try:
+        mmap(file.descriptor, min(file.nbytes, 1), access=ACCESS_COPY).close()
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def open_file(path: Path) -> MappedFile:
