@@ -256,3 +256,27 @@ def test_loading_needs_no_compiler(tmp_path: Path, tiny: GPT, in_fresh_process: 
     onym.save(tiny, tmp_path / "model")
     program = "import sys, onym; onym.load_model('model'); print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])"
     assert in_fresh_process(program).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "name", ["m.pth", "m.PT", "m.th", "model_best.pth.tar", "pytorch_model.bin", "epoch.3.pth", "~/m.pth", "~/m"]
+)
+def test_a_file_of_any_usual_name_is_saved_and_opened(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    model, fresh = nn.Linear(2, 1), nn.Linear(2, 1)
+    onym.save(model, name)
+    place = home / name[2:] if name.startswith("~") else tmp_path / name
+    assert place.is_dir() == (name == "~/m")
+    assert not (tmp_path / "~").exists()
+    if place.is_file():
+        assert list(torch.load(place, weights_only=True)) == ["weight", "bias"]
+    onym.load(name, into=fresh)
+    assert torch.equal(fresh.weight, model.weight)
+
+
+def test_a_home_folder_that_nobody_has_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="home folder that is not known"):
+        onym.save(nn.Linear(2, 1), "~nobody-of-this-name/m.pth")

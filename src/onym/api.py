@@ -21,7 +21,7 @@ from onym.convert.sources import as_json
 from onym.convert.translation import format_of, translated
 from onym.errors import CheckpointError, ConfigError
 from onym.format.manifest import CONFIG, MODEL
-from onym.format.pth import write_pth
+from onym.format.pth import PICKLES, write_pth
 from onym.format.reader import Checkpoint
 from onym.format.tensors import TensorFile
 from onym.format.writer import About, write_folder, write_safetensors
@@ -40,7 +40,7 @@ from onym.state.model import (
     named_state,
     state_dict,
 )
-from onym.storage.paths import as_path
+from onym.storage.paths import as_path, ending
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -50,7 +50,8 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     - ``.safetensors``: one file that every safetensors reader opens. The model's configuration, where its class is known,
       and each tensor's hash are in its header, so ``load_model`` and the check on loading work on it.
-    - ``.pth``, ``.pt``: a plain state dict for ``torch.load(path, weights_only=True)`` and ``load_state_dict(strict=True)``.
+    - ``.pth``, ``.pt``, ``.th``, ``.pth.tar``, ``.bin``: a plain state dict for ``torch.load(path, weights_only=True)`` and
+      ``load_state_dict(strict=True)``.
     - no ending, or one of a folder: a self-describing folder with ``model.safetensors``, ``config.json`` and a manifest.
 
     Args:
@@ -75,12 +76,13 @@ def save(model: nn.Module, path: str | Path) -> None:
     if not mine_to_write:
         return
     architecture, config = describe_model(unwrap(model))
-    if path.suffix == ".safetensors":
+    kind = ending(path)
+    if kind == ".safetensors":
         write_safetensors(path, state, architecture, config)
-    elif path.suffix in (".pth", ".pt"):
+    elif kind in PICKLES:
         write_pth(path, state)
-    elif path.suffix in (".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".onnx", ".gguf", ".npz"):
-        raise ConfigError(f"A model cannot be saved as '{path.suffix}': end the path in .safetensors, .pth, or / for a folder.")
+    elif kind in (".ckpt", ".pkl", ".pickle", ".h5", ".onnx", ".gguf", ".npz"):
+        raise ConfigError(f"A model cannot be saved as '{kind}': end the path in .safetensors, .pth, or / for a folder.")
     else:
         texts = {CONFIG: as_json(config)} if config is not None else {}
         write_folder(path, {MODEL: state}, texts, About(architecture))

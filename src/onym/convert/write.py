@@ -20,15 +20,15 @@ from onym.convert.sources import as_json
 from onym.convert.translation import their_recipes
 from onym.errors import CheckpointError, ConfigError, StorageError, nearest
 from onym.format.manifest import CONFIG, MODEL, TOKENIZER
-from onym.format.pth import write_pickle
+from onym.format.pth import PICKLES, write_pickle
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import dtype_called
 from onym.format.tensor_writing import Progress
 from onym.format.tensors import TensorFile
 from onym.format.writer import About, write_files, write_folder, write_safetensors
-from onym.storage.paths import as_path, is_local
+from onym.storage.paths import as_path, ending, is_local
 
-_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_PICKLES = (*PICKLES, ".ckpt")
 _FAR = 1e-5  # of outputs, that a conversion may differ by
 
 
@@ -155,23 +155,23 @@ def _container(target: str) -> str:
 
 
 def _target(to: str | None, path: Path, checkpoint: Checkpoint) -> tuple[str, str]:
-    known = targets()
+    known, kind = targets(), ending(path)
     if to is not None:
         if to not in known:
             raise ConfigError(f"There is no format {to!r}{nearest(to, known)}; there are {', '.join(known)}.")
-        if _container(to) == "pth" and path.suffix not in _PICKLES:
+        if _container(to) == "pth" and kind not in _PICKLES:
             raise ConfigError(f"{to} is a file of torch.save: end '{path}' in .pth or .pt.")
-        if _format(to) is not None and _container(to) == "folder" and path.suffix in (*_PICKLES, ".safetensors"):
+        if _format(to) is not None and _container(to) == "folder" and kind in (*_PICKLES, ".safetensors"):
             raise ConfigError(f"{to} is a folder: leave the ending of '{path}' away.")
-        if to == "safetensors" and path.suffix in _PICKLES:
+        if to == "safetensors" and kind in _PICKLES:
             raise ConfigError(f"'{path}' would be a .safetensors file of another name: end it in .safetensors.")
         return to, ""
-    if path.suffix == ".safetensors":
+    if kind == ".safetensors":
         return "safetensors", "it ends in .safetensors"
-    if path.suffix in (".pth", ".pt"):
-        return "pth", f"it ends in {path.suffix}"
-    if path.suffix in (".bin", ".ckpt", ".onnx", ".gguf", ".h5", ".npz", ".pkl"):
-        raise ConfigError(f"'{path.suffix}' does not say which format is wanted: give --to, one of {', '.join(known)}.")
+    if kind in (".bin", ".ckpt", ".onnx", ".gguf", ".h5", ".npz", ".pkl"):
+        raise ConfigError(f"'{kind}' does not say which format is wanted: give --to, one of {', '.join(known)}.")
+    if kind in PICKLES:
+        return "pth", f"it ends in {kind}"
     if checkpoint.architecture is not None and checkpoint.config is not None:
         return "onym", "it is a folder, and the model's architecture is known"
     return "safetensors", "it is a folder"

@@ -24,6 +24,9 @@ from onym.storage.paths import storage_of
 
 _OLD_PICKLES = 4  # of a file from before torch 1.6: a magic number, a version, the system, and the object
 
+PICKLES = (".pth", ".pt", ".th", ".pth.tar", ".pt.tar", ".bin")
+"""The endings of files that ``torch.save`` writes."""
+
 
 class PickledFile(TensorFile):
     """A state dict that ``torch.save`` wrote, opened by torch's machinery that runs nothing."""

@@ -23,18 +23,27 @@ def is_local(path: Path) -> bool:
     return storage_of(path).is_local
 
 
+def ending(path: Path) -> str:
+    """What a path's ending says of its kind, in lower case: ``.pth.tar`` of ``model_best.pth.tar``, ``.pt`` of ``m.PT``."""
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return before + last if last == ".tar" else last
+
+
 def as_path(path: str | os.PathLike[str]) -> Path:
     """A path on this machine, or, from a text like ``s3://bucket/run``, one in an object store that is used in the same way.
 
+    ``~`` is the user's home folder, as in a shell.
+
     Raises:
-        ConfigError: it is remote, and a package that it needs is not installed.
+        ConfigError: it is remote, and a package that it needs is not installed; or there is no such home folder.
     """
     if not isinstance(path, str):
-        return path if hasattr(path, "joinpath") else Path(path)  # type: ignore[return-value]
+        path = path if hasattr(path, "joinpath") else Path(path)
+        return _expanded(path) if isinstance(path, Path) else path  # type: ignore[return-value]
     if path.startswith(_LOCAL):
         return Path(path.split("://", 1)[1])
     if "://" not in path:
-        return Path(path)
+        return _expanded(Path(path))
     protocol = path.split("://", 1)[0]
     try:
         from upath import UPath
@@ -48,6 +57,13 @@ def as_path(path: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"'{path}' is on a storage that fsspec does not know: {error}.") from error
     path_like: Path = remote
     return path_like
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"'{path}' begins with a home folder that is not known here: write the full path.") from error
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
