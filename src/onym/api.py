@@ -30,13 +30,13 @@ from onym.names.match import recover_names, renamed_state
 from onym.names.mismatch import MismatchError, compare
 from onym.names.wrappers import AVERAGE_COUNTER, require_module, unwrap
 from onym.state.architectures import build_model, describe_model
+from onym.state.materialise import materialise_meta
 from onym.state.model import (
     DtypePolicy,
     LoadReport,
     describe,
     full_state_dict,
     load_state_dict,
-    materialise_meta,
     named_state,
     state_dict,
 )

@@ -488,3 +488,15 @@ def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="model_cls"):
         onym.register_architecture("number", int, Odd)  # type: ignore[arg-type]
+
+
+def test_a_cast_that_overflows_is_reported() -> None:
+    model = nn.Linear(3, 1).half()
+    state = {"weight": torch.tensor([[1.0, 1e6, float("inf")]]), "bias": torch.tensor([65504.0])}
+    with pytest.warns(UserWarning, match=r"beyond the range of float16 became infinite in 1 tensors \(weight\)"):
+        report = onym.load_state_dict(model, state, dtype="cast")
+    assert report.overflowed == ["weight"]
+    assert "1 with values that became infinite (weight)" in str(report)
+    state["weight"] = torch.tensor([[1.0, float("nan"), float("-inf")]])  # they were so before
+    assert onym.load_state_dict(model, state, dtype="cast").overflowed == []
+    assert onym.load_state_dict(model.bfloat16(), {**state, "bias": torch.tensor([1e30])}, dtype="cast").overflowed == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from onym.format.stored import gather, in_memory
 from onym.format.tensors import Damage, TensorFile
 from onym.format.writer import MARGIN_BYTES
 from onym.state.model import describe
+from onym.state.tree import flatten
 from onym.storage.local import can_be_mapped
 from onym.storage.paths import storage_of
 
@@ -158,6 +160,9 @@ def _require_plain_zip(path: Path) -> None:
 
 def write_pth(path: Path, state: Mapping[str, Any]) -> None:
     """Write a plain state dict for ``torch.load(path, weights_only=True)``, durably. Tied tensors stay tied."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            _require_opens(name, value)
     stored = gather({name: value for name, value in state.items() if isinstance(value, Tensor)})
     plain = {name: _alone(tensor) for name, tensor in stored.tensors.items()}
     ordered = OrderedDict(
@@ -166,6 +171,21 @@ def write_pth(path: Path, state: Mapping[str, Any]) -> None:
     if hasattr(state, "_metadata"):  # the layout versions of the modules, which their load_state_dict asks for
         ordered._metadata = state._metadata  # type: ignore[attr-defined]
     write_pickle(path, ordered, stored.nbytes)
+
+
+def _require_opens(name: str, value: Any) -> None:
+    """Refuse a value of a module's own making (extra state) that would keep the whole file from being opened again."""
+    written = io.BytesIO()
+    try:
+        torch.save(value, written)
+        written.seek(0)
+        torch.load(written, weights_only=True)
+    except Exception as error:  # what cannot be pickled raises anything
+        flatten(value, name)  # says which part of it
+        raise CheckpointError(
+            f"{name} is a {type(value).__name__}, which torch.load(weights_only=True) does not open, so nothing could: return "
+            "plain values and tensors from get_extra_state()."
+        ) from error
 
 
 def write_pickle(path: Path, content: Any, expected_bytes: int = 0) -> None:

@@ -8,6 +8,7 @@ copy, so a load that fails has changed nothing.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,12 +44,15 @@ class LoadReport:
     """Stored dtype and model dtype, where they differed (only with ``dtype="cast"``)."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Stored name -> name, where a wrapper had changed it."""
+    overflowed: list[str] = field(default_factory=list)
+    """With values beyond the range of the model's dtype, which became infinite (only with ``dtype="cast"``)."""
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
         for names, what in (
             (self.renamed, "renamed"),
             (self.cast, "cast"),
+            (self.overflowed, "with values that became infinite"),
             (self.missing, "left as they were"),
             (self.unexpected, "not used"),
         ):
@@ -78,7 +82,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     """
     state = named_state(model)
     for name, value in state.items():
-        if _is_lazy(value):
+        if isinstance(value, Tensor) and is_lazy(value):
             raise ConfigError(f"{name} has no values yet, because its layer is lazy: run one batch through the model first.")
     return state
 
@@ -178,59 +182,15 @@ def load_state_dict(
 
         loaded = [name for name in target if name in complete]
         _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions)
-    return LoadReport(loaded, differences.missing, differences.unexpected, differences.dtypes)
-
-
-@contextmanager
-def materialise_meta(model: nn.Module, device: str | torch.device = "cpu") -> Iterator[set[int]]:
-    """Give a model's tensors on the meta device memory to load into; taken back if the load in the block fails.
-
-    Tied ones stay tied. They are new tensors: an optimizer over them is built afterwards.
-
-    Yields:
-        Where their memory is (``data_ptr()``): it holds no values yet.
-
-    Raises:
-        ConfigError: one of them is a buffer that is never saved, so nothing could give it values.
-    """
-    require_not_offloaded(model)
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
-    new: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is None or not tensor.is_meta or is_lazy(tensor):
-                    continue
-                if table is module._buffers and name in module._non_persistent_buffers_set:
-                    raise ConfigError(
-                        f"{path}.{name} is on the meta device and is a buffer that is not stored (persistent=False), so "
-                        "loading cannot give it its values: build the model on a real device."
-                    )
-                replaced.append((table, name, tensor))
-                if id(tensor) not in new:
-                    try:
-                        empty = _memory_for(tensor, device)
-                    except RuntimeError as error:
-                        raise CheckpointError(
-                            f"There is no memory for {path}.{name}, which has {tensor.numel():,} numbers: {str(error)[:120]}"
-                        ) from error
-                    isolated = isinstance(tensor, nn.Parameter)
-                    new[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isolated else empty
-    for table, name, tensor in replaced:
-        table[name] = new[id(tensor)]
-    try:
-        yield {tensor.data_ptr() for tensor in new.values() if tensor.numel()}
-    except BaseException:
-        for table, name, tensor in replaced:
-            table[name] = tensor
-        raise
-
-
-def _memory_for(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """What ``empty_like`` gives; of the meta device, that begins by importing sympy, which takes a third of a second."""
-    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_contiguous():
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    return torch.empty_like(tensor, device=device)
+        overflowed = [name for name in differences.dtypes if _overflows(complete[name], live[name])]
+    if overflowed:
+        kind, more = target[overflowed[0]][1], ", …" if len(overflowed) > 1 else ""
+        warnings.warn(
+            f"Values beyond the range of {kind} became infinite in {len(overflowed)} tensors ({overflowed[0]}{more}): load "
+            "into a model of bfloat16 or float32.",
+            stacklevel=2,
+        )
+    return LoadReport(loaded, differences.missing, differences.unexpected, differences.dtypes, overflowed=overflowed)
 
 
 def _live_state(plain: nn.Module) -> dict[str, Any]:
@@ -277,6 +237,14 @@ def _left_by_the_model(
             continue
         return ([], []) if left is None else (list(left.missing_keys), list(left.unexpected_keys))
     return None
+
+
+def _overflows(stored: Any, live: Any) -> bool:
+    """Whether finite values became infinite in a smaller floating-point dtype; of shards, this rank's."""
+    if not all(isinstance(each, Tensor) and each.is_floating_point() for each in (stored, live)):
+        return False
+    most, values = torch.finfo(live.dtype).max, local(stored)
+    return most < torch.finfo(values.dtype).max and bool((values.isfinite() & (values.abs() > most)).any())
 
 
 def _castable(stored: str, live: str) -> bool:

@@ -16,7 +16,10 @@ from onym.errors import ConfigError
 
 def with_offloaded(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """The state with the values that hooks have, in the place of tensors on the meta device."""
-    if not any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
+    for value in state.values():  # a plain loop: this is a part of every state_dict()
+        if isinstance(value, Tensor) and value.is_meta:
+            break
+    else:
         return state
     for name, weights, key in _offloaded(model):
         if name in state and state[name].is_meta:
