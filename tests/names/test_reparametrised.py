@@ -15,11 +15,11 @@ import onym
 from onym import MismatchError
 
 
-def pruned(layer: nn.Module) -> nn.Module:
-    return prune.random_unstructured(layer, "weight", amount=0.5)  # type: ignore[no-any-return, no-untyped-call]
+def pruned(layer: nn.Module, name: str = "weight") -> nn.Module:
+    return prune.random_unstructured(layer, name, amount=0.5)  # type: ignore[no-any-return, no-untyped-call]
 
 
-FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+FORMS: dict[str, Callable[..., nn.Module]] = {
     "weight_norm, old": weight_norm,
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm, old": spectral_norm,
@@ -86,3 +86,18 @@ def test_a_parametrisation_of_any_kind_is_named() -> None:
     assert "a parametrisation (0.weight is computed from 0.parametrizations.weight.original" in advice(
         plain(), trained.state_dict()
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMS)
+def test_the_weight_is_named_in_the_call(form: str) -> None:
+    """A recurrent layer has several weights, none of them called ``weight``."""
+    trained, model = nn.GRU(3, 4).eval(), nn.GRU(3, 4).eval()
+    FORMS[form](trained, "weight_hh_l0")
+    text = advice(model, trained.state_dict())
+    call = re.search(r": call (\S+\(layer, 'weight_hh_l0'\)) for", text)
+    assert call is not None, text
+    eval(call[1], {"torch": torch, "layer": model})
+    onym.load_state_dict(model, trained.state_dict())
+    batch = torch.randn(2, 1, 3)
+    assert torch.equal(model(batch)[0], trained(batch)[0])

@@ -21,12 +21,16 @@ class _Reparametrisation:
     parts: frozenset[str]
     """What the names of these begin with, behind that of the weight."""
     add: str
-    remove: str
+    """The call that adds it to ``layer``, whose weight ``of`` is."""
+    remove: str = "torch.nn.utils.parametrize.remove_parametrizations(layer, '{of}')"
 
 
 _REPARAMETRISATIONS = (
     _Reparametrisation(
-        "weight_norm", frozenset({"_g", "_v"}), "torch.nn.utils.weight_norm(layer)", "torch.nn.utils.remove_weight_norm(layer)"
+        "weight_norm",
+        frozenset({"_g", "_v"}),
+        "torch.nn.utils.weight_norm(layer, '{of}')",
+        "torch.nn.utils.remove_weight_norm(layer, '{of}')",
     ),
     _Reparametrisation(
         "pruning",
@@ -37,26 +41,19 @@ _REPARAMETRISATIONS = (
     _Reparametrisation(
         "spectral_norm",
         frozenset({"_orig", "_u"}),
-        "torch.nn.utils.spectral_norm(layer)",
-        "torch.nn.utils.remove_spectral_norm(layer)",
+        "torch.nn.utils.spectral_norm(layer, '{of}')",
+        "torch.nn.utils.remove_spectral_norm(layer, '{of}')",
     ),
     _Reparametrisation(
-        "weight_norm",
-        frozenset({"original0", "original1"}),
-        "torch.nn.utils.parametrizations.weight_norm(layer)",
-        "torch.nn.utils.parametrize.remove_parametrizations(layer, '{of}')",
+        "weight_norm", frozenset({"original0", "original1"}), "torch.nn.utils.parametrizations.weight_norm(layer, '{of}')"
     ),
     _Reparametrisation(
-        "spectral_norm",
-        frozenset({"original", "0._u"}),
-        "torch.nn.utils.parametrizations.spectral_norm(layer)",
-        "torch.nn.utils.parametrize.remove_parametrizations(layer, '{of}')",
+        "spectral_norm", frozenset({"original", "0._u"}), "torch.nn.utils.parametrizations.spectral_norm(layer, '{of}')"
     ),
     _Reparametrisation(
         "a parametrisation",
         frozenset({"original"}),
         "torch.nn.utils.parametrize.register_parametrization(layer, '{of}', …)",
-        "torch.nn.utils.parametrize.remove_parametrizations(layer, '{of}')",
     ),
 )
 
