@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -14,6 +15,7 @@ from onym.data.corpus import Corpus
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TokenData, cached_tokenizer, survey, tokenise
 from onym.errors import DataError
+from onym.storage import local
 
 TEXTS = [f"document number {n} tells of {n * n} things\nand ends here\n" for n in range(200)]
 
@@ -160,3 +162,17 @@ def test_an_empty_corpus_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("  \n")
     with pytest.raises(DataError, match=r"no text in '.*empty\.txt'"):
         survey(Corpus((str(tmp_path / "empty.txt"),)), 0.1)
+
+
+def test_on_a_file_system_that_maps_no_files_tokens_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = write(tmp_path / "texts", TEXTS)
+    mapped, tokenizer = build(corpus, tmp_path / "mapped")
+    assert isinstance(mapped.train.tokens, np.memmap)
+
+    def refused(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(local, "mmap", refused)
+    monkeypatch.setattr(np, "memmap", refused)
+    read, _ = build(corpus, tmp_path / "read")
+    assert documents(read, tokenizer) == documents(mapped, tokenizer)

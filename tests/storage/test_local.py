@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 import onym
-from onym.errors import StorageError
+from onym.errors import CheckpointError, StorageError
 from onym.storage import local
-from onym.storage.disk import Disk
+from onym.storage.disk import Disk, _note_no_folder_fsync
 from onym.storage.local import new_file, new_folder, remove_folder, repair_interrupted, sweep
 from onym.storage.paths import replace_file
 
@@ -228,7 +229,6 @@ def test_an_error_of_the_system_is_a_sentence_and_leaves_the_old_file(
         assert sorted(os.listdir(tmp_path)) == sorted({"file", kind})
 
 
-@pytest.mark.filterwarnings("ignore:The file system of")
 def test_a_file_system_without_fsync_of_folders_is_noted_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares of Samba and VirtualBox."""
     fsync = os.fsync
@@ -240,11 +240,14 @@ def test_a_file_system_without_fsync_of_folders_is_noted_and_used(tmp_path: Path
 
     monkeypatch.setattr(os, "fsync", of_files_alone)
     model = nn.Linear(2, 1)
+    _note_no_folder_fsync.cache_clear()
     with pytest.warns(UserWarning, match="cannot fsync a folder"):
         onym.save(model, tmp_path / "m.safetensors")
-    onym.save(model, tmp_path / "m")
-    with onym.Checkpointer(tmp_path / "run") as checkpointer:
-        checkpointer.save(1, {"model": model})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once of a file system, however many folders
+        onym.save(model, tmp_path / "m")
+        with onym.Checkpointer(tmp_path / "run") as checkpointer:
+            checkpointer.save(1, {"model": model})
     for name in ("m.safetensors", "m", "run"):
         fresh = nn.Linear(2, 1)
         onym.load(tmp_path / name, into=fresh)
@@ -266,3 +269,10 @@ def test_a_file_system_that_maps_no_files_is_read(name: str, tmp_path: Path, mon
     checkpoint = onym.open_checkpoint(tmp_path / name)
     checkpoint.verify()
     assert torch.equal(checkpoint.tensor("bias"), model.bias)
+    file = tmp_path / name / "model.safetensors" if name == "m" else tmp_path / name
+    content = bytearray(file.read_bytes())
+    at = content.index(model.weight.detach().numpy().tobytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        onym.open_checkpoint(tmp_path / name).verify()

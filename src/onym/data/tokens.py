@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from onym.data.corpus import Corpus
 from onym.data.tokenizer import Tokenizer
 from onym.errors import DataError, TokenizerError, storage_error
+from onym.storage.local import can_be_mapped
 from onym.storage.paths import replace_file
 
 Split = Literal["train", "held_out"]
@@ -266,9 +267,10 @@ def open_tokens(folder: Path) -> TokenData | None:
             dtype = np.dtype(description["dtype"])
             if path.stat().st_size != count * dtype.itemsize:
                 return None
-            # A file of no bytes cannot be mapped.
-            tokens = np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype=dtype)
-            streams[split] = TokenStream(tokens, np.load(folder / f"{split}.documents.npy", mmap_mode="r"))
+            is_mapped = can_be_mapped(path)
+            tokens = np.memmap(path, dtype=dtype, mode="r") if is_mapped else np.fromfile(path, dtype=dtype)
+            documents = np.load(folder / f"{split}.documents.npy", mmap_mode="r" if is_mapped else None)
+            streams[split] = TokenStream(tokens, documents)
         return TokenData(folder, streams["train"], streams["held_out"], description["documents"], description)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

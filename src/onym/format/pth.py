@@ -42,7 +42,8 @@ class PickledFile(TensorFile):
         super().__init__(path, shapes, {name: dtype for name, (_, dtype) in described.items()}, {}, {})
         versions = getattr(state, "_metadata", None)
         self.versions = versions if isinstance(versions, Mapping) else None
-        self._state, self.is_mapped = state, is_zip
+        self._state, self._is_zip = state, is_zip
+        self.is_mapped = is_zip and can_be_mapped(path)
 
     def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
         """As of any file; the tensor itself is asked: it may be sparse."""
@@ -64,7 +65,7 @@ class PickledFile(TensorFile):
     def _damage(self) -> str | None:
         """What the zip's checksums say, which torch writes and does not read."""
         try:
-            damaged = zipfile.ZipFile(self.path).testzip() if self.is_mapped else None
+            damaged = zipfile.ZipFile(self.path).testzip() if self._is_zip else None
         except Exception as error:  # zipfile does not keep to BadZipFile
             return f"'{self.path}' is damaged ({error})."
         if damaged is None:
@@ -87,21 +88,20 @@ def open_pth(path: Path) -> TensorFile:
 
 
 def read_pickle(path: Path) -> tuple[Any, bool]:
-    """The content of a file of ``torch.save``, and whether its tensors are mapped: those of a zip, where the mount maps files.
+    """The content of a file of ``torch.save``, and whether it is a zip, whose tensors are mapped where the mount maps files.
 
     Raises:
         CheckpointError: it is damaged, much larger in memory than on disk, or asks for classes and functions, which are named.
     """
-    is_zip = mapped = False
+    is_zip = False
     try:
         is_zip = zipfile.is_zipfile(path)  # since torch 1.6; files from before cannot be mapped
         if is_zip:
             _require_plain_zip(path)
-            mapped = can_be_mapped(path)
         else:
             with path.open("rb") as file:
                 require_bounded(file, path, _OLD_PICKLES)
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True), mapped
+        return torch.load(path, map_location="cpu", mmap=is_zip and can_be_mapped(path), weights_only=True), is_zip
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can make torch raise nearly anything

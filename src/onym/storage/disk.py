@@ -53,7 +53,7 @@ class Disk:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                     raise
-                _note_no_folder_fsync(path)
+                _note_no_folder_fsync(path.stat().st_dev)
             finally:
                 os.close(descriptor)
 
@@ -80,11 +80,11 @@ class Disk:
 
 
 @cache
-def _note_no_folder_fsync(folder: Path) -> None:
-    """Shares of Samba and VirtualBox, and some file systems of FUSE, have no fsync of folders."""
+def _note_no_folder_fsync(device: int) -> None:
+    """Say it once of each file system: shares of Samba and VirtualBox, and some of FUSE, have no fsync of folders."""
     warnings.warn(
-        f"The file system of '{folder}' cannot fsync a folder, so after a power cut the newest file in it may be missing; the "
-        "files themselves are durable.",
+        "This file system cannot fsync a folder, so after a power cut the newest checkpoint may be missing; the files "
+        "themselves are durable.",
         stacklevel=2,
     )
 

@@ -130,7 +130,7 @@ class MappedFile:
 
 
 def can_be_mapped(path: Path) -> bool:
-    """Whether the file system maps a file."""
+    """Whether a file has bytes and its file system maps them."""
     file = MappedFile(path)
     try:
         mmap(file.descriptor, min(file.nbytes, 1), access=ACCESS_COPY).close()
