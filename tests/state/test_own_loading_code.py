@@ -159,6 +159,23 @@ def test_a_batch_norm_without_its_counter_loads_as_in_torch(kind: str, tmp_path:
     assert all(torch.equal(value, torchs.state_dict()[name]) for name, value in fresh.state_dict().items())
 
 
+def test_a_file_that_states_its_versions_is_taken_at_its_word() -> None:
+    """As in torch: a BatchNorm of a version that had the counter is incomplete without it."""
+    state = nn.BatchNorm1d(2).state_dict()
+    del state["num_batches_tracked"]
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        nn.BatchNorm1d(2).load_state_dict(state)
+    with pytest.raises(MismatchError, match="num_batches_tracked"):
+        onym.load_state_dict(nn.BatchNorm1d(2), state)
+
+
+def test_what_overflows_in_a_model_that_makes_room_is_reported() -> None:
+    fresh = Grows().half()
+    state = {**Grows().state_dict(), "seen": torch.full((4,), 1e6)}
+    with pytest.warns(UserWarning, match="became infinite in 1 tensors"):
+        assert onym.load_state_dict(fresh, state, dtype="cast").overflowed == ["seen"]
+
+
 def test_without_strict_a_model_that_makes_room_is_asked_too() -> None:
     trained, fresh = Grows(), Grows()
     trained(torch.randn(8, 3))

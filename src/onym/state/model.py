@@ -161,8 +161,7 @@ def load_state_dict(
             shapes=differences.shapes,
             dtypes=differences.dtypes if dtype == "exact" else uncastable,
         )
-        # Modules read the layout version of their state here. A .safetensors file has none, so the present version is assumed;
-        # a model that does not take it so is asked once more, as of a file without versions.
+        # Modules read the layout version of their state here. A .safetensors file has none, so the present version is assumed.
         versions = getattr(state, "_metadata", getattr(live, "_metadata", OrderedDict()))
         if refused.dtypes:
             raise MismatchError(refused, diagnose(refused, stored, target))
@@ -174,14 +173,17 @@ def load_state_dict(
         if refused or none_fits:
             # Other names or shapes, or strict=False and no name fits, which nobody wants and few notice. A model may have
             # loading code of its own, for the names of earlier versions of itself or for buffers that grow: it is asked first.
-            left = _left_by_the_model(plain, ready, [versions, OrderedDict()], strict or none_fits)
+            # Where the file states no versions, it is asked a second time as of a file from before there were any.
+            tried = [versions] if hasattr(state, "_metadata") else [versions, OrderedDict()]
+            left = _left_by_the_model(plain, ready, tried, strict or none_fits)
             if left is None:
                 raise MismatchError(refused or differences, diagnose(refused or differences, stored, target))
             missing, unexpected = left
-            return LoadReport([name for name in complete if name not in unexpected], missing, unexpected, differences.dtypes)
-
-        loaded = [name for name in target if name in complete]
-        _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions)
+            loaded = [name for name in complete if name not in unexpected]
+        else:
+            missing, unexpected = differences.missing, differences.unexpected
+            loaded = [name for name in target if name in complete]
+            _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions)
         overflowed = [name for name in differences.dtypes if _overflows(complete[name], live[name])]
     if overflowed:
         kind, more = target[overflowed[0]][1], ", …" if len(overflowed) > 1 else ""
@@ -190,7 +192,7 @@ def load_state_dict(
             "into a model of bfloat16 or float32.",
             stacklevel=2,
         )
-    return LoadReport(loaded, differences.missing, differences.unexpected, differences.dtypes, overflowed=overflowed)
+    return LoadReport(loaded, missing, unexpected, differences.dtypes, overflowed=overflowed)
 
 
 def _live_state(plain: nn.Module) -> dict[str, Any]:
@@ -271,10 +273,6 @@ def describe(state: Mapping[str, Any], given: Mapping[str, Any] | None = None) -
         else ((), "value")
         for name, value in state.items()
     }
-
-
-def _is_lazy(value: Any) -> bool:
-    return isinstance(value, Tensor) and is_lazy(value)
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -364,7 +362,7 @@ def _equal(mine: Tensor, theirs: Tensor) -> bool:
 def _require_readable(given: Mapping[str, Any]) -> None:
     """Refuse what has no values to copy."""
     for name, value in given.items():
-        if _is_lazy(value) or (isinstance(value, Tensor) and value.is_meta):
+        if isinstance(value, Tensor) and (is_lazy(value) or value.is_meta):
             raise CheckpointError(
                 f"The tensor given for {name} has no values (it is on the meta device, or lazy); nothing was changed."
             )
