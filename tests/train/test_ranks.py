@@ -18,6 +18,7 @@ import onym as library
 from onym.train import distributed
 from onym.train.distributed import DistContext, _rendezvous_id, join
 from onym.train.launch import free_port
+from onym.train.planned_kill import KILL_AT
 from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, Run, workers
 
@@ -83,6 +84,18 @@ def test_one_that_dies_ends_all_and_the_run_goes_on_bit_for_bit(
     assert onym_process(*command, "--name", "killed").returncode == 0
     one, other = (checkpoint(tmp_path / "runs" / name, 160) for name in ("straight", "killed"))
     assert_equal_bits(one, other)
+
+
+@pytest.mark.parametrize("kill_at", ["-1:0:0", "3:1:0.5"])
+def test_a_planned_kill_is_of_one_rank_and_never_of_the_launcher(
+    book: Path, tmp_path: Path, environment: dict[str, str], kill_at: str
+) -> None:
+    """Of check-resume: the launcher lives, and says which of them was killed."""
+    command = ("train", "--data", book, *RUN, "--processes", 2, "--name", "x")
+    process = start(tmp_path, {**environment, KILL_AT: kill_at}, *command)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert re.fullmatch(rf"onym: Process {kill_at.split(':')[1]} of 2 was ended by SIG(ALRM|KILL), and the others .*\n", error)
 
 
 @needs_proc

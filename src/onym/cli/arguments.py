@@ -217,7 +217,7 @@ class LadderArguments:
 
 @dataclass(frozen=True)
 class CheckResumeArguments:
-    """Train without a stop, and again with SIGKILLs at random moments; compare every tensor and every row of metrics bitwise.
+    """Train without a stop, and again with kills at random moments; compare every tensor and every row of metrics bitwise.
 
     Of several processes (with --processes) one is killed each time. All options of onym train may follow these, except --name
     and --runs-dir: see onym train --help. Choose few --steps, and a --save-every that gives several checkpoints. Exit code 0:

@@ -58,7 +58,7 @@ def compare_killed(
         folder: for both runs.
         kills: how many; fewer where the run has fewer than two steps.
         seed: of their moments.
-        progress: is told what is being done.
+        progress: is called with what is being done.
         ranks: the processes of the run; one of them is killed each time.
 
     Raises:
@@ -86,7 +86,8 @@ def compare_killed(
         moment = moments.random()
         if moments.random() < 0.2:  # while it starts, reads what is there, or compiles
             step, moment = AT_THE_START, moment * seconds_to_first
-        process = _start(arguments, killed, kill_at=f"{step}:{moments.randrange(ranks)}:{moment}")
+        rank = moments.randrange(ranks) if ranks > 1 else os.environ.get("RANK", "")
+        process = _start(arguments, killed, kill_at=f"{step}:{rank}:{moment}")
         _, errors = process.communicate()
         if process.returncode in (-signal.SIGALRM, -signal.SIGKILL) or re.search(rb"ended by SIG(ALRM|KILL)", errors):
             result.kills.append(_last_step(killed))

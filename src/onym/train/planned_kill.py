@@ -1,7 +1,8 @@
 """A process that ends itself without notice inside a chosen step, for ``onym tools check-resume``.
 
-``ONYM_KILL_AT=STEP:RANK:SHARE``: in this step of this rank, after that share of the time that the step before took. With -1 in
-the place of STEP: that many seconds after the start, at the latest in the first step. Placed by step and not by somebody else's
+``ONYM_KILL_AT=STEP:RANK:SHARE``: in this step of the process that has this in its RANK (nothing, of a run of one process; so a
+launcher is never meant), after that share of the time that the step before took. With -1 in the place of STEP: that many
+seconds after the start, at the latest in the first step. Placed by step and not by somebody else's
 clock, a kill is never too late, however fast the machine is. SIGALRM's default action ends a process as SIGKILL does: at once,
 at any instruction, and nothing is cleaned up.
 """
@@ -21,7 +22,7 @@ class PlannedKill:
 
     def __init__(self) -> None:
         step, rank, share = (os.environ.get(KILL_AT) or f"0:{AT_THE_START}:0").split(":")
-        self._is_mine = rank == os.environ.get("RANK", "0")
+        self._is_mine = rank == os.environ.get("RANK", "")
         self._step, self._share, self._began = int(step), float(share), time.monotonic()
         if self._is_mine and self._step == AT_THE_START:
             self._arm(self._share)
