@@ -136,6 +136,8 @@ def _decode(raw: bytes, source: str) -> str:
 
 
 def _require_text(text: str, source: str) -> None:
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
