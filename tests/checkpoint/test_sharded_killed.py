@@ -173,7 +173,9 @@ def test_killed_at_any_system_call(tmp_path: Path, victim: int, monkeypatch: pyt
     monkeypatch.setattr(coordinator, "_TICK_SECONDS", 0.05)
     log, calls = tmp_path / "log", (*CALLS, "sendto", "sendmsg")
     watched = ["-e", "trace=" + ",".join("?" + call for call in calls), "-o", str(log)]
-    assert attempt(tmp_path / "alive", victim, traced=watched) == ["kept", "kept"]
+    for name in ("first", "alive"):  # the first one in a process imports and opens more than those that follow
+        assert attempt(tmp_path / name, victim, traced=watched) == ["kept", "kept"]
+    log.write_text(log.read_text().partition("/said-")[0].rpartition("\n")[0] + "\n")  # without what the test itself writes
     counted = calls_in(log)
     points = [(call, number) for call in calls for number in range(1, counted[call] + 1)]
     outcomes = Counter[tuple[bool, bool]]()
