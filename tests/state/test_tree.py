@@ -26,7 +26,7 @@ def there_and_back(value: Any) -> Any:
     return unflatten(json.loads(json.dumps(structure, allow_nan=False)), tensors)
 
 
-plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
 keys = st.text() | st.integers() | st.booleans()
 nested = st.recursive(
     plain,

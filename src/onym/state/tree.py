@@ -3,17 +3,19 @@
 What a scheduler's, a gradient scaler's or an optimizer's ``state_dict()`` holds. The JSON has the structure; where a tensor
 stood it says under which name the tensor is stored. What JSON cannot say by itself is an object with one key that begins with
 ``$``: ``$tensor`` (a name), ``$tuple``, ``$dict`` (pairs: keys that are no strings), ``$counter``, ``$ordered``, ``$float``
-(``"nan"``, ``"inf"``, ``"-inf"``).
+(``"nan"``, ``"inf"``, ``"-inf"``), ``$bytes`` (the name of a tensor of uint8), ``$bytesio`` (that, and the position).
 """
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from onym.errors import CheckpointError
@@ -23,7 +25,7 @@ def flatten(value: Any, prefix: str, suffix: str = "") -> tuple[dict[str, Tensor
     """Take the tensors out of a structure.
 
     Args:
-        value: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+        value: nested dicts, lists and tuples of tensors, numbers, strings, bytes, booleans and None.
         prefix: what its tensors' names begin with; the path inside the structure follows.
         suffix: what their names end with.
 
@@ -59,6 +61,11 @@ def flatten(value: Any, prefix: str, suffix: str = "") -> tuple[dict[str, Tensor
             return {"$float": str(item)}
         if item is None or kind in (bool, int, float, str):
             return item
+        if kind is bytes:
+            content = torch.frombuffer(bytearray(item), dtype=torch.uint8) if item else torch.empty(0, dtype=torch.uint8)
+            return {"$bytes": encode(content, path)["$tensor"]}
+        if kind is io.BytesIO:
+            return {"$bytesio": [encode(item.getvalue(), path)["$bytes"], item.tell()]}
         if kind is list:
             return [encode(part, f"{path}.{index}") for index, part in enumerate(item)]
         if kind is tuple:
@@ -68,8 +75,8 @@ def flatten(value: Any, prefix: str, suffix: str = "") -> tuple[dict[str, Tensor
         if kind in _MAPPINGS:
             return {_MAPPINGS[kind]: pairs(item, path)}
         raise CheckpointError(
-            f"{path}{suffix} is a {kind.__name__}, which cannot be saved: only tensors, numbers, text, booleans, None, and "
-            f"lists, tuples and dicts of them can. {_remedy(item)}"
+            f"{path}{suffix} is a {kind.__name__}, which cannot be saved: only tensors, numbers, text, bytes, booleans, None, "
+            f"and lists, tuples and dicts of them can. {_remedy(item)}"
         )
 
     return tensors, encode(value, prefix)
@@ -87,6 +94,11 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor], convert: Callable[[
         CheckpointError: a tensor is missing, or the structure is none of ours.
     """
 
+    def tensor(name: str, key: str) -> Tensor:
+        if name not in tensors:
+            raise CheckpointError(f"The tensor {name!r} is named in the stored state but is not there.")
+        return convert(key, tensors[name]) if convert else tensors[name]
+
     def decode(item: Any, key: str) -> Any:
         if isinstance(item, list):
             return [decode(part, key) for part in item]
@@ -97,9 +109,13 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor], convert: Callable[[
             return {name: decode(part, name) for name, part in item.items()}
         content = item[tag]
         if tag == "$tensor":
-            if content not in tensors:
-                raise CheckpointError(f"The tensor {content!r} is named in the stored state but is not there.")
-            return convert(key, tensors[content]) if convert else tensors[content]
+            return tensor(content, key)
+        if tag == "$bytes":
+            return tensor(content, key).numpy().tobytes()
+        if tag == "$bytesio":
+            stream = io.BytesIO(tensor(content[0], key).numpy().tobytes())
+            stream.seek(content[1])
+            return stream
         if tag == "$float":
             return float(content)
         if tag == "$tuple":
