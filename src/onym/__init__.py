@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from onym.api import load_model as load_model
     from onym.api import open_checkpoint as open_checkpoint
     from onym.api import save as save
+    from onym.api import stored_optimizer_state as stored_optimizer_state
     from onym.checkpoint.checkpointer import Checkpointer as Checkpointer
     from onym.checkpoint.checkpointer import Restored as Restored
     from onym.checkpoint.dcp import DCPReader as DCPReader
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from onym.state.optimizer import optimizer_state as optimizer_state
 
 _WHERE = {
-    "api": ("load", "load_model", "open_checkpoint", "save"),
+    "api": ("load", "load_model", "open_checkpoint", "save", "stored_optimizer_state"),
     "checkpoint.checkpointer": ("Checkpointer", "Restored"),
     "checkpoint.dcp": ("DCPReader", "DCPWriter"),
     "convert.registry": ("register_format",),

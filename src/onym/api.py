@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from onym.checkpoint.restore import stored_optimizer
 from onym.convert.opening import open_any, warn_of
 from onym.convert.sources import as_json
 from onym.convert.translation import format_of, translated
@@ -27,7 +28,7 @@ from onym.format.tensors import TensorFile
 from onym.format.writer import About, write_folder, write_safetensors
 from onym.names.diagnose import diagnose
 from onym.names.match import recover_names, renamed_state
-from onym.names.mismatch import MismatchError, compare
+from onym.names.mismatch import Cause, MismatchError, compare
 from onym.names.wrappers import AVERAGE_COUNTER, require_module, unwrap
 from onym.state.architectures import build_model, describe_model
 from onym.state.materialise import materialise_meta
@@ -94,6 +95,7 @@ def load(
     *,
     strict: bool = True,
     dtype: DtypePolicy = "exact",
+    skip_mismatched: str | Iterable[str] = (),
     verify: bool = True,
     part: str | None = None,
 ) -> LoadReport:
@@ -108,6 +110,8 @@ def load(
             given memory on the CPU, so that a large model is never there twice; build its optimizer afterwards.
         strict: refuse names that are missing or unexpected.
         dtype: ``"exact"`` refuses tensors of another dtype, ``"cast"`` converts and reports them.
+        skip_mismatched: names, modules or patterns (``["head.*"]``) of tensors that stay as they are where their shapes differ:
+            a head for another number of classes. All others are loaded; these are the report's ``skipped``.
         verify: check each tensor against its stored hash (BLAKE3, about 4 GB a second and core) before it is used. Sizes and
             structure are checked in any case.
         part: of a file with several models (``"state_dict_ema"``), which.
@@ -122,7 +126,8 @@ def load(
     {'_orig_mod.weight': 'weight', '_orig_mod.bias': 'bias'}
     """
     require_module(into)
-    return _load_into(_found(path, verify=verify, part=part), into, strict=strict, dtype=dtype, verify=verify)
+    found = _found(path, verify=verify, part=part)
+    return _load_into(found, into, strict=strict, dtype=dtype, skip_mismatched=skip_mismatched, verify=verify)
 
 
 def load_model(
@@ -178,6 +183,42 @@ def open_checkpoint(path: str | Path, *, step: int | str = "latest", part: str |
     return _found(path, step, part=part)
 
 
+def stored_optimizer_state(
+    path: str | Path, *, step: int | str = "latest", name: str = "optimizer"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state in a checkpoint, by parameter name, without a model or an optimizer: to look at, or to change.
+
+    It goes into any optimizer over a model with these names by :func:`onym.load_optimizer_state`, which says what else may
+    differ: parameters that were frozen when it was saved, groups that were split.
+
+    Args:
+        path: a checkpoint that :class:`onym.Checkpointer` wrote, the folder of its steps, or a run of ``onym train``.
+        step: of several, ``"latest"`` (the newest good one) or a number.
+        name: what it was saved under.
+
+    Returns:
+        As :func:`onym.optimizer_state`: ``{"state.<slot>.<parameter name>": tensor}``, checked, on the CPU, and a JSON object
+        with the groups' hyperparameters and the values that are no tensors.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged, or holds no optimizer of this name.
+
+    >>> import onym
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD([model.weight], lr=0.1, momentum=0.9)
+    >>> model(torch.ones(1, 2)).backward(); optimizer.step()
+    >>> with onym.Checkpointer("run") as checkpointer:
+    ...     _ = checkpointer.save(1, {"model": model, "optimizer": optimizer})
+    >>> tensors, description = stored_optimizer_state("run")
+    >>> list(tensors), description["groups"][0]["hyperparameters"]["lr"]
+    (['state.momentum_buffer.weight'], 0.1)
+    >>> unfrozen = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> onym.load_optimizer_state(model, unfrozen, tensors, description, accept=["added"]).fresh
+    ['bias']
+    """
+    return stored_optimizer(_found(path, step), name)
+
+
 def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", compile: bool = False) -> nn.Module:
     """:func:`load_model` of a checkpoint that is open already."""
     if checkpoint.config is None or checkpoint.architecture is None:
@@ -200,11 +241,21 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu
         model = build_model(checkpoint.architecture, checkpoint.config)
     except (RuntimeError, MemoryError, OverflowError) as error:
         raise CheckpointError(f"No model can be built from the configuration in '{checkpoint.path}': {error}") from error
-    _load_into(checkpoint, model, strict=True, dtype="cast", verify=True, device=device)
+    try:
+        _load_into(checkpoint, model, strict=True, dtype="cast", verify=True, device=device)
+    except MismatchError as error:
+        raise MismatchError(error.differences, [*error.causes, _OTHER_CALL]) from None
     model.to(device).eval()
     if compile:
         model.compile()
     return model
+
+
+_OTHER_CALL = Cause(
+    "This model was built from the configuration that is stored beside the tensors: to load into another one, or a part alone, "
+    "use onym.load(path, into=model), which has strict=False and skip_mismatched=[…].",
+    0,
+)
 
 
 def _load_into(
@@ -214,6 +265,7 @@ def _load_into(
     strict: bool,
     dtype: DtypePolicy,
     verify: bool,
+    skip_mismatched: str | Iterable[str] = (),
     device: str | torch.device = "cpu",
 ) -> LoadReport:
     known = named_state(model)
@@ -224,18 +276,19 @@ def _load_into(
     renamed = recover_names(state, known)
     state = renamed_state(state, renamed)
     try:
-        if any(tensor.is_meta for tensor in model.parameters()):  # report mismatches before memory is allocated
+        # Mismatches are reported before memory is allocated.
+        if not skip_mismatched and any(tensor.is_meta for tensor in model.parameters()):
             stored, wanted = describe(state), describe(known, state)
             if (differences := compare(stored, wanted)).shapes:
                 raise MismatchError(differences, diagnose(differences, stored, wanted))
         with materialise_meta(model, device) as empty:
-            report = load_state_dict(model, state, strict=strict, dtype=dtype)
-            if empty and report.missing:
+            report = load_state_dict(model, state, strict=strict, dtype=dtype, skip_mismatched=skip_mismatched)
+            if empty and (without := [*report.missing, *report.skipped]):
                 live = state_dict(model)
-                if left := [name for name in report.missing if live[name].data_ptr() in empty]:
+                if left := [name for name in without if live[name].data_ptr() in empty]:
                     raise ConfigError(
-                        f"{left[0]} is on the meta device and '{checkpoint.path}' does not have it, so it would have no "
-                        "values: build the model on a real device."
+                        f"{left[0]} is on the meta device and '{checkpoint.path}' does not have it in this shape, so it would "
+                        "have no values: build the model on a real device."
                     )
     except MismatchError as error:
         if (sentence := _other_configuration(checkpoint, model)) is not None:

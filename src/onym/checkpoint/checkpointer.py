@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from onym.checkpoint.background import BackgroundTask, Staging
-from onym.checkpoint.restore import restore_state
+from onym.checkpoint.restore import Policy, restore_state
 from onym.checkpoint.retention import Retention, archive_steps, write_step
 from onym.checkpoint.sharded import ShardedSave
 from onym.checkpoint.snapshot import capture
@@ -31,6 +31,8 @@ from onym.state.collectives import (
     run_on_all_ranks,
 )
 from onym.state.dtensor import any_sharded
+from onym.state.model import DtypePolicy, LoadReport
+from onym.state.optimizer import Difference, OptimizerReport
 from onym.storage.local import make_folder, repair_all_interrupted, sweep
 from onym.storage.lock import Lease
 from onym.storage.paths import as_path, is_local
@@ -49,6 +51,8 @@ class Restored:
     values: Mapping[str, Any] = field(default_factory=dict)
     """The plain values that the checkpoint has, by name."""
     path: Path | None = None
+    reports: Mapping[str, LoadReport | OptimizerReport] = field(default_factory=dict)
+    """Of each model and optimizer, by name, what was restored and what was not."""
 
     def __str__(self) -> str:
         result = f"restored step {self.step} from '{self.path}'" if self.step is not None else "there is no checkpoint yet"
@@ -262,7 +266,16 @@ class Checkpointer:
         self._parent, self._abandoned = {"step": step, "identity": manifest.identity}, []
 
     def restore(
-        self, state: Mapping[str, Any], step: int | str = "latest", *, verify: bool = True, rng: bool = True
+        self,
+        state: Mapping[str, Any],
+        step: int | str = "latest",
+        *,
+        verify: bool = True,
+        rng: bool = True,
+        strict: bool = True,
+        dtype: DtypePolicy = "exact",
+        accept: Difference | Iterable[Difference] = (),
+        skip_mismatched: str | Iterable[str] = (),
     ) -> Restored:
         """Restore objects from a checkpoint.
 
@@ -271,12 +284,20 @@ class Checkpointer:
             step: ``"latest"`` (the newest that verifies), a number, or the name of a pinned one.
             verify: check every byte before anything is changed.
             rng: restore the random number generators too.
+            strict: refuse names that are missing in a model or unexpected, as :func:`onym.load` does.
+            dtype: ``"exact"`` refuses a model's tensors of another dtype, ``"cast"`` converts them, as :func:`onym.load` does.
+            accept: the differences between the stored optimizer and the live one to go on with, as
+                :func:`onym.load_optimizer_state` does: ``"added"`` (a layer that was frozen), ``"removed"``,
+                ``"hyperparameters"``, ``"optimizer"``.
+            skip_mismatched: names, modules or patterns (``["head.*"]``) of tensors of the models that stay as they are where
+                their shapes differ, as :func:`onym.load` does; the optimizer's state of such a parameter starts fresh.
 
         Raises:
             CheckpointError: all checkpoints are damaged, or there is no such step.
             MismatchError: it does not fit; says why.
         """
         collective = isinstance(state, Mapping) and any_sharded(state.values())
+        policy = Policy(strict, dtype, accept, skip_mismatched)
         with self._lock:
             self._after_last_save(self._task.wait, collective)
             while True:
@@ -284,7 +305,7 @@ class Checkpointer:
                 if found is None:
                     return Restored(None)
                 try:
-                    return replace(self.restore_from(found.checkpoint, state, rng=rng), skipped=found.skipped)
+                    return replace(self._restored(found.checkpoint, state, rng, policy), skipped=found.skipped)
                 except CheckpointError:
                     gone = step == "latest" and not found.checkpoint.path.exists()
                     if not any(all_gather_object(gone, collective)):
@@ -300,11 +321,14 @@ class Checkpointer:
 
     def restore_from(self, checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> Restored:
         """:meth:`restore` from a checkpoint that is open already; the next save has it as its parent."""
-        values = restore_state(checkpoint, state, rng=rng)
+        return self._restored(checkpoint, state, rng, Policy())
+
+    def _restored(self, checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool, policy: Policy) -> Restored:
+        values, reports = restore_state(checkpoint, state, rng=rng, policy=policy)
         step = checkpoint.manifest.step if checkpoint.manifest else None
         self._parent = {"step": step, "identity": checkpoint.identity}
         self._abandoned = [other for other in self.steps if step is not None and other > step]
-        return Restored(step, values=values, path=checkpoint.path)
+        return Restored(step, values=values, path=checkpoint.path, reports=reports)
 
     def archive_steps(self) -> None:
         """Rename the steps after the restored one now, rather than at the next save; pinned ones stay.

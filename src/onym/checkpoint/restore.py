@@ -18,14 +18,30 @@ from onym.format.reader import Checkpoint
 from onym.names.mismatch import compare
 from onym.state.collectives import get_rank, run_on_all_ranks
 from onym.state.dtensor import any_sharded, from_local_chunk, has_chunks, local_chunk
-from onym.state.model import describe, load_state_dict, named_state
+from onym.state.model import DtypePolicy, LoadReport, describe, load_state_dict, named_state, refused_of
 from onym.state.offloaded import require_not_offloaded
-from onym.state.optimizer import load_optimizer_state
+from onym.state.optimizer import Difference, OptimizerReport, load_optimizer_state
+from onym.state.patterns import matches, require_patterns
 from onym.state.rng import load_rng_state, require_rng_state
 from onym.state.tree import unflatten
 
+Reports = dict[str, LoadReport | OptimizerReport]
+"""By the name of a model or optimizer, what its restore did."""
 
-def restore_state(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Policy:
+    """The differences to go on with: as the arguments of ``load_state_dict`` and ``load_optimizer_state``."""
+
+    strict: bool = True
+    dtype: DtypePolicy = "exact"
+    accept: Difference | Iterable[Difference] = ()
+    skip_mismatched: str | Iterable[str] = ()
+
+
+def restore_state(
+    checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool = True, policy: Policy = Policy()
+) -> tuple[dict[str, Any], Reports]:
     """Restore objects from a checkpoint.
 
     Args:
@@ -33,16 +49,17 @@ def restore_state(checkpoint: Checkpoint, state: Mapping[str, Any], *, rng: bool
         state: the objects, under the names that they were saved under; any may be left out. A dict or list of plain values is
             filled in place.
         rng: restore the random number generators too.
+        policy: what may differ.
 
     Returns:
-        The plain values that the checkpoint has.
+        The plain values that the checkpoint has, and what was done to models and optimizers.
 
     Raises:
         CheckpointError: it has nothing under one of the names, or something of another kind, on any rank.
         MismatchError: it does not fit.
     """
     collective = isinstance(state, Mapping) and any_sharded(state.values())
-    return _apply(state, run_on_all_ranks(lambda: _decoded(checkpoint, state, rng), collective))
+    return _apply(state, run_on_all_ranks(lambda: _decoded(checkpoint, state, rng), collective), policy)
 
 
 def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> _Decoded:
@@ -86,22 +103,34 @@ def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> _De
     return _Decoded(stored, modules, decoded, values, generators)
 
 
-def _apply(state: Mapping[str, Any], content: _Decoded) -> dict[str, Any]:
+def _apply(state: Mapping[str, Any], content: _Decoded, policy: Policy) -> tuple[dict[str, Any], Reports]:
     """Change the objects."""
     stored, modules, decoded = content.stored, content.modules, content.objects
-    fitting = {
-        key: not compare(describe(decoded[key]), describe(named_state(module), decoded[key])) for key, module in modules.items()
-    }
-    for key in sorted(modules, key=lambda key: fitting[key]):  # one that does not fit says so before any other is changed
+    names = {key: named_state(module) for key, module in modules.items()}
+    patterns = require_patterns(policy.skip_mismatched, {name: None for each in names.values() for name in each})
+    skipping = {key: _matching(patterns, each) for key, each in names.items()}
+    reports: Reports = {}
+
+    def load(key: str) -> None:
+        reports[key] = load_state_dict(
+            modules[key], decoded[key], strict=policy.strict, dtype=policy.dtype, skip_mismatched=skipping[key]
+        )
+
+    fitting = {key: _fits(decoded[key], each, skipping[key], policy) for key, each in names.items()}
+    for key in modules:  # one that does not fit says so before any other is changed
         if not fitting[key]:
-            load_state_dict(modules[key], decoded[key])
+            load(key)
     for key, value in state.items():
         if stored.kind(key) == "optimizer":
             with stored.decoding(key):
-                load_optimizer_state(model_of(key, value, modules), value, decoded[key], stored.objects[key]["state"])
+                model, description = model_of(key, value, modules), stored.objects[key]["state"]
+                among = _matching(patterns, (name for group in description["groups"] for name in group["params"]))
+                reports[key] = load_optimizer_state(
+                    model, value, decoded[key], description, accept=policy.accept, skip_mismatched=among
+                )
     for key, value in state.items():
         if stored.kind(key) == "model" and fitting[key]:
-            load_state_dict(value, decoded[key])
+            load(key)
         elif stored.kind(key) == "state":
             with stored.decoding(key):
                 value.load_state_dict(decoded[key])
@@ -112,7 +141,38 @@ def _apply(state: Mapping[str, Any], content: _Decoded) -> dict[str, Any]:
             value[:] = decoded[key]
     if content.generators is not None:
         load_rng_state(*content.generators)
-    return content.values
+    return content.values, {key: reports[key] for key in state if key in reports}
+
+
+def _matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The patterns that match one of these names."""
+    known = list(names)
+    return [pattern for pattern in patterns if any(matches([pattern], name) for name in known)]
+
+
+def _fits(stored: Mapping[str, Any], live: Mapping[str, Any], skipping: Iterable[str], policy: Policy) -> bool:
+    """Whether a model will load without its own loading code being asked."""
+    differences = compare(describe(stored), describe(live, stored))
+    for name in [name for name in differences.shapes if matches(skipping, name)]:
+        del differences.shapes[name]
+        differences.dtypes.pop(name, None)
+    return not refused_of(differences, strict=policy.strict, dtype=policy.dtype) and len(differences.missing) < len(live)
+
+
+def stored_optimizer(checkpoint: Checkpoint, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of an optimizer in a checkpoint, as :func:`onym.state.optimizer.optimizer_state` returns it.
+
+    Raises:
+        CheckpointError: it holds no optimizer of this name, or is damaged.
+    """
+    stored = _Stored(checkpoint)
+    found = [key for key in stored.objects if stored.kind(key) == "optimizer"]
+    if name not in found:
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds no optimizer called {name!r}; its optimizers: {', '.join(found) or 'none'}."
+        )
+    with stored.decoding(name):
+        return stored.tensors(name, {}), dict(stored.objects[name]["state"])
 
 
 def stored_values(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from onym.names.plain_view import plain_view
 from onym.names.wrappers import require_module
 from onym.state.dtensor import distribute_like, full_parameters, full_tensor, is_sharded, local
 from onym.state.offloaded import require_not_offloaded, with_offloaded
+from onym.state.patterns import matches, require_patterns, skipping
 
 DtypePolicy = Literal["exact", "cast"]
 
@@ -46,6 +47,8 @@ class LoadReport:
     """Stored name -> name, where a wrapper had changed it."""
     overflowed: list[str] = field(default_factory=list)
     """With values beyond the range of the model's dtype, which became infinite (only with ``dtype="cast"``)."""
+    skipped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    """Stored shape and model shape, where they differed: left as they were (only with ``skip_mismatched``)."""
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
@@ -53,6 +56,7 @@ class LoadReport:
             (self.renamed, "renamed"),
             (self.cast, "cast"),
             (self.overflowed, "with values that became infinite"),
+            (self.skipped, "of another shape, left as they were"),
             (self.missing, "left as they were"),
             (self.unexpected, "not used"),
         ):
@@ -107,7 +111,12 @@ def full_state_dict(state: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def load_state_dict(
-    model: nn.Module, state: Mapping[str, Any], *, strict: bool = True, dtype: DtypePolicy = "exact"
+    model: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    dtype: DtypePolicy = "exact",
+    skip_mismatched: str | Iterable[str] = (),
 ) -> LoadReport:
     """Copy tensors into a model, plain or wrapped, by canonical name.
 
@@ -118,6 +127,8 @@ def load_state_dict(
         strict: refuse names that are missing or unexpected. Shapes must agree in any case.
         dtype: ``"exact"`` refuses a tensor of another dtype, ``"cast"`` converts and reports it, though never floating-point
             numbers to integers or complex ones to real.
+        skip_mismatched: names, modules or patterns (``["head.*"]``) of tensors that stay as they are where their shapes differ:
+            a head for another number of classes. They are the report's ``skipped``.
 
     Returns:
         What was loaded, and what was not.
@@ -153,14 +164,11 @@ def load_state_dict(
                 complete[name] = state[given]
 
         stored, target = describe(complete), describe(live, complete)
-        differences = compare(stored, target)
-        uncastable = {name: kinds for name, kinds in differences.dtypes.items() if not _castable(*kinds)}
-        refused = Differences(
-            missing=differences.missing if strict else [],
-            unexpected=differences.unexpected if strict else [],
-            shapes=differences.shapes,
-            dtypes=differences.dtypes if dtype == "exact" else uncastable,
-        )
+        patterns = require_patterns(skip_mismatched, live)
+        skipped = {name: pair for name, pair in compare(stored, target).shapes.items() if matches(patterns, name)}
+        complete |= {name: live[name] for name in skipped}
+        differences = compare(stored := describe(complete), target)
+        refused = refused_of(differences, strict=strict, dtype=dtype)
         # Modules read the layout version of their state here. A .safetensors file has none, so the present version is assumed.
         versions = getattr(state, "_metadata", getattr(live, "_metadata", OrderedDict()))
         if refused.dtypes:
@@ -177,12 +185,13 @@ def load_state_dict(
             tried = [versions] if hasattr(state, "_metadata") else [versions, OrderedDict()]
             left = _left_by_the_model(plain, ready, tried, strict or none_fits)
             if left is None:
-                raise MismatchError(refused or differences, diagnose(refused or differences, stored, target))
+                shown = refused or differences
+                raise MismatchError(shown, [*diagnose(shown, stored, target), *skipping(shown, target)])
             missing, unexpected = left
-            loaded = [name for name in complete if name not in unexpected]
+            loaded = [name for name in complete if name not in unexpected and name not in skipped]
         else:
             missing, unexpected = differences.missing, differences.unexpected
-            loaded = [name for name in target if name in complete]
+            loaded = [name for name in target if name in complete and name not in skipped]
             _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions)
         overflowed = [name for name in differences.dtypes if _overflows(complete[name], live[name])]
     if overflowed:
@@ -192,7 +201,18 @@ def load_state_dict(
             "into a model of bfloat16 or float32.",
             stacklevel=2,
         )
-    return LoadReport(loaded, missing, unexpected, differences.dtypes, overflowed=overflowed)
+    return LoadReport(loaded, missing, unexpected, differences.dtypes, overflowed=overflowed, skipped=skipped)
+
+
+def refused_of(differences: Differences, *, strict: bool, dtype: DtypePolicy) -> Differences:
+    """The differences that :func:`load_state_dict` refuses, unless the model's own loading code takes them."""
+    uncastable = {name: kinds for name, kinds in differences.dtypes.items() if not _castable(*kinds)}
+    return Differences(
+        missing=differences.missing if strict else [],
+        unexpected=differences.unexpected if strict else [],
+        shapes=differences.shapes,
+        dtypes=differences.dtypes if dtype == "exact" else uncastable,
+    )
 
 
 def _live_state(plain: nn.Module) -> dict[str, Any]:

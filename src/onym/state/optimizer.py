@@ -18,6 +18,7 @@ from onym.errors import CheckpointError, ConfigError
 from onym.names.plain_view import plain_view
 from onym.names.wrappers import require_module
 from onym.state.dtensor import distribute_like, full_tensor, has_flat_parameters, is_sharded
+from onym.state.patterns import matches, require_patterns
 from onym.state.tree import flatten, unflatten
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]
@@ -46,8 +47,8 @@ class OptimizerReport:
 
     restored: list[str]
     fresh: list[str] = field(default_factory=list)
-    """Without stored state of this optimizer's class: they start as new ones (only with ``accept=["added"]`` or
-    ``["optimizer"]``)."""
+    """Without stored state of this optimizer's class or of their shape: they start as new ones (only with
+    ``accept=["added"]``, ``["optimizer"]`` or ``skip_mismatched``)."""
     dropped: list[str] = field(default_factory=list)
     """Stored but not optimised any more: not used (only with ``accept=["removed"]``)."""
     kept: list[str] = field(default_factory=list)
@@ -118,6 +119,7 @@ def load_optimizer_state(
     description: Mapping[str, Any],
     *,
     accept: Difference | Iterable[Difference] = (),
+    skip_mismatched: str | Iterable[str] = (),
 ) -> OptimizerReport:
     """Restore what :func:`optimizer_state` returned, by name: groups may be split, joined, reordered, the model wrapped anew.
 
@@ -133,6 +135,8 @@ def load_optimizer_state(
             start fresh. ``"removed"``: stored ones that are not optimised any more are dropped. ``"hyperparameters"``: where a
             group joins parameters with unequal ones, the live group's stay. ``"optimizer"``: parameters whose state is another
             class's start fresh, with the hyperparameters that both classes have.
+        skip_mismatched: names, modules or patterns (``["head.*"]``) of parameters that start fresh where they have another
+            shape than the one that the state is for; as for :func:`onym.load_state_dict`.
 
     Returns:
         What was restored, and what was not.
@@ -174,13 +178,18 @@ def load_optimizer_state(
         frozen = [name for name in removed if name in names]
         why = "are in the model but not optimised (frozen?)" if len(frozen) == len(removed) else "are not optimised here"
         problems.add("removed", f"{len(removed)} of the stored parameters {why}: {_listed(removed)}.")
-    for name, parameter in live.items():
-        if name in stored and (was := stored[name]["shape"]) != list(parameter.shape):
-            problems.add(None, f"The state of {name} is for the shape {was}, the parameter has {list(parameter.shape)}.")
-
+    patterns = require_patterns(skip_mismatched, live)
     restored_groups: list[dict[str, Any]] = []
     kept: list[str] = []
-    anew: set[str] = set()  # names whose stored state is another class's
+    anew: set[str] = set()  # names whose stored state is another class's, or of another shape
+    for name, parameter in live.items():
+        if name in stored and (was := stored[name]["shape"]) != list(parameter.shape):
+            if matches(patterns, name):
+                anew.add(name)
+                continue
+            sentence = f"The state of {name} is for the shape {was}, the parameter has {list(parameter.shape)}"
+            problems.add(None, f'{sentence}: skip_mismatched=["{name}"] starts it fresh.')
+
     for number, ((optimizer, group), part) in enumerate(zip(groups, members, strict=True)):
         kind, known = type(optimizer).__name__, [stored_groups[name] for name in part if name in stored_groups]
         if others := sorted({former["optimizer"] for former in known} - {kind}):
