@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from onym.api import stored_optimizer_state as stored_optimizer_state
     from onym.checkpoint.checkpointer import Checkpointer as Checkpointer
     from onym.checkpoint.checkpointer import Restored as Restored
-    from onym.checkpoint.dcp import DCPReader as DCPReader
     from onym.checkpoint.dcp import DCPWriter as DCPWriter
+    from onym.convert.dcp_reader import DCPReader as DCPReader
     from onym.convert.registry import register_format as register_format
     from onym.errors import OnymError as OnymError
     from onym.gpt.config import GPTConfig as GPTConfig
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _WHERE = {
     "api": ("load", "load_model", "open_checkpoint", "save", "stored_optimizer_state"),
     "checkpoint.checkpointer": ("Checkpointer", "Restored"),
-    "checkpoint.dcp": ("DCPReader", "DCPWriter"),
+    "checkpoint.dcp": ("DCPWriter",),
+    "convert.dcp_reader": ("DCPReader",),
     "convert.registry": ("register_format",),
     "errors": ("OnymError",),
     "gpt.config": ("GPTConfig",),

@@ -1,4 +1,4 @@
-"""Our format behind ``torch.distributed.checkpoint``: a storage writer and reader for ``dcp.save`` and ``dcp.load``.
+"""Our format behind ``torch.distributed.checkpoint``: a storage writer for ``dcp.save``; onym.convert.dcp_reader reads.
 
 DCP's planner says which rank has which chunk; each rank writes its chunks into a file of its own, hashed, and fsyncs it; then
 the coordinator writes the manifest and renames the folder. So a checkpoint exists completely or not at all, whichever rank
@@ -10,67 +10,59 @@ fails, and the one before stays. No pickle is written: values that are not tenso
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
+import secrets
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from onym.errors import CheckpointError, ConfigError, StorageError, storage_error
-from onym.format.chunk_index import ChunkIndex, ShardedTensor
-from onym.format.layout import Layout, Shard
-from onym.format.manifest import MANIFEST, MODEL, gc_paused
+from onym.format.chunk_index import CHUNKS, ChunkIndex
+from onym.format.layout import Shard, shard_file
+from onym.format.manifest import MANIFEST, MODEL
 from onym.format.rank_files import ChunkOf, RankContent, RankReport, assemble, complete_folder, write_rank_files
-from onym.format.reader import Checkpoint, read_checkpoint
-from onym.format.safetensors import dtype_called, dtype_name
-from onym.format.sharded_file import ShardedFile
-from onym.format.tensors import TensorFile
 from onym.format.writer import NOTHING, require_replaceable
 from onym.state.chunks import Chunk
-from onym.state.tree import flatten, unflatten
-from onym.storage.local import LocalFolder, new_folder
+from onym.state.tree import flatten
+from onym.storage.local import LocalFolder, new_folder, unfinished
 from onym.storage.paths import as_path, is_local
-from onym.storage.threads import WORKERS, run_in_threads
 
 STATE = "state.safetensors"
 """The file of tensors outside of the model: an optimizer's, and those inside of other objects."""
-_MODEL_KEY = "model"
-_FOR_ONE_THREAD = 64 << 10  # bytes a tensor: of smaller ones Python itself is most of the work
-_PLANNER_METHODS = ("resolve_tensor", "commit_tensor")
+MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module", "net", "network", "model_state", "weights", "params")
+"""What people call a model in a state of several things."""
+_NO_MODELS = ("optim", "sched", "ema", "lr_", "rng", "random", "scaler", "train", "data", "loader", "sampler")
+
+Keys = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+def rank_folder(rank: int) -> str:
+    """Where a rank saves that saves for itself alone (``use_collectives=False``)."""
+    return f"rank-{rank:05d}"
+
+
+@dataclass
 class _Place:
-    """What the coordinator sends to each rank: its number, and the folder that is being written."""
+    """What the coordinator sends to each rank."""
 
     rank: int
     folder: str
+    """That is being written."""
+    prefix: str | None
+    """Of the names of the model's tensors; None where there is no model."""
+    used: bool = False
+    """A planner that caches plans gives this process the place of an earlier save again."""
 
 
 @dataclass(frozen=True)
@@ -80,108 +72,127 @@ class _Report:
     files: RankReport
     objects: Mapping[str, Any]
     """Values that are not tensors, as plain structures."""
+    prefix: str | None
 
 
-@dataclass(slots=True)
-class _Read:
-    """A chunk of a stored tensor, and where it goes."""
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """Where something that was saved is."""
 
-    file: TensorFile
-    name: str
-    target: torch.Tensor
-    item: ReadItem
+    relative_path: str
+    file: str = ""
+    """The file that a tensor would be in if one process had written it, and its name there."""
+    name: str = ""
+    shard: Shard | None = None
 
-    def run(self, verify: bool) -> None:
-        chunk = Chunk(tuple(self.item.storage_offsets), tuple(self.item.lengths))
-        self.file.read_into(self.name, self.target, chunk, verify=verify)
+
+def stored_chunks(index: ChunkIndex) -> dict[MetadataIndex, StoredChunk]:
+    """Where each chunk and each object is, by the names of the state that was saved."""
+    found = {
+        MetadataIndex((index.prefix if file == MODEL else "") + each, shard.chunk.offsets): StoredChunk(
+            shard_file(file, shard.rank), file, name, shard
+        )
+        for file, entries in index.tensors.items()
+        for name, entry in entries.items()
+        for each in (name, *entry.aliases)
+        for shard in entry.layout.shards
+    }
+    return found | {MetadataIndex(name): StoredChunk(CHUNKS) for name in index.objects}
 
 
 class DCPWriter(StorageWriter):
     """For ``dcp.save(state, storage_writer=DCPWriter(path))``: durable, hashed, atomic, without pickle.
 
-    Where the state is ``{"model": …, "optimizer": …}``, or a model's own state dict, ``onym.load(path, into=model)``,
-    ``onym.open_checkpoint``, ``onym inspect``, ``verify`` and ``convert`` open what it writes, in one process and without
-    torch.distributed.
+    The state may hold tensors, plain values, ``bytes`` and ``BytesIO`` in dicts, lists and tuples. Where a model can be told
+    from the rest (under ``model`` or another usual name, in an ``AppState``, or a model's own state dict),
+    ``onym.load(path, into=model)``, ``onym.open_checkpoint``, ``onym inspect``, ``verify`` and ``convert`` open what it writes,
+    in one process and without torch.distributed.
 
     Args:
         path: the checkpoint's folder, on a disk that all ranks share; ``checkpoint_id`` of ``dcp.save`` by default. One that
             is there is replaced, when the new one is complete.
+        overwrite: False refuses a path where something is.
 
     Raises:
         CheckpointError: a value in the state is neither a tensor nor made of plain values; nothing is written.
         StorageError: a disk refused, on any rank. ``dcp.save`` raises its own ``CheckpointException`` with it, on all.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = True) -> None:
         super().__init__()
-        self._path = None if path is None else _on_a_disk(path)
+        self.path = None if path is None else _on_a_disk(path)
+        self.overwrite, self.save_id = overwrite, secrets.token_hex(8)
+        self._alone: int | None = None
+        """The rank, where each saves for itself."""
         self._folder: LocalFolder | None = None
         """The folder that is being written, in the coordinator."""
+
+    @property
+    def checkpoint_id(self) -> Path | None:
+        """Where it is saved."""
+        return self.path
+
+    def storage_meta(self) -> StorageMeta:
+        """What a planner is told."""
+        return StorageMeta(checkpoint_id=self.path, save_id=self.save_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a save."""
         if checkpoint_id is not None and checkpoint_id != "":
-            self._path = _on_a_disk(checkpoint_id)
-        if self._path is None:
-            raise ConfigError("Where shall it be? DCPWriter(path), or dcp.save(…, checkpoint_id=path).")
+            self.path = _on_a_disk(checkpoint_id)
+        self.save_id = secrets.token_hex(8)
         self._discard()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the rank that plans for all is the one that commits."""
+        """The rank that plans for all is the one that commits, unless each rank saves for itself."""
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        self._alone = kwargs.get("rank", 0) if several and not kwargs.get("use_collectives", True) else None
+        self._discard()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing to add to the planner's."""
+        target = self._target()
+        if not self.overwrite and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+            raise StorageError(f"Checkpoint already exists at '{target}', and overwrite=False: choose another folder.")
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the folder, in the coordinator, and tell the other ranks where it is."""
-        path = self._required_path()
-        require_replaceable(path)
+        target = self._target()
+        require_replaceable(target)
+        if self._alone is not None and (target.parent / MANIFEST).exists():
+            raise StorageError(
+                f"'{target.parent}' holds a checkpoint that all ranks wrote together, which use_collectives=False does not "
+                "replace: choose another folder, or remove it."
+            )
+        items = [item for plan in plans for item in plan.items]
+        needed = sum(_nbytes(item) for item in items if item.tensor_data is not None)
+        prefix = _model_prefix(items, _merged(plan.planner_data for plan in plans))
         commit = ExitStack()
-        items = [item for plan in plans for item in plan.items if item.tensor_data is not None]
-        needed = sum(_nbytes(item) for item in items)
-        folder = commit.enter_context(new_folder(path, MANIFEST, needed))
+        folder = commit.enter_context(new_folder(target, MANIFEST, needed))
         self._folder, self._commit = folder, commit
-        # If a rank fails nothing is called here any more: the folder is deleted with this object.
+        # A rank whose own part fails deletes the folder. Where nothing is called here any more, it goes with this object.
         self._finalizer = weakref.finalize(self, _discard, commit)
-        return [replace(plan, storage_data=_Place(rank, str(folder.path))) for rank, plan in enumerate(plans)]
+        return [replace(plan, storage_data=_Place(rank, str(folder.path), prefix)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the chunks of this rank, durably."""
+        """Write the chunks of this rank, durably. If that fails, the folder is deleted at once, also from another rank."""
         place: _Place = plan.storage_data
-        tensors: dict[str, dict[str, torch.Tensor]] = {}
-        chunks: dict[str, dict[str, ChunkOf]] = {}
-        objects: dict[str, Any] = {}
-        paths = getattr(planner, "mappings", None) or {}
-        in_model = _names_in_model([*(item.index.fqn for item in plan.items), *paths], paths)
-        for item in plan.items:
-            fqn = item.index.fqn
-            if item.type == WriteItemType.BYTE_IO:
-                found, objects[fqn] = flatten(_object(item, planner), fqn)
-                tensors.setdefault(STATE, {}).update(found)
-                continue
-            assert item.tensor_data is not None
-            value = planner.resolve_data(item)
-            assert isinstance(value, torch.Tensor)
-            file, name = (MODEL, in_model[fqn]) if fqn in in_model else (STATE, fqn)
-            chunk = Chunk(tuple(item.tensor_data.chunk.offsets), tuple(value.shape))
-            key = f"{name}@{chunk.offsets}"  # one rank may have several
-            tensors.setdefault(file, {})[key] = value.detach()
-            chunks.setdefault(file, {})[key] = ChunkOf(name, tuple(item.tensor_data.size), chunk)
-        if not Path(place.folder).is_dir():
-            raise StorageError(
-                f"'{self._required_path()}' is not seen by all ranks as the same folder: choose one on a disk that all "
-                "machines share, and leave enable_plan_caching off."
-            )
-        folder = self._folder or LocalFolder(Path(place.folder))
+        folder = self._folder or self._shared_folder(place)
+        place.used = True
         try:
-            files = write_rank_files(folder, place.rank, RankContent(tensors, chunks))
-        except OSError as error:
-            raise storage_error("write", self._required_path(), error) from error
-        finally:
-            if folder is not self._folder:
-                folder.close()
-        reports = itertools.chain([_Report(files, objects)], itertools.repeat(None))
+            content, objects = _content_of(plan, planner, place.prefix)
+            files = write_rank_files(folder, place.rank, content)
+        except BaseException as error:
+            gone = not folder.path.is_dir()
+            self._discard()
+            folder.discard()
+            if isinstance(error, OSError):
+                raise (self._unseen() if gone else storage_error("write", self._target(), error)) from error
+            raise
+        if folder is not self._folder:
+            folder.close()
+        reports = itertools.chain([_Report(files, objects, place.prefix)], itertools.repeat(None))
         future: Future[list[WriteResult]] = Future()
         future.set_result(
             [
@@ -193,35 +204,49 @@ class DCPWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit, in the coordinator, after all ranks have written."""
-        folder = self._folder
+        folder, target = self._folder, self._target()
         assert folder is not None
-        reports: list[_Report] = [each.storage_data for result in results for each in result if each.storage_data is not None]
-        paths = {name: list(path) for name, path in (metadata.planner_data or {}).items()}
-        in_model = _names_in_model(list(metadata.state_dict_metadata), paths)
-        tensors = assemble(chunk for report in reports for chunk in report.files.written)
-        if MODEL not in tensors:
-            raise CheckpointError(
-                "There is no model in what is to be saved: pass its state dict itself, or as {'model': …} beside the others."
-            )
-        objects = {name: structure for report in reports for name, structure in report.objects.items()}
-        prefix = f"{_MODEL_KEY}." if any(fqn != name for fqn, name in in_model.items()) else ""
-        index = ChunkIndex(tensors, objects, prefix, paths)
         try:
-            complete_folder(folder, self._required_path(), [report.files for report in reports], index, {}, NOTHING)
-            self._folder = None
+            reports: list[_Report] = [each.storage_data for result in results for each in result if each.storage_data]
+            tensors = assemble(chunk for report in reports for chunk in report.files.written)
+            objects = {name: structure for report in reports for name, structure in report.objects.items()}
+            prefix = next((report.prefix for report in reports if report.prefix), "")
+            paths = {name: list(path) for name, path in (metadata.planner_data or {}).items()}
+            index = ChunkIndex(tensors, objects, prefix, paths, self._alone is not None)
+            complete_folder(folder, target, [report.files for report in reports], index, {}, NOTHING)
             self._finalizer.detach()
+            self._folder = None
             self._commit.close()
-        except OSError as error:
-            raise storage_error("write", self._required_path(), error) from error
+        except BaseException as error:
+            self._discard()
+            if isinstance(error, OSError):
+                raise storage_error("write", target, error) from error
+            raise
+        metadata.storage_data, metadata.storage_meta = stored_chunks(index), self.storage_meta()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a folder on a disk."""
         return is_local(as_path(checkpoint_id))
 
-    def _required_path(self) -> Path:
-        assert self._path is not None
-        return self._path
+    def _target(self) -> Path:
+        """The folder that is replaced."""
+        if self.path is None:
+            raise ConfigError("Where shall it be? DCPWriter(path), or dcp.save(…, checkpoint_id=path).")
+        return self.path if self._alone is None else self.path / rank_folder(self._alone)
+
+    def _shared_folder(self, place: _Place) -> LocalFolder:
+        """The folder that the coordinator made, on another rank."""
+        folder = unfinished(self._target()) if place.used else Path(place.folder)
+        if folder is None or not folder.is_dir():
+            raise self._unseen()
+        return LocalFolder(folder)
+
+    def _unseen(self) -> StorageError:
+        return StorageError(
+            f"'{self._target()}' is not seen by all ranks as the same folder: choose one on a disk that all machines share; "
+            "or another rank has failed, and its reason is told too."
+        )
 
     def _discard(self) -> None:
         if self._folder is not None:
@@ -229,174 +254,74 @@ class DCPWriter(StorageWriter):
             self._folder = None
 
 
-class DCPReader(StorageReader):
-    """For ``dcp.load(state, storage_reader=DCPReader(path))``: what :class:`DCPWriter` wrote, with any number of ranks.
+def _content_of(plan: SavePlan, planner: SavePlanner, prefix: str | None) -> tuple[RankContent, dict[str, Any]]:
+    """What a rank writes: its tensors, and its values that are none, as plain structures."""
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    chunks: dict[str, dict[str, ChunkOf]] = {}
+    objects: dict[str, Any] = {}
+    paths = getattr(planner, "mappings", None) or {}
+    for item in plan.items:
+        fqn = item.index.fqn
+        if item.type == WriteItemType.BYTE_IO:
+            value = _object(item, planner)
+            found, objects[fqn] = flatten(value, fqn)
+            is_model = prefix == f"{fqn}." and isinstance(value, Mapping)
+            for name, tensor in found.items():
+                if isinstance(tensor, DTensor):
+                    raise CheckpointError(f"{name} is sharded, and inside of an object: save with flatten_state_dict=True.")
+                short = name.removeprefix(prefix or "")
+                file, name = (MODEL, short) if is_model and value.get(short) is not None else (STATE, name)
+                tensors.setdefault(file, {})[name] = tensor
+            continue
+        assert item.tensor_data is not None
+        value = planner.resolve_data(item)
+        assert isinstance(value, torch.Tensor)
+        file, name = _place_of(fqn, paths.get(fqn, (fqn,)), prefix)
+        chunk = Chunk(tuple(item.tensor_data.chunk.offsets), tuple(value.shape))
+        key = f"{name}@{chunk.offsets}"  # one rank may have several
+        tensors.setdefault(file, {})[key] = value.detach()
+        chunks.setdefault(file, {})[key] = ChunkOf(name, tuple(item.tensor_data.size), chunk)
+    return RankContent(tensors, chunks), objects
 
-    Checkpoints of one process (``onym.save``, ``onym train``) are read too: the model's tensors, under their names.
+
+def _place_of(fqn: str, path: Keys, prefix: str | None) -> tuple[str, str]:
+    """The file of a tensor, and its name there."""
+    if prefix is None or not (fqn.startswith(prefix) if prefix else len(path) == 1):
+        return STATE, fqn
+    return MODEL, fqn.removeprefix(prefix)
+
+
+def _merged(mappings: Iterable[Any]) -> dict[str, Keys]:
+    return {name: path for each in mappings if isinstance(each, Mapping) for name, path in each.items()}
+
+
+def _model_prefix(items: Iterable[WriteItem], paths: Mapping[str, Keys]) -> str | None:
+    """What the names of the model's tensors begin with; None where no model can be told from the rest.
 
     Args:
-        path: the checkpoint's folder.
-        dtype: ``"exact"`` refuses a tensor of another dtype than the stored one, ``"cast"`` converts.
-        verify: check each chunk against its hash before it is used.
-
-    Raises:
-        CheckpointError: it is missing or damaged. ``dcp.load`` raises its own ``CheckpointException`` with it, everywhere.
+        items: all that is saved.
+        paths: full names -> the keys that lead to them in nested dicts.
     """
-
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, dtype: str = "exact", verify: bool = True) -> None:
-        super().__init__()
-        if dtype not in ("exact", "cast"):
-            raise ConfigError(f'dtype is "exact" or "cast", not {dtype!r}.')
-        self._path = None if path is None else as_path(path)
-        self._cast, self._verify = dtype == "cast", verify
-        self._checkpoint: Checkpoint | None = None
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin a load."""
-        if checkpoint_id is not None and checkpoint_id != "":
-            self._path = as_path(checkpoint_id)
-        if self._path is None:
-            raise ConfigError("Where is it? DCPReader(path), or dcp.load(…, checkpoint_id=path).")
-        self._checkpoint = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The tensors and objects of the checkpoint, for a planner."""
-        opened, index = self._opened(), self._index()
-        described: dict[str, Any] = {}
-        for file, entries in index.tensors.items():
-            for name, entry in entries.items():
-                dtype = dtype_called(entry.dtype)
-                if dtype is None:
-                    raise CheckpointError(
-                        f"{name} in '{opened.path}' has the dtype {entry.dtype}, which torch {torch.__version__} does not have."
-                    )
-                chunks = [
-                    ChunkStorageMetadata(torch.Size(shard.chunk.offsets), torch.Size(shard.chunk.sizes))
-                    for shard in entry.layout.shards
-                ]
-                for each in (name, *entry.aliases):
-                    full = index.prefix + each if file == MODEL else each
-                    properties = TensorProperties(dtype=dtype)
-                    described[full] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
-        described |= {name: BytesStorageMetadata() for name in index.objects}
-        paths = {name: tuple(path) for name, path in index.paths.items()}
-        return Metadata(described, planner_data=paths or {name: (name,) for name in described})
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: each rank opens the files that it needs."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Nothing to add."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to add."""
-        return plans
-
-    @gc_paused()
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what this rank needs, from the shards that have it."""
-        index = self._index()
-        shards = {
-            ((index.prefix if file == MODEL else "") + each, shard.chunk.offsets): (file, name, shard)
-            for file, entries in index.tensors.items()
-            for name, entry in entries.items()
-            for each in (name, *entry.aliases)
-            for shard in entry.layout.shards
-        }
-        reads: dict[int, list[_Read]] = {}
-        plain = not any(getattr(type(planner), each) is not getattr(DefaultLoadPlanner, each) for each in _PLANNER_METHODS)
-        for item in plan.items:
-            name = item.storage_index.fqn
-            if item.type == LoadItemType.BYTE_IO:
-                planner.load_bytes(item, self._pickled(index.objects[name]))
-                continue
-            target = planner.resolve_tensor(item).detach()
-            offsets = tuple(item.storage_index.offset) if item.storage_index.offset is not None else (0,) * target.dim()
-            file, stored = self._find(*shards[name, offsets])
-            if not self._cast and file.dtypes[stored] != dtype_name(target.dtype):
-                raise CheckpointError(
-                    f"{name} is {file.dtypes[stored]} in '{self._opened().path}' and {dtype_name(target.dtype)} here: "
-                    'DCPReader(path, dtype="cast") converts it.'
-                )
-            read = _Read(file, stored, target, item)
-            if plain:
-                # Targets that share memory are read in order.
-                reads.setdefault(target.untyped_storage().data_ptr(), []).append(read)
-            else:  # it may give the same memory for each
-                read.run(self._verify)
-                planner.commit_tensor(item, target)
-        self._read_in_threads(list(reads.values()))
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
-
-    def _pickled(self, structure: Any) -> io.BytesIO:
-        """A stored object as a planner takes it: as a pickle, in memory. Its tensors are read when they are asked for."""
-        opened = self._opened()
-        names: dict[str, Any] = {name: name for name in (opened.tensors(STATE).names if STATE in opened.holds else ())}
-
-        def read(_: str, name: Any) -> torch.Tensor:
-            value: torch.Tensor = opened.tensors(STATE).tensor(name, verify=self._verify).clone()
-            return value
-
-        content = io.BytesIO()
-        torch.save(unflatten(structure, names, read), content)
-        content.seek(0)
-        return content
-
-    def _read_in_threads(self, groups: list[list[_Read]]) -> None:
-        """Each thread a group at a time, if there is enough to read."""
-        inference = torch.is_inference_mode_enabled()
-        mean = sum(read.target.nbytes for group in groups for read in group) // max(len(groups), 1)
-        threads = min(WORKERS, len(groups)) if mean > _FOR_ONE_THREAD else 1
-
-        def work(number: int) -> None:
-            with torch.inference_mode(inference):  # each thread has its own
-                for group in groups[number::threads]:
-                    for read in group:
-                        read.run(self._verify)
-
-        run_in_threads(work, threads)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any path may be one."""
-        return True
-
-    def _opened(self) -> Checkpoint:
-        if self._checkpoint is None:
-            assert self._path is not None
-            self._checkpoint = read_checkpoint(self._path)
-            if self._checkpoint.manifest is None:
-                raise CheckpointError(f"'{self._path}' is one file, not a folder: onym.load(path, into=model) loads it.")
-        return self._checkpoint
-
-    def _find(self, file: str, name: str, shard: Shard) -> tuple[TensorFile, str]:
-        """The file with a shard, and the shard's name in it."""
-        opened = self._opened().tensors(file)
-        return opened.find(name, shard) if isinstance(opened, ShardedFile) else (opened, name)
-
-    def _index(self) -> ChunkIndex:
-        """In a checkpoint of one process each tensor has one chunk."""
-        opened = self._opened()
-        if opened.chunk_index is not None:
-            return opened.chunk_index
-        model = opened.model
-        aliases = {name: tuple(alias for alias, stored in model.aliases.items() if stored == name) for name in model.shapes}
-        tensors = {
-            name: ShardedTensor(model.dtypes[name], shape, Layout((Shard(0, Chunk.full(shape)),)), aliases[name])
-            for name, shape in model.shapes.items()
-        }
-        return ChunkIndex({MODEL: tensors})
-
-
-def _names_in_model(names: list[str], paths: Mapping[str, Any]) -> dict[str, str]:
-    """Full names of a model's tensors -> their names in it: those under ``model``, or those that are in no dict."""
-    under = {name: name.removeprefix(f"{_MODEL_KEY}.") for name in names if paths.get(name, (name,))[0] == _MODEL_KEY}
-    if any(len(paths.get(name, ())) > 1 for name in under):
-        return under
-    return {name: name for name in names if len(paths.get(name, (name,))) == 1}
+    items = list(items)
+    tensors = {paths.get(item.index.fqn, (item.index.fqn,)) for item in items if item.type != WriteItemType.BYTE_IO}
+    nested, loose = {path for path in tensors if len(path) > 1}, {path[0] for path in tensors if len(path) == 1}
+    if not paths:  # flatten_state_dict=False: a dict is one item
+        objects = {item.index.fqn for item in items if item.type == WriteItemType.BYTE_IO}
+        nested |= {(name, "") for name in objects.intersection(MODEL_KEYS)}
+    firsts = {str(path[0]) for path in nested}
+    if "model" in firsts:
+        return "model."
+    if len(found := firsts & set(MODEL_KEYS)) == 1:
+        return f"{found.pop()}."
+    if not found and any("." in name for name in loose):
+        return ""  # torchtitan: the model's tensors under their own names, beside dicts
+    inner = {f"{path[0]}.{path[1]}." for path in nested if len(path) > 2 and path[1] in MODEL_KEYS}
+    inner = {name for name in inner if not name.startswith(_NO_MODELS[:3])}
+    if not found and len(inner) == 1:
+        return inner.pop()
+    if len(firsts) == 1 and not loose and not next(iter(firsts)).lower().startswith(_NO_MODELS):
+        return f"{firsts.pop()}."
+    return "" if loose and not firsts else None
 
 
 def _object(item: WriteItem, planner: SavePlanner) -> Any:

@@ -104,16 +104,22 @@ class _StoredChunk:
     length: int
 
 
-def open_distributed(path: Path) -> TensorFile:
+def open_distributed(path: Path, metadata_file: str = METADATA, *, partial: bool = False) -> Distributed:
     """The tensors of a folder with a ``.metadata``.
+
+    Args:
+        path: the folder.
+        metadata_file: the file in it that says where everything is.
+        partial: one rank wrote it for itself, so chunks may be missing.
 
     Raises:
         CheckpointError: it is damaged, incomplete, or asks for code.
     """
-    metadata = _metadata(path / METADATA)
+    metadata = _metadata(path / metadata_file)
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     chunks: dict[str, list[_StoredChunk]] = {}
+    objects: dict[str, _StoredChunk] = {}
     sizes: dict[str, int] = {}
     try:
         where = {
@@ -121,7 +127,10 @@ def open_distributed(path: Path) -> TensorFile:
             for index, info in metadata.storage_data.items()
         }
         for name, entry in metadata.state_dict_metadata.items():
-            if not hasattr(entry, "chunks"):  # a number or an object: torch.save'd, and not needed
+            if not hasattr(entry, "chunks"):  # a number or an object, of a torch.save of its own
+                info = where.get((name, None))
+                if info is not None and is_file_name(info.relative_path) and are_counts((info.offset, info.length)):
+                    objects[name] = _StoredChunk(Chunk((), ()), info.relative_path, info.offset, info.length)
                 continue
             if not isinstance(name, str) or not are_counts(entry.size):
                 raise CheckpointError(f"'{path / METADATA}' is damaged: it has no shape for {str(name)[:80]}.")
@@ -143,11 +152,12 @@ def open_distributed(path: Path) -> TensorFile:
                 if sizes[info.relative_path] < info.offset + info.length:
                     how = "is missing" if sizes[info.relative_path] < 0 else "is shorter than it was written"
                     raise CheckpointError(f"'{file}' {how}, and holds a chunk of {name}: fetch it again, or take another step.")
-            if sum(math.prod(each.chunk.sizes) for each in chunks[name]) != math.prod(shapes[name]):
+            if sum(math.prod(each.chunk.sizes) for each in chunks[name]) != math.prod(shapes[name]) and not partial:
                 raise CheckpointError(f"'{path}' is incomplete: the chunks of {name} do not cover it.")
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"'{path / METADATA}' is damaged, or of a kind that is not known here ({error}).") from error
-    return _Distributed(path, shapes, dtypes, chunks)
+    paths = metadata.planner_data
+    return Distributed(path, shapes, dtypes, chunks, objects, paths if isinstance(paths, dict) else None)
 
 
 def _metadata(path: Path) -> Any:
@@ -198,15 +208,33 @@ class _Slice(io.RawIOBase):
         return count
 
 
-class _Distributed(TensorFile):
+class Distributed(TensorFile):
+    """The tensors of such a folder, and what else is in it."""
+
     def __init__(
-        self, path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], chunks: dict[str, list[_StoredChunk]]
+        self,
+        path: Path,
+        shapes: dict[str, tuple[int, ...]],
+        dtypes: dict[str, str],
+        chunks: dict[str, list[_StoredChunk]],
+        objects: dict[str, _StoredChunk],
+        paths: dict[str, Any] | None,
     ) -> None:
         super().__init__(path, shapes, dtypes, {}, {})
-        self._chunks = chunks
+        self.chunks, self.objects = chunks, objects
+        self.paths = paths
+        """Full names -> the keys that lead to them in nested dicts, where it is recorded."""
+
+    def chunk(self, name: str, offsets: tuple[int, ...]) -> Tensor:
+        """One chunk of a tensor."""
+        return self._values(name, next(each for each in self.chunks[name] if each.chunk.offsets == offsets))
+
+    def value(self, name: str) -> Any:
+        """What is no tensor: plain values, and what ``torch.serialization.safe_globals`` allows."""
+        return self._loaded(name, self.objects[name])
 
     def _read(self, name: str) -> Tensor:
-        chunks = self._chunks[name]
+        chunks = self.chunks[name]
         first = self._values(name, chunks[0])
         if len(chunks) == 1 and first.shape == self.shapes[name]:
             return first
@@ -219,7 +247,7 @@ class _Distributed(TensorFile):
             place.copy_(values)
         return full
 
-    def _values(self, name: str, stored: _StoredChunk) -> Tensor:
+    def _loaded(self, name: str, stored: _StoredChunk) -> Any:
         path = self.path / stored.file
         try:
             with path.open("rb", buffering=0) as file, io.BufferedReader(_Slice(file, stored.offset, stored.length)) as part:
@@ -227,18 +255,27 @@ class _Distributed(TensorFile):
                 if sum(each.file_size for each in archive.infolist()) > stored.length or archive.testzip() is not None:
                     raise CheckpointError(f"'{path}' is damaged: a chunk of {name} is not what was written.")
                 part.seek(0)
-                value = torch.load(part, map_location="cpu", weights_only=True)
+                return torch.load(part, map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{name} in '{self.path}' is of a class that is not looked up, because that would run code: allow it with "
+                f"torch.serialization.safe_globals if you trust the file ({str(error).splitlines()[0][:160]})."
+            ) from error
         except Exception as error:  # a damaged chunk can make torch raise nearly anything
             raise CheckpointError(f"'{path}' is damaged: a chunk of {name} cannot be read ({type(error).__name__}).") from error
+
+    def _values(self, name: str, stored: _StoredChunk) -> Tensor:
+        value = self._loaded(name, stored)
         if not isinstance(value, Tensor) or value.shape != stored.chunk.sizes:
+            path = self.path / stored.file
             raise CheckpointError(f"'{path}' is damaged: what it holds as a chunk of {name} is none.")
         return value.detach()
 
     def _check(self, names: list[str], *, reused: bool = True) -> Iterator[Damage]:
         for name in names:
-            for stored in self._chunks[name]:
+            for stored in self.chunks[name]:
                 try:
                     self._values(name, stored)
                 except CheckpointError as error:

@@ -45,12 +45,20 @@ class ChunkIndex:
     """The prefix of the model's names in the state dict that was saved."""
     paths: dict[str, list[Any]] = field(default_factory=dict)
     """Full names -> the keys that lead to them in nested dicts."""
+    partial: bool = False
+    """One rank saved it for itself alone: the chunks that other ranks have of a tensor are not in it."""
 
     @cached_property
     def files(self) -> dict[str, str]:
         """The files with shards -> the files that they are shards of."""
         layouts = {(file, id(entry.layout)): entry.layout for file, named in self.tensors.items() for entry in named.values()}
         return {shard_file(file, shard.rank): file for (file, _), layout in layouts.items() for shard in layout.shards}
+
+    @property
+    def keys(self) -> list[str]:
+        """The first keys of the state that was saved."""
+        names = [*self.objects, *(name for entries in self.tensors.values() for name in entries)]
+        return sorted({str(self.paths.get(name, [name])[0]) for name in names})
 
     def to_json(self) -> str:
         """The text of a ``chunks.json``, one tensor or layout a line."""
@@ -68,7 +76,8 @@ class ChunkIndex:
                     values["aliases"] = entry.aliases
                 lines.append(f"{json.dumps(name)}: {json.dumps(values)}")
             files.append(f"{json.dumps(file)}: {{\n" + ",\n".join(lines) + "\n}")
-        rest = {"objects": self.objects, "prefix": self.prefix, "paths": self.paths}
+        rest: dict[str, Any] = {"objects": self.objects, "prefix": self.prefix, "paths": self.paths}
+        rest |= {"partial": True} if self.partial else {}
         layouts = '"layouts": [\n' + ",\n".join(numbers) + "\n],\n"
         return "{" + layouts + '"tensors": {' + ",\n".join(files) + "},\n" + json.dumps(rest, allow_nan=False)[1:] + "\n"
 
@@ -90,7 +99,8 @@ class ChunkIndex:
                 aliases = [alias for entry in entries.values() for alias in entry.aliases]
                 if len(set(aliases)) != len(aliases) or not entries.keys().isdisjoint(aliases):
                     raise ValueError("a tensor has a name that is another's")
-            index = cls(tensors, dict(values["objects"]), str(values["prefix"]), dict(values["paths"]))
+            partial = values.get("partial", False) is True
+            index = cls(tensors, dict(values["objects"]), str(values["prefix"]), dict(values["paths"]), partial)
             index.require_complete(f"'{source}' is damaged")
             missing = next((file for file in index.files if file not in manifest.files), None)
             if missing is not None:
@@ -110,7 +120,7 @@ class ChunkIndex:
                 key = (id(entry.layout), entry.shape)
                 if key not in problems:
                     try:
-                        problems[key] = entry.layout.problem(entry.shape, budget)
+                        problems[key] = entry.layout.problem(entry.shape, budget, partial=self.partial)
                     except ValueError as error:
                         raise CheckpointError(f"{what}: {error}.") from error
                 if problems[key]:
@@ -123,6 +133,8 @@ class ChunkIndex:
 
     def identity(self, files: Mapping[str, FileEntry]) -> str:
         """Of the model: each tensor's layout, and the hashes of the headers that have the hashes of the chunks."""
+        if MODEL not in self.tensors:
+            return ""
         lines = []
         for name, entry in self.tensors[MODEL].items():
             about = f"{entry.dtype} {','.join(map(str, entry.shape))} {entry.layout.digest}"

@@ -77,10 +77,11 @@ class Layout:
     def _longest(self) -> int:
         return max((shard.chunk.sizes[0] for shard in self.shards), default=0)
 
-    def problem(self, shape: Shape, budget: list[int] | None = None) -> str | None:
+    def problem(self, shape: Shape, budget: list[int] | None = None, *, partial: bool = False) -> str | None:
         """Why the chunks do not make up a tensor of this shape: each has to be inside, none may overlap, none may be missing.
 
         Args:
+            partial: some may be missing.
             budget: how many pairs may be compared yet, as a list of one number; it is counted down.
 
         Raises:
@@ -95,7 +96,7 @@ class Layout:
                 return "has a chunk that is outside of it"
         chunks = [shard.chunk for shard in self.shards if not shard.chunk.is_empty]
         covered, volume = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(shape)
-        if covered < volume:
+        if covered < volume and not partial:
             return "is incomplete: its chunks do not cover it"
         return "has chunks that overlap" if covered > volume or _overlap(chunks, budget or [MOST_COMPARED]) else None
 

@@ -146,6 +146,12 @@ class Checkpoint:
         """The tensors of another file of the folder (``"optimizer.safetensors"``)."""
         if file not in self._opened:
             sharded = self.chunk_index.tensors.get(file) if self.chunk_index else None
+            if file == MODEL and self.chunk_index and sharded is None:
+                keys = ", ".join(self.chunk_index.keys) or "nothing"
+                raise CheckpointError(
+                    f"'{self.path}' holds no model that is known by its name; it has {keys}. dcp.load with "
+                    "onym.DCPReader loads them. A model that is saved as {'model': ...} is opened here too."
+                )
             if self.manifest is None or (sharded is None and file not in self._tensor_files):
                 raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
             self._files = self._files or _TensorFiles(self.path, self.manifest)
@@ -298,7 +304,7 @@ def _open_folder(path: Path) -> Checkpoint:
     if not set(manifest.tensors) <= set(manifest.files):
         raise CheckpointError(f"The manifest '{manifest_path}' is damaged: it describes files that it does not list.")
     checkpoint = Checkpoint(path, manifest)
-    if MODEL not in manifest.tensors and (checkpoint.chunk_index is None or MODEL not in checkpoint.chunk_index.tensors):
+    if MODEL not in manifest.tensors and checkpoint.chunk_index is None:
         raise CheckpointError(f"'{path}' holds no {MODEL}.")
     config = checkpoint.text(CONFIG)
     if config is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ class ShardedFile(TensorFile):
         stored = self._stored_name(name)
         entry = self._entries[stored]
         chunk = Chunk.full(entry.shape) if chunk is None else chunk
-        for shard in entry.layout.overlapping(chunk):
+        for shard in self._shards_of(stored, chunk):
             file, name_there = self.find(stored, shard)
             common = chunk.intersection(shard.chunk)
             place = target[common.relative_to(chunk).slices]
@@ -50,13 +51,13 @@ class ShardedFile(TensorFile):
 
     def read_chunk(self, name: str, chunk: Chunk, dtype: torch.dtype, *, verify: bool = True) -> Tensor:
         """As of any file; before memory is taken, the files are checked to have shards of that size."""
-        for shard in self._entries[name].layout.overlapping(chunk):
+        for shard in self._shards_of(name, chunk):
             self.find(name, shard)
         return super().read_chunk(name, chunk, dtype, verify=verify)
 
     def _read(self, name: str) -> Tensor:
         entry = self._entries[name]
-        if len(entry.layout.shards) == 1:
+        if len(entry.layout.shards) == 1 and entry.layout.shards[0].chunk.sizes == entry.shape:
             file, name_there = self.find(name, entry.layout.shards[0])
             full: Tensor = file.tensor(name_there, verify=False)
             return full
@@ -64,6 +65,16 @@ class ShardedFile(TensorFile):
         if dtype is None:
             raise CheckpointError(f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch does not have.")
         return self.read_chunk(name, Chunk.full(entry.shape), dtype, verify=False)
+
+    def _shards_of(self, name: str, chunk: Chunk) -> list[Shard]:
+        """The shards with elements of a chunk, which have to be all of its elements."""
+        shards = list(self._entries[name].layout.overlapping(chunk))
+        if sum(math.prod(shard.chunk.intersection(chunk).sizes) for shard in shards) != math.prod(chunk.sizes):
+            raise CheckpointError(
+                f"'{self.path.parent}' holds only a part of {name}: one rank saved it for itself (use_collectives=False). "
+                "dcp.load with onym.DCPReader loads it, on as many ranks."
+            )
+        return shards
 
     def find(self, name: str, shard: Shard) -> tuple[TensorFile, str]:
         """The file with a shard, and the shard's name in it.

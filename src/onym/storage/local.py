@@ -91,6 +91,13 @@ class LocalFolder:
             with suppress(OSError):
                 file.close()
 
+    def discard(self) -> None:
+        """Delete it, from whichever process: those that still write to it find no folder for another file."""
+        self.close()
+        if remove_folder(self.path, ""):
+            with suppress(OSError):
+                disk.remove_folder(self.path.parent)
+
 
 class MappedFile:
     """A file that is being read."""
@@ -322,6 +329,14 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
             _remove_tree(folder)
         if held is not None:
             os.close(held)
+
+
+def unfinished(path: Path) -> Path | None:
+    """The newest folder that is being written to be put at ``path``."""
+    path = path.resolve() if path.is_symlink() else path
+    names = [name for name in list_names(path.parent) if name.startswith(TEMPORARY_PREFIX)]
+    folders = [folder for name in names if (folder := path.parent / name / path.name).is_dir()]
+    return max(folders, key=lambda folder: folder.stat().st_mtime_ns, default=None)
 
 
 def sweep(folder: Path) -> None:
