@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -45,6 +46,15 @@ _STOOD_IN = {
 }
 # These are built-in types, which cannot be changed by what is built of them.
 _BUILT_IN: dict[tuple[str, str], type] = {("torch", "Size"): tuple, ("collections", "OrderedDict"): OrderedDict}
+
+
+def _no_bytes() -> bytes:
+    """How a pickle writes empty bytes. It may not ask for a number of them."""
+    return b""
+
+
+_HARMLESS: list[Any] = [io.BytesIO, (_no_bytes, "builtins.bytes")]
+"""What torch.load does not allow by itself, and people keep."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -179,7 +189,7 @@ def _metadata(path: Path) -> Any:
         ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"'{path}' is damaged ({type(error).__name__}).") from error
-    if not unpickler.is_metadata(metadata) or not getattr(metadata, "storage_data", None):
+    if not unpickler.is_metadata(metadata) or getattr(metadata, "storage_data", None) is None:
         raise CheckpointError(f"'{path}' is no metadata of torch.distributed.checkpoint.")
     return metadata
 
@@ -255,13 +265,17 @@ class Distributed(TensorFile):
                 if sum(each.file_size for each in archive.infolist()) > stored.length or archive.testzip() is not None:
                     raise CheckpointError(f"'{path}' is damaged: a chunk of {name} is not what was written.")
                 part.seek(0)
-                return torch.load(part, map_location="cpu", weights_only=True)
+                with torch.serialization.safe_globals(_HARMLESS):
+                    return torch.load(part, map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
         except pickle.UnpicklingError as error:
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            if asked is None:
+                raise CheckpointError(f"'{path}' is damaged: {name} cannot be read ({type(error).__name__}).") from error
             raise CheckpointError(
-                f"{name} in '{self.path}' is of a class that is not looked up, because that would run code: allow it with "
-                f"torch.serialization.safe_globals if you trust the file ({str(error).splitlines()[0][:160]})."
+                f"{name} in '{self.path}' needs {asked[1][:80]}, which is not looked up, because that would run code: allow it "
+                "with torch.serialization.safe_globals if you trust the file, or leave it out of what is loaded."
             ) from error
         except Exception as error:  # a damaged chunk can make torch raise nearly anything
             raise CheckpointError(f"'{path}' is damaged: a chunk of {name} cannot be read ({type(error).__name__}).") from error

@@ -57,7 +57,9 @@ class ChunkIndex:
     @property
     def keys(self) -> list[str]:
         """The first keys of the state that was saved."""
-        names = [*self.objects, *(name for entries in self.tensors.values() for name in entries)]
+        inside = tuple(f"{name}." for name in self.objects)
+        tensors = [name for entries in self.tensors.values() for name in entries]
+        names = [*self.objects, *(name for name in tensors if name in self.paths or not f"{name}.".startswith(inside))]
         return sorted({str(self.paths.get(name, [name])[0]) for name in names})
 
     def to_json(self) -> str:
