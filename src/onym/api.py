@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onym.checkpoint.restore import stored_optimizer
+from onym.checkpoint.restore import stored_extra_state, stored_optimizer
 from onym.convert.opening import open_any, warn_of
 from onym.convert.sources import as_json
 from onym.convert.translation import format_of, translated
@@ -270,6 +270,8 @@ def _load_into(
 ) -> LoadReport:
     known = named_state(model)
     state: dict[str, Any] = _stored(checkpoint, model, known).state(verify=verify)
+    if any(not isinstance(value, Tensor) and name not in state for name, value in known.items()):
+        state |= stored_extra_state(checkpoint)
     spare = [name for name in (AVERAGE_COUNTER,) if name in state and name not in known]  # the model itself is all there
     for name in spare:
         del state[name]

@@ -190,7 +190,7 @@ def test_nothing_is_run(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, (f"touch {tmp_path}/exploded",)
 
-    for number, content in enumerate([Bomb(), {"weight": torch.ones(1), "bomb": Bomb()}, torch.nn.Linear(1, 1)]):
+    for number, content in enumerate([Bomb(), {"weight": torch.ones(1), "bomb": Bomb()}]):
         path = tmp_path / f"{number}.pth"
         torch.save(content, path)
         with pytest.raises(CheckpointError, match="would run code"):
@@ -216,8 +216,8 @@ def test_nested_state_dicts_are_explained(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"count is a int, not a tensor"):
-        write_safetensors(tmp_path / "x.safetensors", {"count": 3})
+    with pytest.raises(CheckpointError, match=r"count is a set, which cannot be saved"):
+        write_safetensors(tmp_path / "x.safetensors", {"count": {3}})
     with pytest.raises(CheckpointError, match="w has no values yet"):
         write_safetensors(tmp_path / "x.safetensors", {"w": torch.empty(2, device="meta")})
     with pytest.raises(CheckpointError, match=r"w is torch\.sparse_coo, .* to_dense"):

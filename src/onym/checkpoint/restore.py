@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onym.checkpoint.snapshot import RNG_VALUES, generator_name, is_optimizer, model_of
 from onym.errors import CheckpointError, ConfigError, OnymError, nearest
-from onym.format.manifest import TRAINER, TRAINER_TENSORS, parse_json
+from onym.format.manifest import MODEL, TRAINER, TRAINER_TENSORS, parse_json
 from onym.format.reader import Checkpoint
 from onym.names.mismatch import compare
 from onym.state.collectives import get_rank, run_on_all_ranks
@@ -159,6 +159,14 @@ def _fits(stored: Mapping[str, Any], live: Mapping[str, Any], skipping: Iterable
     return not refused_of(differences, strict=policy.strict, dtype=policy.dtype) and len(differences.missing) < len(live)
 
 
+def stored_extra_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the modules of a checkpoint's model store of their own making, by name; empty where it is not of a training."""
+    if checkpoint.text(TRAINER) is None:
+        return {}
+    stored = _Stored(checkpoint)
+    return next((stored.extra(key) for key, entry in stored.objects.items() if entry.get("file") == MODEL), {})
+
+
 def stored_optimizer(checkpoint: Checkpoint, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of an optimizer in a checkpoint, as :func:`onym.state.optimizer.optimizer_state` returns it.
 
@@ -233,7 +241,7 @@ class _Stored:
         """The state of a model or optimizer, verified; of sharded targets this rank's chunks."""
         with self.decoding(key):
             file = self._checkpoint.tensors(str(self.objects[key]["file"]))
-            extra = self._unflatten(self.objects[key].get("extra", {}))
+            extra = self.extra(key)
             if not any(map(has_chunks, targets.values())):
                 return {**file.state(), **extra}
             tensors: dict[str, Any] = {}
@@ -244,6 +252,11 @@ class _Stored:
                 else:
                     tensors[name] = file.tensor(name)
             return {**tensors, **{alias: tensors[name] for alias, name in file.aliases.items()}, **extra}
+
+    def extra(self, key: str) -> dict[str, Any]:
+        """Of a model the values that are no tensors."""
+        with self.decoding(key):
+            return dict(self._unflatten(self.objects[key].get("extra", {})))
 
     def plain(self, key: str) -> Any:
         """A structure with its tensors."""

@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from onym.errors import CheckpointError
 from onym.format.chunk_index import CHUNKS, ChunkIndex
+from onym.format.extra_state import with_extra_state
 from onym.format.layout import Shard, shard_file
 from onym.format.manifest import (
     CONFIG,
@@ -56,7 +57,7 @@ class _TensorFiles:
                     opened.adopt(self._manifest.tensors[file])
                 else:
                     opened.adopt(Header.from_json(opened.metadata.get(HEADER_KEY, ""), str(opened.path)).tensors)
-            self._opened[file] = opened
+            self._opened[file] = with_extra_state(opened)
         return self._opened[file]
 
 
@@ -334,4 +335,5 @@ def _open_single(path: Path) -> Checkpoint:
             raise CheckpointError(f"'{path}' is damaged: its identity is not that of its tensors.")
         checkpoint.config, checkpoint.architecture = header.config, header.architecture
         checkpoint.provenance, checkpoint._identity = header.provenance, header.identity
+    checkpoint._opened[MODEL] = with_extra_state(opened)
     return checkpoint

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onym.errors import CheckpointError
+from onym.format.extra_state import extra_metadata
 from onym.format.hashing import TensorHash, hash_of
 from onym.format.manifest import TensorEntry, is_text
 from onym.format.safetensors import as_bytes, dtype_name, is_plain
 from onym.state.chunks import Shape
 from onym.state.model import tensor_identity
+from onym.state.tree import flatten
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Stored:
     tensors: dict[str, Tensor]
     aliases: dict[str, str] = field(default_factory=dict)
     """Further name -> the name it is stored under."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """The entry of a file's header with the values that are no tensors (:mod:`onym.format.extra_state`)."""
 
     @property
     def nbytes(self) -> int:
@@ -61,25 +65,40 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def gather(state: Mapping[str, Any]) -> Stored:
+def gather(state: Mapping[str, Any], *, values: bool = False) -> Stored:
     """The tensors of a state dict; a tied one is stored under the first of its names.
 
+    Args:
+        state: names and tensors.
+        values: it may have values that are no tensors (``get_extra_state``). They become an entry of the header's metadata, and
+            tensors under names that begin with theirs.
+
     Raises:
-        CheckpointError: a value is no tensor, or a tensor has no values to store.
+        CheckpointError: a value is nothing that can be stored, or a tensor has no values to store.
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
+    structures: dict[str, Any] = {}
+    parts: dict[str, Tensor] = {}
     for name, value in state.items():
+        if not isinstance(value, Tensor | LazyTensor):
+            if not values:
+                raise CheckpointError(f"{name} is a {type(value).__name__}, not a tensor: only tensors can be stored here.")
+            found, structures[name] = flatten(value, name)
+            parts |= found
+    if not parts.keys().isdisjoint(state):
+        taken = next(iter(parts.keys() & state.keys()))
+        raise CheckpointError(
+            f"{taken!r} is a tensor's name and that of a part of a module's extra state: rename the attribute."
+        )
+    for name, value in (*state.items(), *parts.items()):
+        if name in structures:
+            continue
         if isinstance(value, LazyTensor):
             tensors[name] = cast(Tensor, value)  # it has the attributes that are used until it is written
             aliases |= dict.fromkeys(value.aliases, name)
             continue
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{name} is a {type(value).__name__}, not a tensor: only tensors can be stored in .safetensors. "
-                "Take it out of the model's state (get_extra_state), or save to .pth."
-            )
         if name == "__metadata__" or (not is_text(name)):
             raise CheckpointError(f"{name!r} cannot be a tensor's name in a .safetensors file: rename the attribute.")
         if value.is_meta or isinstance(value, torch.nn.UninitializedParameter):
@@ -103,7 +122,7 @@ def gather(state: Mapping[str, Any]) -> Stored:
         if identity is not None:
             seen[identity] = name
         tensors[name] = value.detach()
-    return Stored(tensors, aliases)
+    return Stored(tensors, aliases, extra_metadata(structures, parts))
 
 
 def in_memory(tensor: Tensor) -> Tensor:

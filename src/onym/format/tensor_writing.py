@@ -88,7 +88,7 @@ class TensorFileJob:
     @gc_paused()
     def _start(self, hashes: Mapping[str, TensorHash]) -> tuple[bytes, list[str]]:
         ours = {HEADER_KEY: self._own_header(self.stored.entries(hashes)).to_json()} if self._own_header else {}
-        return header_of(self.stored.tensors, {**self.stored.aliases, **ours})
+        return header_of(self.stored.tensors, {**self.stored.aliases, **self.stored.metadata, **ours})
 
     def _add(self, position: int, names: list[str]) -> None:
         if names:

@@ -58,7 +58,7 @@ def write_safetensors(
     progress: Progress | None = None,
 ) -> None:
     """Write one self-describing .safetensors file, durably. A state may hold :class:`onym.format.stored.LazyTensor`."""
-    stored = gather(state)
+    stored = gather(state, values=True)
     about = provenance()
     with storage_of(path).new_file(path, stored.nbytes + MARGIN_BYTES) as file:
         job = TensorFileJob(file, stored, lambda entries: Header(entries, architecture, config, identity_of(entries), about))
@@ -104,7 +104,7 @@ def write_folder(
     """
     require_replaceable(path)
     with gc_paused():
-        gathered = {file: gather(state) for file, state in tensors.items()}
+        gathered = {file: gather(state, values=True) for file, state in tensors.items()}
     contents = encode_texts(path, texts)
     with storage_of(path).new_folder(path, MANIFEST, _needed(gathered, contents)) as folder:
         jobs = write_tensor_files(folder, gathered, progress)
