@@ -33,6 +33,10 @@ class CheckpointError(OnymError):
     """A checkpoint or weight file that is missing, damaged, or not what it was taken for."""
 
 
+class NoWeightsError(CheckpointError):
+    """A file or folder that holds no model's weights that can be read. That says nothing of damage."""
+
+
 class StorageError(OnymError):
     """The disk said no: full, read-only, no permission, gone."""
 

@@ -101,7 +101,8 @@ class InspectArguments:
 
 @dataclass(frozen=True)
 class VerifyArguments:
-    """Read every byte and check it: of a run, all its steps. Exit code 1 and a list where something is damaged."""
+    """Read every byte and check it: of a run, all its steps. Exit code 1 and a list where something is damaged; exit code 3
+    where nothing is, and there are no weights that can be read."""
 
     path: _Path
     """A run, a checkpoint, a model folder or a file; also a remote one (s3://…)."""

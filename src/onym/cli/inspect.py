@@ -198,8 +198,9 @@ def _print_checkpoint(report: Mapping[str, Any], checkpoint: Checkpoint) -> None
         "versions": ", ".join(f"{name} {about[name]}" for name in ("onym", "torch", "python") if name in about),
         "git": None if about.get("git") is None else str(about["git"]),
     }
-    if report["found"] is not None and report["found"]["format"] is not None:
-        facts |= _found_facts(report["found"], report["config"])
+    if report["found"] is not None:
+        found = _found_facts(report["found"], report["config"])
+        facts |= found if report["found"]["format"] is not None else {"not read": found["not read"]}
     print_facts(facts)
     for file, tensors in report["tensors"].items():
         held = f" ({format_size(report['files'][file])})" if file in report["files"] else ""

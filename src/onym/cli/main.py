@@ -1,7 +1,8 @@
 """``onym``: picks the command, and turns errors into one sentence and an exit code.
 
 Exit codes: 0 done; 1 the answer is no (``verify``: damaged; ``diff``: different; ``tools doctor``: a problem that matters);
-2 the user's input or surroundings are at fault (one sentence on standard error). ``train`` that stopped with everything saved:
+2 the user's input or surroundings are at fault (one sentence on standard error); 3 ``verify`` found nothing damaged, and no
+weights. ``train`` that stopped with everything saved:
 130 by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by its ``--time-limit``.
 
 Arguments are parsed before anything slow is imported: help pages and mistyped options are answered without torch.

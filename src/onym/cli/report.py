@@ -109,6 +109,7 @@ def found_facts(found: Mapping[str, Any] | None) -> dict[str, str | None]:
         "known by": found["why"] or None,
         "wrappers": f"{wrappers} names" if wrappers else None,
         "also there": ", ".join(some(found["further"])) or None,
+        "not read": ", ".join(some([f"{place}: {kind}" for place, kind in found["foreign"].items()])) or None,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 from onym.checkpoint.steps import find_checkpoint, is_ours, step_folder, steps
 from onym.cli.arguments import VerifyArguments
 from onym.cli.report import as_step, bytes_of, checkpoints_folder, print_heading, print_json, shown
-from onym.errors import CheckpointError
+from onym.errors import CheckpointError, NoWeightsError
 from onym.format.reader import Checkpoint, read_checkpoint
 from onym.storage.paths import as_path
 from onym.units import format_size
 
-DAMAGED = 1
+DAMAGED, NO_WEIGHTS = 1, 3
 
 _EVERY_BYTE, _ZIP, _STRUCTURE = "every byte", "checksums of the zip", "structure"
 
@@ -35,10 +36,11 @@ def run(given: VerifyArguments) -> int:
         results.append(result)
         if not given.json:
             _print(result)
-    good = not any(result["damages"] for result in results)
+    damaged = any(result["damages"] for result in results)
+    unusable = any(result["no_weights"] for result in results)
     if given.json:
-        print_json({"good": good, "checked": results})
-    return 0 if good else DAMAGED
+        print_json({"good": not damaged and not unusable, "checked": results})
+    return DAMAGED if damaged else NO_WEIGHTS if unusable else 0
 
 
 def _wanted(path: Path, step: str) -> list[tuple[int | None, Path]]:
@@ -57,7 +59,7 @@ def _wanted(path: Path, step: str) -> list[tuple[int | None, Path]]:
 
 def _check(path: Path, step: int | None) -> dict[str, Any] | None:
     """What is damaged, and what could be checked; None for a step that its run has deleted meanwhile."""
-    checked = _STRUCTURE
+    checked, no_weights = _STRUCTURE, None
     try:
         checkpoint = _open(path) if step is None else read_checkpoint(path)
         found = [(damage.file, damage.tensor, damage.reason) for damage in checkpoint.damages()]
@@ -65,14 +67,29 @@ def _check(path: Path, step: int | None) -> dict[str, Any] | None:
             checked = _EVERY_BYTE
         elif checkpoint.origin is not None and checkpoint.origin.contents.summed:
             checked = _ZIP
+    except NoWeightsError as error:
+        if path.is_dir() and not any(path.iterdir()):
+            raise
+        no_weights, checked = str(error), _ZIP
+        damage = _zip_damage(path)
+        found = [(path.name, None, damage)] if damage else []
     except CheckpointError as error:
-        if step is None and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
+        if step is None and not path.exists():
             raise
         found = [("" if path.is_dir() else path.name, None, str(error))]
     if step is not None and not path.exists():
         return None
     damages = [{"step": step, "file": file or None, "tensor": tensor, "reason": reason} for file, tensor, reason in found]
-    return {"step": step, "path": path, "damages": damages, "checked": checked}
+    return {"step": step, "path": path, "damages": damages, "no_weights": no_weights, "checked": checked}
+
+
+def _zip_damage(path: Path) -> str | None:
+    """Of something without weights: what the checksums say, where it is a zip."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return None
+    from onym.format.pth import zip_damage
+
+    return zip_damage(path)
 
 
 def _open(path: Path) -> Checkpoint:
@@ -103,6 +120,9 @@ def _print(result: dict[str, Any]) -> None:
         print_heading(f"DAMAGED  {result['path']}", style="bold red")
         for damage in result["damages"]:
             print(f"  {shown(damage['reason'])}")
+        return
+    if result["no_weights"]:
+        print(f"whole, but holds no weights that can be read: {shown(result['no_weights'])}")
         return
     only = {
         _EVERY_BYTE: "",

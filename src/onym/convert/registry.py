@@ -96,6 +96,7 @@ class Origin:
             "format": self.format.name if self.format else None,
             "dropped": len(self.dropped),
             "further": self.contents.further,
+            "foreign": dict(self.contents.foreign),
             **{name: getattr(self, name) for name in _SUMMARISED},
         }
 

@@ -71,6 +71,12 @@ def repair(path: str | Path, *, dry_run: bool = False) -> Repaired:
     changed = sum(old != new for old, new in names.items())
     if not changed:
         return Repaired(str(path), origin.kind, "nothing: its names are clean")
+    if contents.foreign:
+        place, kind = next(iter(contents.foreign.items()))
+        raise CheckpointError(
+            f"'{path}' also holds objects that are not read, and would be lost ({place or 'the content'}: {kind}): onym "
+            f"convert {path} clean.safetensors writes its tensors under clean names; nothing was changed."
+        )
     result = Repaired(str(path), origin.kind, f"{changed} of {len(names)} tensors renamed", wrappers)
     if contents.further:  # as in a file with a model and its average
         result.done += f"; {', '.join(contents.further)} left as it is"
@@ -99,7 +105,7 @@ def _new_names(stored: TensorFile) -> tuple[dict[str, str], dict[str, int]]:
 
 
 def _rewrite_pickle(path: Path, contents: Contents, names: Mapping[str, str]) -> None:
-    content, _ = read_pickle(path)
+    content = read_pickle(path).content
     place = contents.within.split(".") if contents.within else []
 
     def renamed(value: Any, rest: list[str]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from onym.convert import dcp_folder
 from onym.convert.mapping import Joined, Recipe, View
-from onym.errors import CheckpointError, nearest
+from onym.errors import CheckpointError, NoWeightsError, nearest
+from onym.format.extra_state import with_extra_state
 from onym.format.manifest import MOST_JSON_BYTES, is_file_name, parse_json
-from onym.format.pth import PickledFile, read_pickle
+from onym.format.pth import PickledFile, kind_of, read_pickle
 from onym.format.safetensors_file import open_safetensors
+from onym.format.stand_ins import StandIn
 from onym.format.tensors import TensorFile
 from onym.state.model import tensor_identity
 
@@ -65,6 +67,8 @@ class Contents:
     """What else is in a pickled file: step numbers, settings, an optimizer's state …"""
     texts: Mapping[str, str] = field(default_factory=dict)
     """The text files beside the weights, by name."""
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """Objects in a pickled file that were not read, by their places: the names of their classes."""
     summed: bool = False
     """Whether checksums are stored with the bytes, as in a zip."""
 
@@ -90,7 +94,7 @@ def open_contents(path: Path, part: str | None = None) -> Contents:
         return _open_folder(path, part)
     start = _start(path)
     if start[8:9] == b"{":
-        return Contents(path, "a .safetensors file", open_safetensors(path), texts=_texts(path.parent))
+        return Contents(path, "a .safetensors file", with_extra_state(open_safetensors(path)), texts=_texts(path.parent))
     if path.name.endswith(".index.json") and start[:1] in (b"{", b"["):
         return _open_index(path)
     if path.name == dcp_folder.METADATA:
@@ -109,10 +113,11 @@ def _start(path: Path) -> bytes:
 
 
 def _open_pickle(path: Path, part: str | None) -> Contents:
-    content, is_zip = read_pickle(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"'{path}' holds a {type(content).__name__}, not a state dict of named tensors: where it was made, save "
+    pickled = read_pickle(path)
+    content = pickled.content
+    if not isinstance(content, Mapping) or isinstance(content, StandIn):
+        raise NoWeightsError(
+            f"'{path}' holds a {kind_of(content)}, not a state dict of named tensors: where it was made, save "
             "model.state_dict()."
         )
     candidates = dict(_models_in(content))
@@ -126,40 +131,51 @@ def _open_pickle(path: Path, part: str | None) -> Contents:
     values = {key: value for key, value in content.items() if isinstance(key, str) and key != chosen} if chosen else {}
     kind = "a Lightning checkpoint" if "pytorch-lightning_version" in values else "a file of torch.save"
     kind += f", the model under {chosen!r}" if chosen else ""
+    foreign = pickled.foreign.get(chosen)
+    kind += f", from a whole module {foreign}" if foreign else ""
     return Contents(
         path,
         kind,
-        _tied(PickledFile(path, state, is_zip)),
+        _tied(PickledFile(path, state, pickled.is_zip)),
         within=chosen or None,
         further=[name for name in candidates if name != chosen],
         values=values,
         texts=_texts(path.parent),
-        summed=is_zip,
+        foreign=pickled.foreign,
+        summed=pickled.is_zip,
     )
 
 
-def _models_in(content: Mapping[Any, Any], at: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _models_in(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every dict in a file that looks like a model's state, by its place: mostly tensors, and under texts as names."""
-    if not content or not all(isinstance(key, str) for key in content) or {"state", "param_groups"} <= content.keys():
-        return
-    tensors = sum(isinstance(value, Tensor) for value in content.values())
-    inner: list[tuple[str, Mapping[str, Any]]] = []
-    if depth < _DEEPEST:
-        for key, value in content.items():
-            if isinstance(value, Mapping) and not key.lower().startswith("optim") and not key.endswith("_extra_state"):
-                inner += _models_in(value, f"{at}.{key}" if at else key, depth + 1)
-    if tensors and tensors >= max((len(state) for _, state in inner), default=0) and 2 * tensors >= len(content):
-        yield at, content
-    else:
-        yield from inner
+    visited: set[int] = set()  # a dict may hold itself, many times
+
+    def within(content: Mapping[Any, Any], at: str, depth: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        if not content or id(content) in visited or not all(isinstance(key, str) for key in content):
+            return
+        visited.add(id(content))
+        if {"state", "param_groups"} <= content.keys() or (isinstance(content, StandIn) and not content.is_dict):
+            return
+        tensors = sum(isinstance(value, Tensor) for value in content.values())
+        inner: list[tuple[str, Mapping[str, Any]]] = []
+        if depth < _DEEPEST:
+            for key, value in content.items():
+                if isinstance(value, Mapping) and not key.lower().startswith("optim") and not key.endswith("_extra_state"):
+                    inner += within(value, f"{at}.{key}" if at else key, depth + 1)
+        if tensors and tensors >= max((len(state) for _, state in inner), default=0) and 2 * tensors >= len(content):
+            yield at, content
+        else:
+            yield from inner
+
+    yield from within(content, "", 0)
 
 
 def _chosen(path: Path, content: Mapping[Any, Any], candidates: Mapping[str, Mapping[str, Any]]) -> str:
     if not candidates:
         if {"state", "param_groups"} <= content.keys():
-            raise CheckpointError(f"'{path}' holds the state of an optimizer, not of a model: give the model's file.")
+            raise NoWeightsError(f"'{path}' holds the state of an optimizer, not of a model: give the model's file.")
         said = ", ".join(map(str, list(content)[:6])) or "nothing"
-        raise CheckpointError(f"'{path}' has no tensors that could be a model's; it has {said}.")
+        raise NoWeightsError(f"'{path}' has no tensors that could be a model's; it has {said}.")
     if len(candidates) == 1:
         return next(iter(candidates))
     own = [name for name in candidates if not any(word in name.lower() for word in _AVERAGES)]
@@ -168,11 +184,12 @@ def _chosen(path: Path, content: Mapping[Any, Any], candidates: Mapping[str, Map
     for key in _MODEL_KEYS:
         if key in own and all(other.startswith(f"{key}.") or other in _MODEL_KEYS for other in own):
             return key
-    raise CheckpointError(f"'{path}' holds {len(candidates)} models, {_listed(candidates)}: say which with --part (part=).")
+    raise NoWeightsError(f"'{path}' holds {len(candidates)} models, {_listed(candidates)}: say which with --part (part=).")
 
 
 def _listed(candidates: Mapping[str, Any]) -> str:
-    return ", ".join(repr(name) for name in candidates) or "none"
+    more = f" and {len(candidates) - 6} more" if len(candidates) > 6 else ""
+    return (", ".join(repr(name) for name in list(candidates)[:6]) or "none") + more
 
 
 def _tied(file: TensorFile) -> TensorFile:
@@ -220,13 +237,11 @@ def _open_folder(path: Path, part: str | None) -> Contents:
             return _open_folder(sharded[0], part)
         if refused:
             raise CheckpointError(refused[0])
-        raise CheckpointError(f"The folder '{path}' holds no weights, neither Onym's nor another program's: check the path.")
+        raise NoWeightsError(f"The folder '{path}' holds no weights, neither Onym's nor another program's: check the path.")
     chosen = _one_of(path, {file: contents.tensors for file, contents in opened.items()})
     inner = opened[chosen]
     beside = [file.name for file in opened if file != chosen]
-    return Contents(
-        path, f"{inner.kind} in a folder", inner.tensors, inner.within, beside, inner.values, _texts(path), inner.summed
-    )
+    return replace(inner, path=path, kind=f"{inner.kind} in a folder", further=beside, texts=_texts(path))
 
 
 def _one_of(path: Path, tensors: Mapping[Path, TensorFile]) -> Path:
@@ -309,7 +324,7 @@ def _open_distributed(path: Path, part: str | None) -> Contents:
     if part is not None and not wanted:
         raise CheckpointError(f"'{path}' has no part {part!r}; it has {', '.join(sorted(firsts))}.")
     if not wanted:
-        raise CheckpointError(f"'{path}' holds no model's tensors; it has {', '.join(names[:6])}.")
+        raise NoWeightsError(f"'{path}' holds no model's tensors; it has {', '.join(names[:6])}.")
     view = View(stored, {name.removeprefix(strip): Recipe((name,)) for name in wanted}, path)
     kind = "a folder of torch.distributed.checkpoint"
     texts = {**_texts(path.parent), **_texts(path)}

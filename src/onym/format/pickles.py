@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from onym.errors import CheckpointError
 
 _MOST_PARTS = 20_000_000
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_EXTENSIONS = ("EXT1", "EXT2", "EXT4")  # classes that a process has registered by number: no list of names shows them
 _IGNORED = ("PROTO", "STOP", "FRAME")
 _KEPT, _AGAIN = ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
 _REFUSED = ("builtins bytearray", "__builtin__ bytearray")  # of any size that it is asked for
@@ -33,15 +33,6 @@ def require_bounded(file: BinaryIO | bytes, path: object, pickles: int = 1) -> N
     stream = io.BytesIO(file) if isinstance(file, bytes) else file
     for _ in range(pickles):
         _Count(path).read(stream)
-
-
-def called(file: BinaryIO, pickles: int) -> list[str]:
-    """What pickles that follow each other ask for by name, without torch's own; as far as they can be read.
-
-    >>> called(io.BytesIO(b"cposix\\nsystem\\n(Vecho\\ntR."), 1)
-    ['posix.system']
-    """
-    return [name for name in named_in(file, pickles) if not name.startswith("torch.") and name != "collections.OrderedDict"]
 
 
 def named_in(file: BinaryIO, pickles: int) -> list[str]:
@@ -82,38 +73,44 @@ class _Count:
 
     def read(self, stream: BinaryIO) -> None:
         for opcode, argument, _ in pickletools.genops(stream):
-            self._step(opcode.name, argument)
+            self._step(opcode, argument)
 
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self._stack
+    def _step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        stack, name = self._stack, opcode.name
         if name in _AGAIN:
             stack.append(self._memo[int(argument)])
         elif name in _KEPT:
             self._memo[len(self._memo) if argument is None else int(argument)] = stack[-1]
         elif name == "MARK":
             self._marks.append(len(stack))
-        elif name == "TUPLE":
-            self._push(self._since_mark())
-        elif name in _TUPLES:
-            self._push(sum(stack.pop()[0] for _ in range(_TUPLES[name])))
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "POP" and self._marks and self._marks[-1] == len(stack):
+            self._marks.pop()
+        elif name == "BINPERSID":
+            stack.pop()
+            self._push(0)
         elif name in ("APPENDS", "SETITEMS", "ADDITEMS"):
             self._grow(self._since_mark())
         elif name in ("APPEND", "BUILD"):
             self._grow(stack.pop()[0])
         elif name == "SETITEM":
             self._grow(stack.pop()[0] + stack.pop()[0])
-        elif name in ("REDUCE", "NEWOBJ"):
-            self._push(stack.pop()[0] + stack.pop()[0])
-        elif name == "BINPERSID":
-            stack.pop()
-            self._push(0)
+        elif name in _EXTENSIONS:
+            raise CheckpointError(f"'{self._path}' is a pickle that only its own program can read: it was not read.")
         elif name == "GLOBAL" and argument in _REFUSED:
             raise CheckpointError(
                 f"'{self._path}' is not a plain state dict: it asks for a bytearray, so it was not read. Where it was made, "
                 "save again with onym.save(model, path)."
             )
         elif name not in _IGNORED:
-            self._push(len(argument) // 1000 if isinstance(argument, str | bytes) else 0)
+            taken, given = opcode.stack_before, opcode.stack_after
+            marked = pickletools.markobject in taken
+            parts = self._since_mark() if marked else 0
+            parts += sum(stack.pop()[0] for _ in range(taken.index(pickletools.markobject) if marked else len(taken)))
+            parts += len(argument) // 1000 if isinstance(argument, str | bytes) else 0
+            for _ in given:
+                self._push(parts)
 
     def _since_mark(self) -> int:
         start = self._marks.pop()

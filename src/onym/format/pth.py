@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import io
-import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
-from onym.errors import CheckpointError
-from onym.format.pickles import called, require_bounded
+from onym.errors import CheckpointError, NoWeightsError
+from onym.format.first_bytes import known_kind
+from onym.format.pickles import require_bounded
+from onym.format.stand_ins import StandIn, foreign, read_stream, read_zip, with_states
 from onym.format.stored import gather, in_memory
 from onym.format.tensors import Damage, TensorFile
 from onym.format.writer import MARGIN_BYTES
@@ -54,6 +57,11 @@ class PickledFile(TensorFile):
         value = self._state[name]
         if isinstance(value, Tensor) and value.is_meta:
             raise CheckpointError(f"{name} in '{self.path}' has no values: it was on the meta device when it was saved.")
+        if isinstance(value, StandIn):
+            raise CheckpointError(
+                f"{name} in '{self.path}' is a {value.kind}, which is not read: opening a file runs nothing of it. Where "
+                "it was made, convert it to a plain tensor or value, and save again with onym.save(model, path)."
+            )
         return value
 
     def _check(self, names: list[str], *, reused: bool = True) -> Iterator[Damage]:
@@ -63,14 +71,29 @@ class PickledFile(TensorFile):
 
     @functools.cached_property
     def _damage(self) -> str | None:
-        """What the zip's checksums say, which torch writes and does not read."""
-        try:
-            damaged = zipfile.ZipFile(self.path).testzip() if self._is_zip else None
-        except Exception as error:  # zipfile does not keep to BadZipFile
-            return f"'{self.path}' is damaged ({error})."
-        if damaged is None:
-            return None
-        return f"'{self.path}' is damaged: the bytes of its part {damaged!r} are not those that were written."
+        return zip_damage(self.path) if self._is_zip else None
+
+
+def zip_damage(path: Path) -> str | None:
+    """What a zip's checksums say, which torch writes and does not read; None where all are right."""
+    try:
+        damaged = zipfile.ZipFile(path).testzip()
+    except Exception as error:  # zipfile does not keep to BadZipFile
+        return f"'{path}' is damaged ({error})."
+    if damaged is None:
+        return None
+    return f"'{path}' is damaged: the bytes of its part {damaged!r} are not those that were written."
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """The content of a file of ``torch.save``."""
+
+    content: Any
+    is_zip: bool
+    """Whether it is a zip, whose tensors are mapped where the mount maps files."""
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """Objects in it that were not read, by their places: the names of their classes. Whole modules became their states."""
 
 
 def open_pth(path: Path) -> TensorFile:
@@ -79,19 +102,26 @@ def open_pth(path: Path) -> TensorFile:
     Raises:
         CheckpointError: it has something else, or see :func:`read_pickle`.
     """
-    state, is_zip = read_pickle(path)
+    read = read_pickle(path)
+    state = read.content
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise CheckpointError(f"'{path}' holds a {type(state).__name__}, not a state dict of named tensors.")
+        raise NoWeightsError(f"'{path}' holds a {kind_of(state)}, not a state dict of named tensors.")
     if not any(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"'{path}' has no tensors at its top level; it has {', '.join(list(state)[:6])}.")
-    return PickledFile(path, state, is_zip)
+        raise NoWeightsError(f"'{path}' has no tensors at its top level; it has {', '.join(list(state)[:6])}.")
+    return PickledFile(path, state, read.is_zip)
 
 
-def read_pickle(path: Path) -> tuple[Any, bool]:
-    """The content of a file of ``torch.save``, and whether it is a zip, whose tensors are mapped where the mount maps files.
+def kind_of(value: Any) -> str:
+    """The name of a value's class, for a sentence."""
+    return str(getattr(value, "kind", None) or type(value).__name__)
+
+
+def read_pickle(path: Path) -> Pickled:
+    """Read a file of ``torch.save`` without running anything: by torch where it can, otherwise with stand-ins.
 
     Raises:
-        CheckpointError: it is damaged, much larger in memory than on disk, or asks for classes and functions, which are named.
+        NoWeightsError: it is of another kind, which is named.
+        CheckpointError: it is damaged, much larger in memory than on disk, or asks for functions that run programs.
     """
     is_zip = False
     try:
@@ -101,44 +131,24 @@ def read_pickle(path: Path) -> tuple[Any, bool]:
         else:
             with path.open("rb") as file:
                 require_bounded(file, path, _OLD_PICKLES)
-        return torch.load(path, map_location="cpu", mmap=is_zip and can_be_mapped(path), weights_only=True), is_zip
+        try:
+            mapped = is_zip and can_be_mapped(path)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")  # of what is read below
+                return Pickled(torch.load(path, map_location="cpu", mmap=mapped, weights_only=True), is_zip)
+        except Exception:  # it has objects of other classes, or is damaged
+            content = read_zip(path) if is_zip else read_stream(path)
+        return Pickled(with_states(content), is_zip, foreign(content))
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can make torch raise nearly anything
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # the pickle asks for a class or function
-            raise CheckpointError(
-                f"'{path}' is not a plain state dict: reading it would run code that is stored in it"
-                f"{_wanted(path, is_zip)}, so it was not read. Where it was made, save again with onym.save(model, path)."
-            ) from error
-        if not is_zip and _begins_as_a_zip(path):
-            raise CheckpointError(
-                f"'{path}' is cut short: it begins as a file of torch.save, and the list at its end is missing. Copy or "
-                "download it again, or take an earlier one."
-            ) from error
+        if not is_zip and (kind := known_kind(path)):
+            raise kind from error
         reason = type(error).__name__ if is_zip else "it is neither safetensors nor written by torch.save"
-        raise CheckpointError(f"'{path}' is no weight file, or it is damaged ({reason}).") from error
-
-
-def _begins_as_a_zip(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"PK\x03\x04"
-    except OSError:
-        return False
-
-
-def _wanted(path: Path, is_zip: bool) -> str:
-    """The functions that a pickle would call, for a sentence."""
-    try:
-        if is_zip:
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        else:
-            with path.open("rb") as file:
-                names = called(file, _OLD_PICKLES)
-    except Exception:  # it need not even be a complete pickle
-        names = []
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return f" (it asks for {', '.join(name[:80] for name in names[:6])}{more})" if names else ""
+        named_so = path.name.endswith((*PICKLES, ".safetensors"))
+        raise (CheckpointError if is_zip or named_so else NoWeightsError)(
+            f"'{path}' is no weight file, or it is damaged ({reason})."
+        ) from error
 
 
 def _require_plain_zip(path: Path) -> None:
@@ -146,10 +156,17 @@ def _require_plain_zip(path: Path) -> None:
     archive = zipfile.ZipFile(path)
     parts = archive.infolist()
     if any(part.filename.endswith("/constants.pkl") for part in parts):
-        raise CheckpointError(
+        raise NoWeightsError(
             f"'{path}' is a program of torch.jit.save: code, with the weights inside. It was not read; where it was made, save "
             "again with onym.save(model, path)."
         )
+    if any(part.filename.endswith("/archive_format") or part.filename == "archive_format" for part in parts):
+        raise NoWeightsError(
+            f"'{path}' is a program of torch.export.save (.pt2): code, with the weights inside. It was not read; where it was "
+            "made, save the module with onym.save(module, path)."
+        )
+    if not any(part.filename.endswith("/data.pkl") for part in parts):
+        raise NoWeightsError(f"'{path}' is a zip, and not one of torch.save: unpack it, and give the weight file in it.")
     unpacked = sum(part.file_size for part in parts)
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or unpacked > path.stat().st_size:
         raise CheckpointError(f"'{path}' is a compressed zip ({unpacked:,} bytes unpacked), which torch.save does not write.")
