@@ -272,7 +272,8 @@ class Distributed(TensorFile):
         except pickle.UnpicklingError as error:
             asked = re.search(r"GLOBAL (\S+)", str(error))
             if asked is None or name in self.chunks:  # a tensor names no class
-                raise CheckpointError(f"'{path}' is damaged: a chunk of {name} cannot be read ({type(error).__name__}).") from error
+                reason = type(error).__name__
+                raise CheckpointError(f"'{path}' is damaged: a chunk of {name} cannot be read ({reason}).") from error
             raise CheckpointError(
                 f"{name} in '{self.path}' needs {asked[1][:80]}, which is not looked up, because that would run code: allow it "
                 "with torch.serialization.safe_globals if you trust the file, or leave it out of what is loaded."

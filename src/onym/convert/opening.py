@@ -13,9 +13,10 @@ from pathlib import Path
 
 from onym.checkpoint.steps import GoodCheckpoint, find_checkpoint, is_ours
 from onym.convert.clean_names import clean_names
+from onym.convert.folders import open_contents
 from onym.convert.mapping import Recipe, View, to_ours
 from onym.convert.registry import Config, Format, NamedShapes, Origin, family_of, formats
-from onym.convert.sources import Contents, open_contents
+from onym.convert.sources import Contents
 from onym.convert.understand import by_rules, shape_of
 from onym.errors import CheckpointError, ConfigError, OnymError
 from onym.format.manifest import TOKENIZER

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from onym.convert.clean_names import clean_names
+from onym.convert.folders import open_contents
 from onym.convert.lazy import compare, lazily
 from onym.convert.mapping import Recipe, View, nbytes
 from onym.convert.opening import open_any
-from onym.convert.sources import Contents, as_json, open_contents
+from onym.convert.sources import Contents, as_json
 from onym.errors import CheckpointError, StorageError, storage_error
 from onym.format.manifest import parse_json
 from onym.format.pth import read_pickle, write_pickle

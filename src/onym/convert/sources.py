@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from onym.convert import dcp_folder
-from onym.convert.mapping import Joined, Recipe, View
+from onym.convert.mapping import Recipe, View
 from onym.errors import CheckpointError, NoWeightsError, nearest
 from onym.format.extra_state import with_extra_state
-from onym.format.manifest import MOST_JSON_BYTES, is_file_name, parse_json
+from onym.format.manifest import MOST_JSON_BYTES, parse_json
 from onym.format.pth import PickledFile, kind_of, read_pickle
 from onym.format.safetensors_file import open_safetensors
 from onym.format.stand_ins import StandIn
@@ -27,7 +26,7 @@ from onym.format.tensors import TensorFile
 from onym.state.model import tensor_identity
 
 # What people call the model's part of a file, most telling first.
-_MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module", "net", "network", "model_state", "weights", "params", "app")
+MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module", "net", "network", "model_state", "weights", "params", "app")
 _AVERAGES = ("ema", "shadow", "averaged", "swa")
 _DEEPEST = 4
 # The texts beside the weights that say what they are, or how text becomes tokens.
@@ -42,12 +41,10 @@ _TEXTS = (
     "model_config.yaml",
     "params.json",
 )
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.\w+)")
-_PART = re.compile(r"consolidated\.\d|(?<![a-z])rank_?\d")
-_STEP = re.compile(r"(?P<stem>.*?)(?P<step>\d+)\.\w+")
-# Folders in which trainers write the model's own files.
-_INSIDE = ("model_and_optim", "model", "pytorch_model_fsdp_0", "weights", "checkpoint", "final")
-_OPTIMIZER_ENTRIES = ("optimizer", "optim", "optimizers", "lr_scheduler", "scheduler", "dataloader", "train_state")
+# Entries that hold no model: an optimizer's state, random number generators, what a loop counts.
+NO_MODEL = re.compile(
+    r"(?i:optim.*|(\w+_)?rng(_\w+)?|random.*|(lr_)?sched.*|train(er|ing)?_state|data_?loader.*|(grad_)?scaler|metrics?|.*_extra_state)"
+)
 
 
 @dataclass(frozen=True)
@@ -80,29 +77,14 @@ class Contents:
         return value if isinstance(value, dict) else None
 
 
-def open_contents(path: Path, part: str | None = None) -> Contents:
-    """Open whatever is at a path.
-
-    Args:
-        path: a file or folder of this machine.
-        part: which of several models in it.
-
-    Raises:
-        CheckpointError: nothing in it is a model's weights, or something is missing or damaged.
-    """
-    if path.is_dir():
-        return _open_folder(path, part)
-    start = _start(path)
-    if start[8:9] == b"{":
-        return Contents(path, "a .safetensors file", with_extra_state(open_safetensors(path)), texts=_texts(path.parent))
-    if path.name.endswith(".index.json") and start[:1] in (b"{", b"["):
-        return _open_index(path)
-    if path.name == dcp_folder.METADATA:
-        return _open_distributed(path.parent, part)
+def open_file(path: Path, part: str | None = None) -> Contents:
+    """Open a .safetensors file or one of ``torch.save``; see :func:`onym.convert.folders.open_contents`."""
+    if start_of(path)[8:9] == b"{":
+        return Contents(path, "a .safetensors file", with_extra_state(open_safetensors(path)), texts=texts_of(path.parent))
     return _open_pickle(path, part)
 
 
-def _start(path: Path) -> bytes:
+def start_of(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(16)
@@ -120,13 +102,13 @@ def _open_pickle(path: Path, part: str | None) -> Contents:
             f"'{path}' holds a {kind_of(content)}, not a state dict of named tensors: where it was made, save "
             "model.state_dict()."
         )
-    candidates = dict(_models_in(content))
+    candidates = dict(models_in(content))
     if part is not None:
         if part not in candidates:
-            raise CheckpointError(f"'{path}' has no part {part!r}{nearest(part, candidates)}; it has {_listed(candidates)}.")
+            raise CheckpointError(f"'{path}' has no part {part!r}{nearest(part, candidates)}; it has {listed(candidates)}.")
         chosen = part
     else:
-        chosen = _chosen(path, content, candidates)
+        chosen = chosen_of(path, content, candidates)
     state = candidates[chosen]
     values = {key: value for key, value in content.items() if isinstance(key, str) and key != chosen} if chosen else {}
     kind = "a Lightning checkpoint" if "pytorch-lightning_version" in values else "a file of torch.save"
@@ -140,14 +122,19 @@ def _open_pickle(path: Path, part: str | None) -> Contents:
         within=chosen or None,
         further=[name for name in candidates if name != chosen],
         values=values,
-        texts=_texts(path.parent),
+        texts=texts_of(path.parent),
         foreign=pickled.foreign,
         summed=pickled.is_zip,
     )
 
 
-def _models_in(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every dict in a file that looks like a model's state, by its place: mostly tensors, and under texts as names."""
+def models_in(content: Mapping[Any, Any], tensor: type = Tensor) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every dict in a file that looks like a model's state, by its place: mostly tensors, and under texts as names.
+
+    Args:
+        content: what a file holds.
+        tensor: the class of what stands for a tensor in it.
+    """
     visited: set[int] = set()  # a dict may hold itself, many times
 
     def within(content: Mapping[Any, Any], at: str, depth: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -156,11 +143,11 @@ def _models_in(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[str, A
         visited.add(id(content))
         if {"state", "param_groups"} <= content.keys() or (isinstance(content, StandIn) and not content.is_dict):
             return
-        tensors = sum(isinstance(value, Tensor) for value in content.values())
+        tensors = sum(isinstance(value, tensor) for value in content.values())
         inner: list[tuple[str, Mapping[str, Any]]] = []
         if depth < _DEEPEST:
             for key, value in content.items():
-                if isinstance(value, Mapping) and not key.lower().startswith("optim") and not key.endswith("_extra_state"):
+                if isinstance(value, Mapping) and not NO_MODEL.fullmatch(key):
                     inner += within(value, f"{at}.{key}" if at else key, depth + 1)
         if tensors and tensors >= max((len(state) for _, state in inner), default=0) and 2 * tensors >= len(content):
             yield at, content
@@ -170,7 +157,7 @@ def _models_in(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[str, A
     yield from within(content, "", 0)
 
 
-def _chosen(path: Path, content: Mapping[Any, Any], candidates: Mapping[str, Mapping[str, Any]]) -> str:
+def chosen_of(path: Path, content: Mapping[Any, Any], candidates: Mapping[str, Mapping[str, Any]]) -> str:
     if not candidates:
         if {"state", "param_groups"} <= content.keys():
             raise NoWeightsError(f"'{path}' holds the state of an optimizer, not of a model: give the model's file.")
@@ -181,13 +168,13 @@ def _chosen(path: Path, content: Mapping[Any, Any], candidates: Mapping[str, Map
     own = [name for name in candidates if not any(word in name.lower() for word in _AVERAGES)]
     if len(own) == 1:
         return own[0]
-    for key in _MODEL_KEYS:
-        if key in own and all(other.startswith(f"{key}.") or other in _MODEL_KEYS for other in own):
+    for key in MODEL_KEYS:
+        if key in own and all(other.startswith(f"{key}.") or other in MODEL_KEYS for other in own):
             return key
-    raise NoWeightsError(f"'{path}' holds {len(candidates)} models, {_listed(candidates)}: say which with --part (part=).")
+    raise NoWeightsError(f"'{path}' holds {len(candidates)} models, {listed(candidates)}: say which with --part (part=).")
 
 
-def _listed(candidates: Mapping[str, Any]) -> str:
+def listed(candidates: Mapping[str, Any]) -> str:
     more = f" and {len(candidates) - 6} more" if len(candidates) > 6 else ""
     return (", ".join(repr(name) for name in list(candidates)[:6]) or "none") + more
 
@@ -207,136 +194,12 @@ def _tied(file: TensorFile) -> TensorFile:
     return view
 
 
-def _open_folder(path: Path, part: str | None) -> Contents:
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") or entry.name == dcp_folder.METADATA)
-    if any(entry.name == dcp_folder.METADATA for entry in entries):
-        return _open_distributed(path, part)
-    for entry in entries:
-        if entry.name.endswith(".index.json") and entry.is_file():
-            return _open_index(entry)
-    files = [entry for entry in entries if entry.is_file() and _is_weights(entry)]
-    shards: dict[str, list[Path]] = {}
-    for file in files:
-        if found := _SHARD.fullmatch(file.name):
-            shards.setdefault(found["stem"] + found["end"], []).append(file)
-    if len(shards) == 1:
-        return _open_shards(path, next(iter(shards.values())))
-    opened: dict[Path, Contents] = {}
-    refused: list[str] = []
-    for file in files:
-        try:
-            opened[file] = open_contents(file, part)
-        except CheckpointError as error:
-            refused.append(str(error))
-    if not opened:
-        for name in _INSIDE:
-            if (path / name).is_dir():
-                return _open_folder(path / name, part)
-        sharded = [entry for entry in entries if entry.is_dir() and (entry / dcp_folder.METADATA).exists()]
-        if len(sharded) == 1:
-            return _open_folder(sharded[0], part)
-        if refused:
-            raise CheckpointError(refused[0])
-        raise NoWeightsError(f"The folder '{path}' holds no weights, neither Onym's nor another program's: check the path.")
-    chosen = _one_of(path, {file: contents.tensors for file, contents in opened.items()})
-    inner = opened[chosen]
-    beside = [file.name for file in opened if file != chosen]
-    return replace(inner, path=path, kind=f"{inner.kind} in a folder", further=beside, texts=_texts(path))
-
-
-def _one_of(path: Path, tensors: Mapping[Path, TensorFile]) -> Path:
-    """Of several files with weights, the one that is meant."""
-    files = list(tensors)
-    if len(files) == 1:
-        return files[0]
-    if parts := [file.name for file in files if _PART.search(file.name)]:
-        raise CheckpointError(
-            f"The folder '{path}' holds what several processes had of one model ({', '.join(parts[:6])}), and nothing says how "
-            "it goes together: write it as one with the program that made it."
-        )
-    for stem in ("model", "pytorch_model", "lit_model", "consolidated"):
-        named = [file for file in files if file.name.partition(".")[0] == stem]
-        if named:  # the same weights in two formats: the one that can be checked
-            return min(named, key=lambda file: (file.suffix != ".safetensors", file.name))
-    steps = [found for file in files if (found := _STEP.fullmatch(file.name))]
-    alike = len({frozenset(each.names) for each in tensors.values()}) == 1  # otherwise they are parts, or other models
-    if alike and len(steps) == len(files) and len({found["stem"] for found in steps}) == 1:
-        return max(files, key=lambda file: int(_STEP.fullmatch(file.name)["step"]))  # type: ignore[index]
-    raise CheckpointError(
-        f"The folder '{path}' holds several files with weights ({', '.join(file.name for file in files[:6])}): name one."
-    )
-
-
-def _is_weights(path: Path) -> bool:
-    """Whether the first bytes are those of a .safetensors file, a zip, or a pickle."""
-    start = _start(path)
-    return start[8:9] == b"{" or start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
-
-
-def _open_index(index: Path) -> Contents:
-    content = parse_json(_text(index), f"'{index}'")
-    placed = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
-        raise CheckpointError(f"'{index}' has no weight_map, so it does not say which file holds which tensor.")
-    shards = sorted(set(placed.values()))
-    if bad := [name for name in shards if not is_file_name(name)]:
-        raise CheckpointError(f"'{index}' names a file outside its folder: {bad[0]!r}.")
-    absent = [name for name in shards if not (index.parent / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"'{index}' names {len(shards)} files, and {len(absent)} of them are missing ({', '.join(absent[:3])}): fetch them "
-            "into the same folder."
-        )
-    files = [open_contents(index.parent / name).tensors for name in shards]
-    joined = Joined(index.parent, files)
-    by_name = dict(zip(shards, files, strict=True))
-    wrong = [name for name, shard in placed.items() if name not in by_name[shard].names]
-    if wrong:
-        raise CheckpointError(f"'{index}' is wrong: {placed[wrong[0]]} does not hold {wrong[0]}, which it is said to.")
-    if more := [name for name in joined.names if name not in placed]:
-        raise CheckpointError(f"'{index}' is wrong: it does not list {more[0]}, which is in one of its files.")
-    return Contents(index.parent, f"{len(shards)} files with an index", joined, texts=_texts(index.parent))
-
-
-def _open_shards(path: Path, files: list[Path]) -> Contents:
-    found = [match for file in files if (match := _SHARD.fullmatch(file.name))]
-    count = int(max(match["count"] for match in found))
-    if len(files) != count:
-        absent = sorted(set(range(1, count + 1)) - {int(match["number"]) for match in found})
-        raise CheckpointError(
-            f"'{path}' holds {len(files)} of {count} files: number {', '.join(map(str, absent[:8])) or '?'} is missing. Fetch "
-            "all of them into the same folder."
-        )
-    joined = Joined(path, [open_contents(file).tensors for file in files])
-    return Contents(path, f"{count} files without an index", joined, texts=_texts(path))
-
-
-def _open_distributed(path: Path, part: str | None) -> Contents:
-    stored = dcp_folder.open_distributed(path)
-    names = stored.names
-    models = [name for name in names if not {"optimizer", "optim", "optimizers"} & set(name.split(".")[:2])]
-    models = [name for name in models if name.split(".")[0] not in _OPTIMIZER_ENTRIES and not name.startswith("state.exp_avg")]
-    firsts = {name.split(".")[0] for name in models}
-    only = next(iter(firsts)) if len(firsts) == 1 else ""
-    within = part if part is not None else only if only in (*_MODEL_KEYS, "state") else ""
-    strip = f"{within}." if within else ""
-    wanted = [name for name in models if part is None or name.startswith(strip)]
-    if part is not None and not wanted:
-        raise CheckpointError(f"'{path}' has no part {part!r}; it has {', '.join(sorted(firsts))}.")
-    if not wanted:
-        raise NoWeightsError(f"'{path}' holds no model's tensors; it has {', '.join(names[:6])}.")
-    view = View(stored, {name.removeprefix(strip): Recipe((name,)) for name in wanted}, path)
-    kind = "a folder of torch.distributed.checkpoint"
-    texts = {**_texts(path.parent), **_texts(path)}
-    return Contents(path, kind, view, within=within or None, texts=texts, summed=True)
-
-
-def _texts(folder: Path) -> dict[str, str]:
+def texts_of(folder: Path) -> dict[str, str]:
     """The texts that describe the weights in a folder."""
-    return {name: _text(folder / name) for name in _TEXTS if (folder / name).is_file()}
+    return {name: text_of(folder / name) for name in _TEXTS if (folder / name).is_file()}
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     try:
         if path.stat().st_size > MOST_JSON_BYTES:
             raise CheckpointError(f"'{path}' has {path.stat().st_size:,} bytes; up to {MOST_JSON_BYTES:,} are read.")
