@@ -16,7 +16,6 @@ from onym.convert.write import convert
 from onym.errors import CheckpointError
 from onym.names.families import load_families
 from onym.state import architectures
-from tests.convert import peers
 from tests.convert.test_writing import ours
 
 ROOT = Path(__file__).parents[2]
@@ -81,9 +80,7 @@ def test_another_layout_of_gpt2(tmp_path: Path) -> None:
 
 
 def test_every_test_that_it_names_exists() -> None:
-    tests = "".join(
-        path.read_text() for path in [*Path(peers.__file__).parent.glob("*.py"), ROOT / "tests/cli/test_convert.py"]
-    )
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"\b(test_\w+)\b(?!\.py)", TEXT)
     assert len(named) > 25
     assert [name for name in named if f"def {name}(" not in tests] == []
