@@ -12,11 +12,15 @@ import jsonschema
 import pytest
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import onym
 from onym.checkpoint.steps import step_folder
+from onym.cli.main import main
 from onym.format.reader import read_checkpoint
+from onym.format.safetensors import as_bytes
 
 
 def schema(name: str) -> Any:
@@ -129,3 +133,119 @@ def test_equal_models_are_equal_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         onym.save(model, tmp_path / name)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+# --- what stock safetensors writes ------------------------------------------------------------------------------------------
+
+
+def narrow() -> dict[str, torch.Tensor]:
+    return {
+        "scale": torch.arange(8, dtype=torch.uint8).view(torch.float8_e8m0fnu).reshape(2, 4),
+        "packed": torch.arange(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).reshape(2, 4),
+        "plain": torch.ones(3),
+    }
+
+
+class Narrow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in narrow().items():
+            self.register_buffer(name, value)
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(as_bytes(one), as_bytes(other))
+
+
+@pytest.mark.parametrize("name", ["stock.safetensors", "ours.safetensors", "ours", "earlier.safetensors", "ours.pth"])
+def test_dtypes_of_less_than_a_byte(tmp_path: Path, name: str) -> None:
+    """F8_E8M0 and F4 by the format's names, both ways: two of F4 are one element of torch's."""
+    if name == "stock.safetensors":
+        save_file(narrow(), tmp_path / name)
+    elif name == "earlier.safetensors":  # Onym once stored them as bytes
+        onym.save(Narrow(), tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        for theirs, ours in ((b'"F4","shape":[2,8]', b'"U8","shape":[2,4]'), (b'"F8_E8M0"', b'"U8"     ')):
+            assert theirs in content
+            content = content.replace(theirs, ours)
+        (tmp_path / name).write_bytes(content)
+    else:
+        onym.save(Narrow(), tmp_path / name)
+    opened = onym.open_checkpoint(tmp_path / name)
+    for key, value in narrow().items():
+        assert same_bytes(opened.tensor(key), value)
+        assert same_bytes(opened.part(key, slice(1, 2)), value[1:2])
+    model = Narrow()
+    model.packed.zero_()
+    model.scale.fill_(1.0)
+    onym.load(tmp_path / name, into=model)
+    assert all(same_bytes(getattr(model, key), value) for key, value in narrow().items())
+    assert main(["convert", str(tmp_path / name), str(tmp_path / "copy.safetensors")]) == 0
+    assert all(same_bytes(load_file(tmp_path / "copy.safetensors")[key], value) for key, value in narrow().items())
+    assert main(["diff", str(tmp_path / name), str(tmp_path / "copy.safetensors")]) == 0
+    model.packed.zero_()
+    onym.save(model, tmp_path / "other.safetensors")
+    assert main(["diff", str(tmp_path / name), str(tmp_path / "other.safetensors")]) == 1
+
+
+def test_an_odd_number_of_four_bits_is_no_tensor_of_torchs_and_the_rest_is_read(tmp_path: Path) -> None:
+    header = {
+        "odd": {"dtype": "F4", "shape": [2, 3], "data_offsets": [0, 3]},
+        "six": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [3, 6]},
+        "w": {"dtype": "U8", "shape": [2], "data_offsets": [6, 8]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    opened = onym.open_checkpoint(tmp_path / "x.safetensors")
+    assert opened.tensor("w").tolist() == [0, 0]
+    for name, dtype in (("odd", "F4"), ("six", "F6_E2M3")):
+        with pytest.raises(onym.OnymError, match=f"{name} in .* has the dtype {dtype}, which torch does not have"):
+            opened.tensor(name)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t\r\n  ", " " * 100])
+def test_white_space_before_a_header(tmp_path: Path, space: str) -> None:
+    """JSON allows it, and so do the format's own tests."""
+    text = (space + json.dumps({"w": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}})).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\1\2")
+    assert load_file(path)["w"].tolist() == [1, 2]
+    for opened in (onym.open_checkpoint(path), read_checkpoint(path), onym.open_checkpoint(tmp_path)):
+        assert opened.tensor("w").tolist() == [1, 2]
+    (tmp_path / "note.txt").write_text("Dear all")
+    (tmp_path / "note.txt").write_text("Dearest everybody")
+    with pytest.raises(onym.OnymError):
+        onym.open_checkpoint(tmp_path / "note.txt")
+
+
+@pytest.mark.parametrize("key", ["base", "best.model", "format", "layer.of.w", "weight"])
+def test_metadata_that_names_a_tensor_is_no_further_name_of_it(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "x.safetensors"
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    save_file(model.state_dict(), path, metadata={key: "0.weight"})
+    assert onym.open_checkpoint(path).names == list(load_file(path))
+    onym.load(path, into=model)
+
+
+def test_tied_tensors_as_stock_safetensors_writes_them(tmp_path: Path) -> None:
+    def tied() -> nn.Sequential:
+        model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    model = tied()
+    save_model(model, str(tmp_path / "x.safetensors"))
+    assert sorted(onym.open_checkpoint(tmp_path / "x.safetensors").names) == ["0.weight", "1.weight"]
+    other = tied()
+    onym.load(tmp_path / "x.safetensors", into=other)
+    assert torch.equal(other[1].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("metadata", [0, "", False, [], 1, "pt", {"a": 1}, {"a": None}, [["a", "b"]]])
+def test_metadata_of_another_kind_is_refused(tmp_path: Path, metadata: Any) -> None:
+    text = json.dumps({"__metadata__": metadata, "w": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\1\2")
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "x.safetensors")
+    with pytest.raises(onym.OnymError, match=r"x\.safetensors"):
+        onym.open_checkpoint(tmp_path / "x.safetensors")

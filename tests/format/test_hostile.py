@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -292,6 +293,28 @@ def test_a_sparse_file_with_a_header_of_a_terabyte_is_not_read(tmp_path: Path) -
             pytest.skip("no sparse files of this size here")
     with pytest.raises(CheckpointError, match="up to 100,000,000 are read"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "unit", "end"),
+    [
+        (b'{"a":[', b"300,", b"1]}"),
+        (b'{"a":{},"b":[', b'{"a":1},', b"{}]}"),
+        (b"{", b'"a":0,', b'"b":0}'),
+        (b"{", b'"a":{},', b'"b":{}}'),
+        (b'{"__metadata__":{', b'"a":{},', b'"b":{}}}'),
+    ],
+)
+def test_a_header_of_16_megabytes_is_refused_before_it_is_parsed(tmp_path: Path, start: bytes, unit: bytes, end: bytes) -> None:
+    text = start + unit * (16_000_000 // len(unit)) + end
+    path = single(tmp_path / "x.safetensors", text)
+    times = [time.process_time()]
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        read_checkpoint(path)
+    times.append(time.process_time())
+    json.loads(text)
+    times.append(time.process_time())
+    assert times[1] - times[0] < 0.6 * (times[2] - times[1])
 
 
 def test_every_odd_value_in_a_header_is_settled(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,9 +94,8 @@ class _Folder:
     def metadata(self) -> Metadata:
         """What is in it, for a planner. Tensors inside of objects are not listed: they come with those."""
         index, described = self._index, dict[str, Any]()
-        inside = {name for structure in index.objects.values() for name in _tensors_in(structure)}
         for full, (file, name) in self._names.items():
-            if full not in inside:
+            if not index.is_inside(full):
                 entry = index.tensors[file][name]
                 chunks = [shard.chunk for shard in entry.layout.shards]
                 described[full] = _described(f"{name} in '{self._opened.path}'", entry.dtype, entry.shape, chunks)
@@ -318,19 +317,6 @@ def _described(what: str, dtype: str, shape: tuple[int, ...], chunks: list[Chunk
         raise CheckpointError(f"{what} has the dtype {dtype}, which torch {torch.__version__} does not have.")
     places = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in chunks]
     return TensorStorageMetadata(TensorProperties(dtype=known), torch.Size(shape), places)
-
-
-def _tensors_in(structure: Any) -> Iterator[str]:
-    """The names of the tensors that an object's structure refers to."""
-    if isinstance(structure, list):
-        for part in structure:
-            yield from _tensors_in(part)
-    elif isinstance(structure, dict):
-        for tag, content in structure.items():
-            if len(structure) == 1 and tag in ("$tensor", "$bytes", "$bytesio"):
-                yield content[0] if tag == "$bytesio" else content
-            else:
-                yield from _tensors_in(content)
 
 
 def _pickled(value: Any) -> io.BytesIO:

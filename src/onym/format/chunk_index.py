@@ -57,10 +57,17 @@ class ChunkIndex:
     @property
     def keys(self) -> list[str]:
         """The first keys of the state that was saved."""
-        inside = tuple(f"{name}." for name in self.objects)
-        tensors = [name for entries in self.tensors.values() for name in entries]
-        names = [*self.objects, *(name for name in tensors if name in self.paths or not f"{name}.".startswith(inside))]
+        full = [(self.prefix if file == MODEL else "") + name for file, entries in self.tensors.items() for name in entries]
+        names = [*self.objects, *(name for name in full if not self.is_inside(name))]
         return sorted({str(self.paths.get(name, [name])[0]) for name in names})
+
+    def is_inside(self, name: str) -> bool:
+        """Whether a tensor, by its full name, belongs to a value that is none: it comes with that."""
+        return name not in self.paths and f"{name}.".startswith(self._beginnings)
+
+    @cached_property
+    def _beginnings(self) -> tuple[str, ...]:
+        return tuple(f"{name}." for name in self.objects)
 
     def to_json(self) -> str:
         """The text of a ``chunks.json``, one tensor or layout a line."""

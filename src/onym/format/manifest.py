@@ -10,7 +10,7 @@ import gc
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -122,7 +122,7 @@ def require_seal(text: str, what: str) -> None:
         raise CheckpointError(f"{what} is damaged: its content is not what was written.")
 
 
-def require_bounded_json(text: str | bytes, what: str) -> None:
+def require_bounded_json(text: str | bytes, what: str, most: int | None = None) -> None:
     """Refuse a text that is too large to be parsed: when it is read, and when it is written.
 
     Raises:
@@ -130,13 +130,22 @@ def require_bounded_json(text: str | bytes, what: str) -> None:
     """
     if len(text) > MOST_JSON_BYTES:
         raise CheckpointError(f"{what} has {len(text):,} bytes; up to {MOST_JSON_BYTES:,} are read.")
+    most = most or MOST_JSON_VALUES
     values = sum(map(text.count, (b",", b"[", b"{"))) if isinstance(text, bytes) else sum(map(text.count, ",[{"))
-    if values > MOST_JSON_VALUES:  # each value is one or more of these
-        raise CheckpointError(f"{what} holds more than {MOST_JSON_VALUES:,} values, which are not read.")
+    if values > most:  # each value is one or more of these
+        raise CheckpointError(f"{what} holds more than {most:,} values, which are not read.")
 
 
-def parse_json(text: str | bytes, what: str) -> Any:
+def parse_json(
+    text: str | bytes, what: str, check: Callable[[dict[str, Any]], None] | None = None, most_values: int | None = None
+) -> Any:
     """JSON from an untrusted file: bounded in size, without duplicate names.
+
+    Args:
+        text: the JSON.
+        what: it is, for messages.
+        check: called with each object, the inner ones first, to refuse it before all is parsed.
+        most_values: another limit than ``MOST_JSON_VALUES``.
 
     Raises:
         CheckpointError: it is no JSON, too large, or names something twice.
@@ -145,12 +154,14 @@ def parse_json(text: str | bytes, what: str) -> Any:
         decoded = text.decode() if isinstance(text, bytes) and len(text) <= MOST_JSON_BYTES else text
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what} is damaged: it is no UTF-8.") from error
-    require_bounded_json(decoded, what)
+    require_bounded_json(decoded, what, most_values)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
             raise CheckpointError(f"{what} is damaged: it names something twice.")
+        if check is not None:
+            check(values)
         return values
 
     try:

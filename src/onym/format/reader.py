@@ -30,6 +30,7 @@ from onym.format.manifest import (
     is_file_name,
     parse_json,
 )
+from onym.format.safetensors import begins_file
 from onym.format.safetensors_file import open_safetensors
 from onym.format.sharded_file import ShardedFile
 from onym.format.tensors import Damage, TensorFile
@@ -269,10 +270,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"'{path}' is neither a file nor a folder.")
     try:
-        start = storage.open_file(path).read(0, 9)
+        file = storage.open_file(path)
+        start, nbytes = file.read(0, 9), file.nbytes
     except OSError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
-    if len(start) == 9 and start[8:] == b"{":
+    if begins_file(start, nbytes):
         return _open_single(path)
     if not storage.is_local:
         raise CheckpointError(

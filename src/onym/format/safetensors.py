@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# The dtypes of the format: torch's name, the format's, and the bits of an element.
+# The dtypes of the format: torch's name, the format's, and the bits of an element of the format.
 _DTYPES = (
     ("float64", "F64", 64),
     ("float32", "F32", 32),
@@ -32,6 +34,8 @@ _DTYPES = (
     ("float8_e5m2", "F8_E5M2", 8),
     ("float8_e4m3fnuz", "F8_E4M3FNUZ", 8),
     ("float8_e5m2fnuz", "F8_E5M2FNUZ", 8),
+    ("float8_e8m0fnu", "F8_E8M0", 8),
+    ("float4_e2m1fn_x2", "F4", 4),
     ("complex64", "C64", 64),
     ("int64", "I64", 64),
     ("int32", "I32", 32),
@@ -45,11 +49,17 @@ _DTYPES = (
 )
 _FORMAT_NAMES = {name: format_name for name, format_name, _ in _DTYPES}
 _TORCH_NAMES = {format_name: name for name, format_name, _ in _DTYPES}
-_BITS = {name: bits for _, name, bits in _DTYPES} | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+_BITS = {name: bits for _, name, bits in _DTYPES} | {"F6_E2M3": 6, "F6_E3M2": 6}
+_PACKED = "float4_e2m1fn_x2"  # an element of torch's has two of the format's, side by side in the last dimension
 
 # Dtypes that the format does not have, stored as one that it has, with one more dimension: the bytes are the same.
 _STORED_AS = {"complex128": ("F64", 2), "complex32": ("F16", 2)}
 
+_SPACES = (b" ", b"\t", b"\n", b"\r")  # before the header's first value, as JSON has them
+# A million tensors have 7 million values and 4 million names. A name takes 300 bytes of memory, a value 70.
+_MOST_VALUES, _MOST_NAMES, _MANY = 10_000_000, 4_100_000, 100_000
+_BEGINNING = re.compile(rb'\s*\{\s*(\}|"(?:[^"\\]|\\.)*+"\s*:\s*(\{|null))')
+_ENTRY = {"dtype", "shape", "data_offsets"}
 _LONGEST_HEADER = 100_000_000  # what the safetensors library reads; a longer one would open here alone
 
 
@@ -82,30 +92,33 @@ def dtype_called(name: str) -> torch.dtype | None:
 def item_size(name: str) -> int | None:
     """The bytes of an element, from torch's name of the dtype; None for a dtype that this version does not know."""
     if name in _FORMAT_NAMES:
-        return _BITS[_FORMAT_NAMES[name]] // 8
+        return -(-_BITS[_FORMAT_NAMES[name]] // 8)
     dtype = dtype_called(name)
     return None if dtype is None else dtype.itemsize
 
 
-@cache
-def format_dtype(name: str) -> tuple[str, tuple[int, ...]] | None:
-    """The format's name for what a dtype is stored as, and the dimensions that this adds to the shape.
+def as_stored(name: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]] | None:
+    """The format's name for what a dtype is stored as, and the shape in the file.
 
-    A dtype that the format does not have (complex128, int4, float4 …) is stored as one that it has. None for one that this
-    version of torch does not have.
+    A dtype that the format does not have (complex128, int4 …) is stored as one that it has. None for one that this version of
+    torch does not have.
     """
-    if name in _FORMAT_NAMES:
-        return _FORMAT_NAMES[name], ()
+    if name == _PACKED and shape:
+        return "F4", (*shape[:-1], 2 * shape[-1])
+    if name in _FORMAT_NAMES and name != _PACKED:
+        return _FORMAT_NAMES[name], tuple(shape)
     if name in _STORED_AS:
         stored_as, further = _STORED_AS[name]
-        return stored_as, (further,)
+        return stored_as, (*shape, further)
     size = item_size(name)
-    return None if size is None else ("U8", () if size == 1 else (size,))
+    return None if size is None else ("U8", tuple(shape) if size == 1 else (*shape, size))
 
 
-def torch_name(format_name: str) -> str | None:
-    """What torch calls a dtype of the format; None for one that is not known here."""
-    return _TORCH_NAMES.get(format_name)
+def from_stored(format_name: str, shape: tuple[int, ...]) -> tuple[str | None, tuple[int, ...]]:
+    """The reverse, for a dtype that the format has: torch's name, and its shape. No name for what torch cannot represent."""
+    if format_name == "F4":
+        return (None, shape) if not shape or shape[-1] % 2 else (_PACKED, (*shape[:-1], shape[-1] // 2))
+    return _TORCH_NAMES.get(format_name), shape
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -144,16 +157,25 @@ def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tup
     end = 0
     for name in ordered:
         dtype, shape = tensors[name].dtype, tensors[name].shape
-        stored = format_dtype(dtype_name(dtype))
+        stored = as_stored(dtype_name(dtype), shape)
         assert stored is not None
-        stored_as, further = stored
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": stored_as, "shape": [*shape, *further], "data_offsets": [start, end]}
+        header[name] = {"dtype": stored[0], "shape": list(stored[1]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _LONGEST_HEADER:
+    if len(text) > _LONGEST_HEADER or (len(tensors) > _MANY and not _is_bounded(text)):
         raise CheckpointError(f"{len(tensors):,} tensors are too many for one .safetensors file: save to a folder.")
     return len(text).to_bytes(8, "little") + text, ordered
+
+
+def begins_file(first: bytes, size: int) -> bool:
+    """Whether the first nine bytes can be those of a .safetensors file: a length, and ``{`` or white space before it.
+
+    Args:
+        first: the bytes.
+        size: the file's; white space follows the first eight bytes of many a text.
+    """
+    return first[8:9] == b"{" or (first[8:9] in _SPACES and 8 + int.from_bytes(first[:8], "little") <= size)
 
 
 def header_length(first: bytes, size: int, path: object) -> int:
@@ -181,10 +203,25 @@ def parse_header(text: bytes, size: int, path: object) -> tuple[dict[str, Placed
     Raises:
         CheckpointError: it is no header, or its tensors do not follow each other from the first byte to the last.
     """
-    header = parse_json(text, f"The header of '{path}'")
+    if not _BEGINNING.match(text):
+        raise CheckpointError(f"'{path}' is damaged: its header is no JSON of tensors: {text[:80]!r}.")
+    others = 0
+
+    def check(values: dict[str, Any]) -> None:
+        nonlocal others
+        others += not values.keys() >= _ENTRY
+        if others > 2:  # the metadata and the header itself are no tensors; a hostile one has a million of such
+            raise CheckpointError(f"'{path}' is damaged: its header says of a tensor: {reprlib.repr(values)}.")
+
+    if not _is_bounded(text):
+        raise CheckpointError(
+            f"The header of '{path}' holds more than {_MOST_VALUES:,} values or {_MOST_NAMES:,} names, which are not read."
+        )
+    header = parse_json(text, f"The header of '{path}'", check, _MOST_VALUES)
     if not isinstance(header, dict):
         raise CheckpointError(f"'{path}' is damaged: its header is a {type(header).__name__}.")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"'{path}' is damaged: the metadata in its header are no texts.")
     placed = {name: _placed(name, entry, path) for name, entry in header.items()}
@@ -198,6 +235,11 @@ def parse_header(text: bytes, size: int, path: object) -> tuple[dict[str, Placed
     return placed, metadata
 
 
+def _is_bounded(text: bytes) -> bool:
+    """Whether a header takes no more memory than it may."""
+    return text.count(b":") <= _MOST_NAMES and sum(map(text.count, (b",", b"[", b"{"))) <= _MOST_VALUES
+
+
 def _placed(name: str, entry: Any, path: object) -> Placed:
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -207,5 +249,5 @@ def _placed(name: str, entry: Any, path: object) -> Placed:
     except (KeyError, TypeError, ValueError):
         right = False
     if not right:
-        raise CheckpointError(f"'{path}' is damaged: its header says of {name!r}: {str(entry)[:120]}.")
+        raise CheckpointError(f"'{path}' is damaged: its header says of {name!r}: {reprlib.repr(entry)}.")
     return Placed(dtype, tuple(shape), start, end)

@@ -14,13 +14,13 @@ from onym.format.hashing import BLOCK, blocks_of
 from onym.format.manifest import TensorEntry, gc_paused
 from onym.format.safetensors import (
     as_bytes,
+    as_stored,
     dtype_called,
-    format_dtype,
     from_bytes,
+    from_stored,
     header_length,
     is_plain,
     parse_header,
-    torch_name,
 )
 from onym.format.tensors import Damage, TensorFile
 from onym.state.chunks import Chunk, contiguous_strides
@@ -34,9 +34,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _READ_BYTES = 1 << 20
+_ONCE_BYTES = ("float8_e8m0fnu", "float4_e2m1fn_x2")
+"""What earlier versions stored as bytes, before the format had names for it."""
 _UNIT_BYTES = 16 * BLOCK  # of a large tensor, what a thread checks at a time
 
 
+@gc_paused()
 def open_safetensors(path: Path) -> SafetensorsFile:
     """Open a file and check its header.
 
@@ -57,16 +60,18 @@ class SafetensorsFile(TensorFile):
         self.data_start = header_length(file.read(0, 8), file.nbytes, path)
         self.start = file.read(0, self.data_start)
         self.placed, self.metadata = parse_header(self.start[8:], file.nbytes - self.data_start, path)
-        # Stock safetensors records a tied tensor's further names as metadata entries: further name -> stored name.
+        # Stock safetensors records a tied tensor's further names as metadata entries: further name -> stored name. Where Onym
+        # has not written them they may be anything ({"base": "w"}), so only what ends alike ("head.weight") is taken for one.
         aliases = {
             alias: name
             for alias, name in self.metadata.items()
-            if name in self.placed and alias not in self.placed and alias != "format"
+            if name in self.placed and alias not in self.placed and "." in alias and alias.split(".")[-1] == name.split(".")[-1]
         }
-        self._dtypes = {name: torch_name(placed.dtype) for name, placed in self.placed.items()}
+        known = {name: from_stored(placed.dtype, placed.shape) for name, placed in self.placed.items()}
+        self._dtypes = {name: dtype for name, (dtype, _) in known.items()}
         super().__init__(
             path,
-            {name: placed.shape for name, placed in self.placed.items()},
+            {name: shape for name, (_, shape) in known.items()},
             {name: dtype or self.placed[name].dtype for name, dtype in self._dtypes.items()},
             aliases,
             {},
@@ -79,7 +84,7 @@ class SafetensorsFile(TensorFile):
             CheckpointError: they do not agree with the header.
         """
         for name, entry in entries.items():
-            placed, stored = self.placed.get(name), format_dtype(entry.dtype)
+            placed, stored = self.placed.get(name), as_stored(entry.dtype, entry.shape)
             if stored is None:
                 import torch
 
@@ -87,8 +92,8 @@ class SafetensorsFile(TensorFile):
                     f"{name} in '{self.path}' has the dtype {entry.dtype}, which torch {torch.__version__} does not have: "
                     "pip install --upgrade torch."
                 )
-            stored_as, more = stored
-            agrees = placed is not None and (placed.dtype, placed.shape) == (stored_as, (*entry.shape, *more))
+            before = ("U8", tuple(entry.shape)) if entry.dtype in _ONCE_BYTES else stored
+            agrees = placed is not None and (placed.dtype, placed.shape) in (stored, before)
             if placed is None or not agrees or len(entry.blocks) not in (0, 64 * blocks_of(placed.end - placed.start)):
                 raise CheckpointError(f"'{self.path}' is damaged: it holds other tensors than were written.")
         aliases = [alias for entry in entries.values() for alias in entry.aliases]
