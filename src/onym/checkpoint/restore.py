@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from onym.checkpoint.snapshot import RNG_VALUES, generator_name, is_optimizer, model_of
@@ -17,6 +19,7 @@ from onym.format.manifest import MODEL, TRAINER, TRAINER_TENSORS, parse_json
 from onym.format.reader import Checkpoint
 from onym.names.mismatch import compare
 from onym.state.collectives import get_rank, run_on_all_ranks
+from onym.state.composite import build_like
 from onym.state.dtensor import any_sharded, from_local_chunk, has_chunks, local_chunk
 from onym.state.model import DtypePolicy, LoadReport, describe, load_state_dict, named_state, refused_of
 from onym.state.offloaded import require_not_offloaded
@@ -47,7 +50,7 @@ def restore_state(
     Args:
         checkpoint: an open one.
         state: the objects, under the names that they were saved under; any may be left out. A dict or list of plain values is
-            filled in place.
+            filled in place, and a torch.Generator in it gets the stored state.
         rng: restore the random number generators too.
         policy: what may differ.
 
@@ -83,12 +86,14 @@ def _decoded(checkpoint: Checkpoint, state: Mapping[str, Any], rng: bool) -> _De
             )
         if stored.kind(key) == "model":
             require_not_offloaded(value)
-            decoded[key] = stored.tensors(key, named_state(value))
+            live = named_state(value)
+            decoded[key] = build_like(stored.tensors(key, live), live)
         elif stored.kind(key) == "optimizer":
             decoded[key] = stored.tensors(key, _slots_like(stored.names(key), model_of(key, value, modules)))
         else:
             decoded[key] = stored.plain(key)
-        if isinstance(value, dict | list) and stored.kind(key) == "values" and not isinstance(decoded[key], type(value)):
+        filled = isinstance(value, dict | list | torch.Generator) and stored.kind(key) == "values"
+        if filled and not isinstance(decoded[key], type(value)):
             raise CheckpointError(
                 f"{key!r} in '{checkpoint.path}' is a {type(decoded[key]).__name__}, and a {type(value).__name__} was given to "
                 "be filled: leave it out, and take it from restore(...).values."
@@ -134,14 +139,27 @@ def _apply(state: Mapping[str, Any], content: _Decoded, policy: Policy) -> tuple
         elif stored.kind(key) == "state":
             with stored.decoding(key):
                 value.load_state_dict(decoded[key])
-        elif isinstance(value, dict):
-            value.clear()
-            value.update(decoded[key])
-        elif isinstance(value, list) and stored.kind(key) == "values":
-            value[:] = decoded[key]
+        elif stored.kind(key) == "values":
+            restored = _with_live_generators(decoded[key], value)
+            if isinstance(value, dict):
+                value.clear()
+                value.update(restored)
+            elif isinstance(value, list):
+                value[:] = restored
     if content.generators is not None:
         load_rng_state(*content.generators)
     return content.values, {key: reports[key] for key in state if key in reports}
+
+
+def _with_live_generators(stored: Any, live: Any) -> Any:
+    """Stored values, with the live generators at their places, which others draw from: they get the stored state."""
+    if isinstance(stored, torch.Generator) and isinstance(live, torch.Generator) and stored.device == live.device:
+        return live.set_state(stored.get_state())
+    if type(stored) is dict and isinstance(live, Mapping):
+        return {key: _with_live_generators(value, live.get(key)) for key, value in stored.items()}
+    if type(stored) is list and isinstance(live, list):
+        return [_with_live_generators(*pair) for pair in zip_longest(stored, live[: len(stored)])]
+    return stored
 
 
 def _matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -24,6 +24,7 @@ from onym.format.rank_files import RankContent
 from onym.names.wrappers import unwrap
 from onym.state.architectures import describe_model
 from onym.state.collectives import all_gather_object, get_rank, run_on_all_ranks
+from onym.state.composite import is_composite, require_loadable
 from onym.state.dtensor import any_sharded
 from onym.state.model import full_state_dict, state_dict
 from onym.state.optimizer import optimizer_state
@@ -111,8 +112,10 @@ def _parts_of(state: Mapping[str, Any]) -> tuple[dict[str, nn.Module], str, _Par
             file = MODEL if key == main else f"{key}.safetensors"
             parts.tensors[file], extra = _split(state_dict(value))
             parts.objects[key] = {"kind": "model", "file": file}
-            if extra:  # values of get_extra_state
-                tensors, parts.objects[key]["extra"] = flatten(extra, f"{key}.extra")
+            for name, each in extra.items():  # values of get_extra_state, and tensors that are made of others
+                require_loadable(name, each)
+                tensors, structure = flatten(each, f"{key}.extra.{name}", subclasses=isinstance(each, Tensor))
+                parts.objects[key].setdefault("extra", {})[name] = structure
                 parts.loose |= tensors
         elif is_optimizer(value):
             file = f"{key}.safetensors"
@@ -149,8 +152,8 @@ def generator_name(name: str, rank: int) -> str:
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of a model's state, and the rest."""
-    rest = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    """The plain tensors of a model's state, and the rest."""
+    rest = {name: value for name, value in state.items() if not isinstance(value, Tensor) or is_composite(value)}
     return {name: value for name, value in state.items() if name not in rest}, rest
 
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onym.errors import CheckpointError
 from onym.format.extra_state import extra_metadata
@@ -17,6 +16,8 @@ from onym.format.hashing import TensorHash, hash_of
 from onym.format.manifest import TensorEntry, is_text
 from onym.format.safetensors import as_bytes, dtype_name, is_plain
 from onym.state.chunks import Shape
+from onym.state.composite import is_composite, require_loadable
+from onym.state.dtensor import is_sharded
 from onym.state.model import tensor_identity
 from onym.state.tree import flatten
 
@@ -82,10 +83,14 @@ def gather(state: Mapping[str, Any], *, values: bool = False) -> Stored:
     structures: dict[str, Any] = {}
     parts: dict[str, Tensor] = {}
     for name, value in state.items():
-        if not isinstance(value, Tensor | LazyTensor):
+        composite = is_composite(value) and not value.is_meta
+        if composite and not values:
+            raise CheckpointError(f"{name} is {_described(value)}, {_REMEDY}")
+        if composite or not isinstance(value, Tensor | LazyTensor):
             if not values:
                 raise CheckpointError(f"{name} is a {type(value).__name__}, not a tensor: only tensors can be stored here.")
-            found, structures[name] = flatten(value, name)
+            require_loadable(name, value)
+            found, structures[name] = flatten(value, name, subclasses=composite)
             parts |= found
     if not parts.keys().isdisjoint(state):
         taken = next(iter(parts.keys() & state.keys()))
@@ -106,15 +111,10 @@ def gather(state: Mapping[str, Any], *, values: bool = False) -> Stored:
                 f"{name} has no values yet (it is on the meta device, or its layer is lazy): load or initialise the model "
                 "before saving it."
             )
-        if value.layout != torch.strided:
-            raise CheckpointError(f"{name} is {value.layout}, which cannot be stored: store its to_dense().")
         if value.is_quantized:
             raise CheckpointError(f"{name} is quantized ({value.dtype}), which cannot be stored: store its int_repr().")
-        if is_traceable_wrapper_subclass(value):
-            raise CheckpointError(
-                f"{name} is a {type(value).__name__}, a tensor made of others, which cannot be stored: store a plain one "
-                "(dequantize() gives it)."
-            )
+        if is_sharded(value):
+            raise CheckpointError(f"{name} is a sharded tensor, which is not written here: store its full_tensor().")
         identity = tensor_identity(value)
         if identity is not None and identity in seen:
             aliases[name] = seen[identity]
@@ -123,6 +123,17 @@ def gather(state: Mapping[str, Any], *, values: bool = False) -> Stored:
             seen[identity] = name
         tensors[name] = value.detach()
     return Stored(tensors, aliases, extra_metadata(structures, parts))
+
+
+_REMEDY = (
+    "which is not written here: a folder or a .safetensors of onym.save holds it, and onym.Checkpointer; or store a plain one "
+    "(to_dense() of a sparse tensor, dequantize() of a quantised one)."
+)
+
+
+def _described(value: Tensor) -> str:
+    kind = "nested" if value.is_nested else f"a {type(value).__name__}" if value.layout == torch.strided else str(value.layout)
+    return f"{kind}, a tensor made of others"
 
 
 def in_memory(tensor: Tensor) -> Tensor:

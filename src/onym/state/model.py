@@ -25,6 +25,7 @@ from onym.names.diagnose import diagnose
 from onym.names.mismatch import Described, Differences, MismatchError, compare
 from onym.names.plain_view import plain_view
 from onym.names.wrappers import require_module
+from onym.state.composite import Unbuilt, build_like, resize_sparse
 from onym.state.dtensor import distribute_like, full_parameters, full_tensor, is_sharded, local
 from onym.state.offloaded import require_not_offloaded, with_offloaded
 from onym.state.patterns import matches, require_patterns, skipping
@@ -157,7 +158,7 @@ def load_state_dict(
         live = _live_state(plain)
         _require_writable(live)
         ties = _ties(live)
-        complete = dict(state)
+        complete = build_like(state, live)
         for name, others in ties.items():
             given = next((other for other in others if other in state), None)
             if name not in complete and given is not None:
@@ -192,7 +193,7 @@ def load_state_dict(
         else:
             missing, unexpected = differences.missing, differences.unexpected
             loaded = [name for name in target if name in complete and name not in skipped]
-            _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions)
+            _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions, live)
         overflowed = [name for name in differences.dtypes if _overflows(complete[name], live[name])]
     if overflowed:
         kind, more = target[overflowed[0]][1], ", …" if len(overflowed) > 1 else ""
@@ -224,10 +225,12 @@ def _live_state(plain: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _copy(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any) -> None:
+def _copy(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any, live: Mapping[str, Any]) -> None:
     """All of it, by the model's own ``load_state_dict``, or nothing."""
     ready._metadata = versions  # type: ignore[attr-defined]
     with _undone_on_failure(plain, ready):
+        for name, value in ready.items():
+            resize_sparse(live[name], value)
         # Names were compared already; a model whose state_dict() leaves something out would fail on what it never stored.
         unused = plain.load_state_dict(ready, strict=False)
         if unused is not None and unused.unexpected_keys:
@@ -282,6 +285,8 @@ def describe(state: Mapping[str, Any], given: Mapping[str, Any] | None = None) -
     """
 
     def shape(name: str, value: Tensor) -> tuple[int, ...]:
+        if value.is_nested:  # it has no shape of numbers
+            return ()
         if not is_lazy(value):
             return tuple(value.shape)
         like = (given or {}).get(name)
@@ -290,6 +295,8 @@ def describe(state: Mapping[str, Any], given: Mapping[str, Any] | None = None) -
     return {
         name: (shape(name, value), str(value.dtype).removeprefix("torch."))
         if isinstance(value, Tensor) and not _is_extra(name)
+        else (value.shape, value.dtype)
+        if isinstance(value, Unbuilt)
         else ((), "value")
         for name, value in state.items()
     }
@@ -306,7 +313,7 @@ def tensor_identity(tensor: Tensor) -> tuple[Any, ...] | None:
 
 def _has_memory(tensor: Tensor) -> bool:
     """Whether its values are one block of memory: not those of a sparse tensor, or of one that is made of others."""
-    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested or tensor.numel() == 0:
         return False
     return tensor.data_ptr() != 0
 
@@ -344,8 +351,10 @@ def _require_writable(live: Mapping[str, Any]) -> None:
                 "the model outside."
             )
         shard = local(value)
-        if shard.layout == torch.strided and any(
-            step == 0 and size > 1 for step, size in zip(shard.stride(), shard.shape, strict=True)
+        if (
+            shard.layout == torch.strided
+            and not shard.is_nested
+            and any(step == 0 and size > 1 for step, size in zip(shard.stride(), shard.shape, strict=True))
         ):
             raise ConfigError(f"{name} is an expanded view, several of whose values are one: call .clone() first.")
 
@@ -390,7 +399,9 @@ def _require_readable(given: Mapping[str, Any]) -> None:
 
 def _ready(value: Any, target: Any, storages: set[int]) -> Any:
     """A value as the model's own ``load_state_dict`` can copy it."""
-    if not isinstance(value, Tensor) or not isinstance(target, Tensor) or is_lazy(target) or value.shape != target.shape:
+    if not isinstance(value, Tensor) or not isinstance(target, Tensor) or is_lazy(target) or target.is_nested:
+        return value
+    if value.shape != target.shape:
         return value
     value = distribute_like(value, target)
     # Two layers swapped, say: the copy into one must not change what is still to be copied from it.
@@ -431,7 +442,8 @@ def _undone_on_failure(plain: nn.Module, given: Mapping[str, Any]) -> Iterator[N
         for tensor, kind, data in lazy:
             tensor.data, tensor.__class__ = data, kind
         for tensor, value in before:
-            if tensor.shape == value.shape:
+            if tensor.is_nested or tensor.shape == value.shape:
+                resize_sparse(tensor, value)
                 tensor.copy_(value)
             else:  # its own code has resized it
                 tensor.data = value

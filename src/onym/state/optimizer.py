@@ -18,6 +18,7 @@ from onym.errors import CheckpointError, ConfigError
 from onym.names.plain_view import plain_view
 from onym.names.wrappers import require_module
 from onym.state.dtensor import distribute_like, full_tensor, has_flat_parameters, is_sharded
+from onym.state.optimizer_slots import SlotBuilder
 from onym.state.patterns import matches, require_patterns
 from onym.state.tree import flatten, unflatten
 
@@ -215,13 +216,14 @@ def load_optimizer_state(
     problems.raise_if_any()
 
     slots: dict[str, dict[str, Any]] = {}
-    for (_, group), part in zip(groups, members, strict=True):
+    for (optimizer, group), part in zip(groups, members, strict=True):
+        builder = SlotBuilder(optimizer)
         for name in part:
             if name in anew:
                 slots[name] = {}
             elif name in stored:
                 convert = _Placing(live[name], on_device=bool(group.get("fused") or group.get("capturable")))
-                slots[name] = unflatten(stored[name]["state"], tensors, convert)
+                slots[name] = builder.build(unflatten(stored[name]["state"], tensors, convert), name, live[name], group)
     # Nothing below can fail.
     for (optimizer, group), hyperparameters, part in zip(groups, restored_groups, members, strict=True):
         group.update(hyperparameters)
@@ -347,7 +349,7 @@ def _flat_slots(slots: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor],
     tensors: dict[str, Tensor] = {}
     structures: dict[str, Any] = {}
     for slot, value in slots.items():
-        found, structures[slot] = flatten(value, f"state.{slot}", f".{name}")
+        found, structures[slot] = flatten(value, f"state.{slot}", f".{name}", subclasses=True)
         tensors.update(found)
     return tensors, structures
 

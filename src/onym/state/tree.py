@@ -3,7 +3,9 @@
 What a scheduler's, a gradient scaler's or an optimizer's ``state_dict()`` holds. The JSON has the structure; where a tensor
 stood it says under which name the tensor is stored. What JSON cannot say by itself is an object with one key that begins with
 ``$``: ``$tensor`` (a name), ``$tuple``, ``$dict`` (pairs: keys that are no strings), ``$counter``, ``$ordered``, ``$float``
-(``"nan"``, ``"inf"``, ``"-inf"``), ``$bytes`` (the name of a tensor of uint8), ``$bytesio`` (that, and the position).
+(``"nan"``, ``"inf"``, ``"-inf"``), ``$bytes`` (the name of a tensor of uint8), ``$bytesio`` (that, and the position),
+``$array`` (a numpy array, the name of its tensor), ``$generator`` (a device, and the state), ``$composite`` (a tensor that is
+made of others: :mod:`onym.state.composite`).
 """
 
 from __future__ import annotations
@@ -19,15 +21,18 @@ import torch
 from torch import Tensor
 
 from onym.errors import CheckpointError
+from onym.state.composite import is_composite, is_subclass, put_together, take_apart
 
 
-def flatten(value: Any, prefix: str, suffix: str = "") -> tuple[dict[str, Tensor], Any]:
+def flatten(value: Any, prefix: str, suffix: str = "", *, subclasses: bool = False) -> tuple[dict[str, Tensor], Any]:
     """Take the tensors out of a structure.
 
     Args:
-        value: nested dicts, lists and tuples of tensors, numbers, strings, bytes, booleans and None.
+        value: nested dicts, lists and tuples of tensors, arrays, numbers, strings, bytes, booleans, generators and None.
         prefix: what its tensors' names begin with; the path inside the structure follows.
         suffix: what their names end with.
+        subclasses: tensors of a subclass may be in it: :func:`unflatten` returns an :class:`onym.state.composite.Unbuilt` for
+            one, and the caller has a live tensor that builds it.
 
     Returns:
         The tensors (live, not copied) by name, and the structure as JSON values.
@@ -48,6 +53,14 @@ def flatten(value: Any, prefix: str, suffix: str = "") -> tuple[dict[str, Tensor
         return [[encode(key, path), encode(item, f"{path}.{key}")] for key, item in items.items()]
 
     def encode(item: Any, path: str) -> Any:
+        if is_composite(item):
+            if is_subclass(item) and not subclasses:
+                raise CheckpointError(
+                    f"{path}{suffix} is a {type(item).__name__}, a tensor made of others, which only a live one can restore. "
+                    "It is kept where it is a model's own tensor or an optimizer's state; elsewhere save the tensors in it."
+                )
+            about, parts = take_apart(item)
+            return {"$composite": {**about, "parts": {key: encode(part, f"{path}.{key}") for key, part in parts.items()}}}
         if isinstance(item, Tensor):
             name = path + suffix
             if name in tensors:
@@ -66,6 +79,11 @@ def flatten(value: Any, prefix: str, suffix: str = "") -> tuple[dict[str, Tensor
             return {"$bytes": encode(content, path)["$tensor"]}
         if kind is io.BytesIO:
             return {"$bytesio": [encode(item.getvalue(), path)["$bytes"], item.tell()]}
+        if kind is np.ndarray and item.dtype.kind in "biufc":
+            plain = np.array(item, item.dtype.newbyteorder("="), order="C")
+            return {"$array": encode(torch.from_numpy(plain), path)["$tensor"]}
+        if kind is torch.Generator:
+            return {"$generator": [str(item.device), encode(item.get_state(), path)["$tensor"]]}
         if kind is list:
             return [encode(part, f"{path}.{index}") for index, part in enumerate(item)]
         if kind is tuple:
@@ -116,6 +134,13 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor], convert: Callable[[
             stream = io.BytesIO(tensor(content[0], key).numpy().tobytes())
             stream.seek(content[1])
             return stream
+        if tag == "$array":
+            return tensor(content, key).numpy()
+        if tag == "$generator":
+            generator = torch.Generator(str(content[0]))
+            return generator.set_state(tensor(content[1], key).cpu())
+        if tag == "$composite":
+            return put_together(content, {name: decode(part, name) for name, part in content["parts"].items()})
         if tag == "$float":
             return float(content)
         if tag == "$tuple":
@@ -137,7 +162,7 @@ def _remedy(value: object) -> str:
     if callable(value):
         return "Build it anew in the program that restores, and leave it out of state_dict()."
     if isinstance(value, np.ndarray):
-        return "Make it a tensor (torch.from_numpy)."
+        return "Make it an array of numbers, or a list."
     if isinstance(value, set | frozenset):
         return "Make it a sorted list."
     return "Leave it out of state_dict(), or make it one of these."
