@@ -126,6 +126,18 @@ def test_an_optimizer_that_does_not_fit_leaves_a_model_that_was_to_differ(tmp_pa
     assert checkpointer.restore(live, strict=False, accept="removed").step == 1
 
 
+def test_of_several_optimizers_none_is_changed_where_one_does_not_fit(tmp_path: Path) -> None:
+    trained = Classifier()
+    optimizers = {"first": stepped(trained, list(trained.backbone.parameters())), "second": stepped(trained)}
+    with onym.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": trained, **optimizers})
+    model = Classifier()
+    first, second = torch.optim.AdamW(model.backbone.parameters()), torch.optim.SGD(model.parameters())
+    with pytest.raises(CheckpointError, match="stored by AdamW, this is SGD"):
+        onym.Checkpointer(tmp_path).restore({"model": model, "first": first, "second": second})
+    assert not first.state
+
+
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile])
 def test_load_skips_too(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     trained = Classifier()

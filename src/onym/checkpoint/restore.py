@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -23,7 +23,7 @@ from onym.state.composite import build_like
 from onym.state.dtensor import any_sharded, from_local_chunk, has_chunks, local_chunk
 from onym.state.model import DtypePolicy, LoadReport, describe, load_state_dict, named_state, refused_of
 from onym.state.offloaded import require_not_offloaded
-from onym.state.optimizer import Difference, OptimizerReport, load_optimizer_state
+from onym.state.optimizer import Difference, OptimizerReport, prepare_optimizer_state
 from onym.state.patterns import matches, require_patterns
 from onym.state.rng import load_rng_state, require_rng_state
 from onym.state.tree import unflatten
@@ -125,14 +125,16 @@ def _apply(state: Mapping[str, Any], content: _Decoded, policy: Policy) -> tuple
     for key in modules:  # one that does not fit says so before any other is changed
         if not fitting[key]:
             load(key)
+    changes: dict[str, Callable[[], OptimizerReport]] = {}
     for key, value in state.items():
         if stored.kind(key) == "optimizer":
             with stored.decoding(key):
                 model, description = model_of(key, value, modules), stored.objects[key]["state"]
                 among = _matching(patterns, (name for group in description["groups"] for name in group["params"]))
-                reports[key] = load_optimizer_state(
+                changes[key] = prepare_optimizer_state(
                     model, value, decoded[key], description, accept=policy.accept, skip_mismatched=among
                 )
+    reports |= {key: change() for key, change in changes.items()}
     for key, value in state.items():
         if stored.kind(key) == "model" and fitting[key]:
             load(key)

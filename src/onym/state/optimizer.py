@@ -7,7 +7,7 @@ name too. Reading never steps the optimizer. Restoring checks everything before 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -152,6 +152,19 @@ def load_optimizer_state(
     >>> report.restored, [group["lr"] for group in two.param_groups]
     (['bias', 'weight'], [0.1, 0.1])
     """
+    return prepare_optimizer_state(model, optimizers, tensors, description, accept=accept, skip_mismatched=skip_mismatched)()
+
+
+def prepare_optimizer_state(
+    model: nn.Module,
+    optimizers: Optimizers,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    *,
+    accept: Difference | Iterable[Difference],
+    skip_mismatched: str | Iterable[str],
+) -> Callable[[], OptimizerReport]:
+    """:func:`load_optimizer_state` without its last step, which changes the optimizer, cannot fail, and is returned."""
     accepted: set[str] = {accept} if isinstance(accept, str) else set(accept)
     if unknown := accepted - set(get_args(Difference)):
         raise ConfigError(f"accept takes {', '.join(map(repr, get_args(Difference)))}, not {', '.join(map(repr, unknown))}.")
@@ -224,16 +237,20 @@ def load_optimizer_state(
             elif name in stored:
                 convert = _Placing(live[name], on_device=bool(group.get("fused") or group.get("capturable")))
                 slots[name] = builder.build(unflatten(stored[name]["state"], tensors, convert), name, live[name], group)
-    # Nothing below can fail.
-    for (optimizer, group), hyperparameters, part in zip(groups, restored_groups, members, strict=True):
-        group.update(hyperparameters)
-        for name in part:
-            if slots.get(name):
-                optimizer.state[live[name]] = slots[name]
-            elif name in slots:
-                optimizer.state.pop(live[name], None)
     restored = [name for name in live if name in stored and name not in anew]
-    return OptimizerReport(restored, [name for name in live if name in anew or name not in stored], removed, kept)
+    report = OptimizerReport(restored, [name for name in live if name in anew or name not in stored], removed, kept)
+
+    def change() -> OptimizerReport:
+        for (optimizer, group), hyperparameters, part in zip(groups, restored_groups, members, strict=True):
+            group.update(hyperparameters)
+            for name in part:
+                if slots.get(name):
+                    optimizer.state[live[name]] = slots[name]
+                elif name in slots:
+                    optimizer.state.pop(live[name], None)
+        return report
+
+    return change
 
 
 def _common(groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
