@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import io
+import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -84,6 +85,10 @@ STATES: dict[str, Callable[[], dict[str, Any]]] = {
     "a stream": lambda: {"model": model().state_dict(), "x": stream(b"hello", 0), "y": {"z": stream(b"there", 3)}},
     "special numbers": lambda: {"x": [float("inf"), float("-inf"), 10**30, True], "y": OrderedDict(a=1)},
     "keys with dots": lambda: {"a.b": torch.ones(1), "c": {"d.e": torch.zeros(1), 5: torch.ones(2)}},
+    "tied": lambda: (lambda t: {"a": t, "b": t, "x": (t, 1), "model": {"c": t, "d": t}, "view": t[1:], "t": t.t()})(
+        torch.rand(2, 2)
+    ),
+    "an object's name and more": lambda: {"x": (torch.ones(1), 2), "x.0": torch.zeros(2), "x.1": 5, "x0": torch.ones(3)},
     "float8": lambda: {"w": torch.ones(4).to(torch.float8_e4m3fn), "s": torch.ones(4).to(torch.float8_e8m0fnu)},
 }
 
@@ -233,6 +238,18 @@ def test_part_of_a_state_and_of_a_tensor(tmp_path: Path, writer: Any, reader: An
     dcp.load(more, storage_reader=reader(tmp_path / "x"), planner=DefaultLoadPlanner(allow_partial_load=True), no_dist=True)
     with pytest.raises(CheckpointException, match="Size mismatch"):
         dcp.load({"a": torch.zeros(5)}, storage_reader=reader(tmp_path / "x"), no_dist=True)
+
+
+@pairs
+def test_a_writer_can_be_sent_to_a_process_between_saves(tmp_path: Path, writer: Any, reader: Any) -> None:
+    """As ``async_save`` does with ``AsyncCheckpointerType.PROCESS``."""
+    again = writer(tmp_path / "x")
+    for number in (1.0, 2.0):
+        again = pickle.loads(pickle.dumps(again))
+        dcp.save({"x": torch.tensor([number])}, storage_writer=again, no_dist=True)
+    into = {"x": torch.zeros(1)}
+    dcp.load(into, storage_reader=pickle.loads(pickle.dumps(reader(tmp_path / "x"))), no_dist=True)
+    assert into["x"].item() == 2
 
 
 @pairs

@@ -128,7 +128,7 @@ def test_two_processes(tmp_path: Path, mode: str) -> None:
     if mode == "alone":
         part = tmp_path / "out" / "onym" / "rank-00001"
         onym.open_checkpoint(part).verify()
-        with pytest.raises(onym.OnymError, match="only a part of 0.weight"):
+        with pytest.raises(onym.OnymError, match=r"only a part of 0\.weight"):
             onym.open_checkpoint(part).tensor("0.weight")
         with pytest.raises(onym.OnymError):
             onym.open_checkpoint(tmp_path / "out" / "onym")

@@ -96,6 +96,7 @@ def stored_chunks(index: ChunkIndex) -> dict[MetadataIndex, StoredChunk]:
         for name, entry in entries.items()
         for each in (name, *entry.aliases)
         for shard in entry.layout.shards
+        if not index.is_inside((index.prefix if file == MODEL else "") + each)
     }
     return found | {MetadataIndex(name): StoredChunk(CHUNKS) for name in index.objects}
 
@@ -125,7 +126,8 @@ class DCPWriter(StorageWriter):
         self._alone: int | None = None
         """The rank, where each saves for itself."""
         self._folder: LocalFolder | None = None
-        """The folder that is being written, in the coordinator."""
+        """The folder that is being written, in the coordinator; and what deletes it."""
+        self._finalizer: weakref.finalize[[ExitStack], DCPWriter] | None = None
 
     @property
     def checkpoint_id(self) -> Path | None:
@@ -170,7 +172,7 @@ class DCPWriter(StorageWriter):
         prefix = _model_prefix(items, _merged(plan.planner_data for plan in plans))
         commit = ExitStack()
         folder = commit.enter_context(new_folder(target, MANIFEST, needed))
-        self._folder, self._commit = folder, commit
+        self._folder = folder
         # A rank whose own part fails deletes the folder. Where nothing is called here any more, it goes with this object.
         self._finalizer = weakref.finalize(self, _discard, commit)
         return [replace(plan, storage_data=_Place(rank, str(folder.path), prefix)) for rank, plan in enumerate(plans)]
@@ -205,18 +207,20 @@ class DCPWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit, in the coordinator, after all ranks have written."""
         folder, target = self._folder, self._target()
-        assert folder is not None
+        assert folder is not None and self._finalizer is not None  # noqa: PT018
         try:
             reports: list[_Report] = [each.storage_data for result in results for each in result if each.storage_data]
             tensors = assemble(chunk for report in reports for chunk in report.files.written)
             objects = {name: structure for report in reports for name, structure in report.objects.items()}
             prefix = next((report.prefix for report in reports if report.prefix), "")
-            paths = {name: list(path) for name, path in (metadata.planner_data or {}).items()}
+            planned = metadata.planner_data or {}
+            paths = {name: list(planned.get(name, (name,))) for name in metadata.state_dict_metadata}
             index = ChunkIndex(tensors, objects, prefix, paths, self._alone is not None)
             complete_folder(folder, target, [report.files for report in reports], index, {}, NOTHING)
-            self._finalizer.detach()
-            self._folder = None
-            self._commit.close()
+            detached = self._finalizer.detach()
+            self._folder = self._finalizer = None
+            assert detached is not None
+            detached[2][0].close()
         except BaseException as error:
             self._discard()
             if isinstance(error, OSError):
@@ -249,9 +253,9 @@ class DCPWriter(StorageWriter):
         )
 
     def _discard(self) -> None:
-        if self._folder is not None:
+        if self._finalizer is not None:
             self._finalizer()
-            self._folder = None
+        self._folder = self._finalizer = None
 
 
 def _content_of(plan: SavePlan, planner: SavePlanner, prefix: str | None) -> tuple[RankContent, dict[str, Any]]:
@@ -260,11 +264,14 @@ def _content_of(plan: SavePlan, planner: SavePlanner, prefix: str | None) -> tup
     chunks: dict[str, dict[str, ChunkOf]] = {}
     objects: dict[str, Any] = {}
     paths = getattr(planner, "mappings", None) or {}
+    names = {*paths, *(item.index.fqn for item in plan.items)}
     for item in plan.items:
         fqn = item.index.fqn
         if item.type == WriteItemType.BYTE_IO:
             value = _object(item, planner)
             found, objects[fqn] = flatten(value, fqn)
+            if not names.isdisjoint(found):  # {"x": (tensor, 1), "x.0": …}: what is in it has the name of another
+                found, objects[fqn] = flatten(value, f"{fqn}.(inside)")
             is_model = prefix == f"{fqn}." and isinstance(value, Mapping)
             for name, tensor in found.items():
                 if isinstance(tensor, DTensor):

@@ -63,7 +63,7 @@ class ChunkIndex:
 
     def is_inside(self, name: str) -> bool:
         """Whether a tensor, by its full name, belongs to a value that is none: it comes with that."""
-        return name not in self.paths and f"{name}.".startswith(self._beginnings)
+        return name not in self.paths and (bool(self.paths) or f"{name}.".startswith(self._beginnings))
 
     @cached_property
     def _beginnings(self) -> tuple[str, ...]:
