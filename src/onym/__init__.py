@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onym.api import load as load
     from onym.api import load_model as load_model
+    from onym.api import load_state as load_state
     from onym.api import open_checkpoint as open_checkpoint
     from onym.api import save as save
+    from onym.api import save_state as save_state
     from onym.api import stored_optimizer_state as stored_optimizer_state
     from onym.checkpoint.checkpointer import Checkpointer as Checkpointer
     from onym.checkpoint.checkpointer import Restored as Restored
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from onym.state.optimizer import optimizer_state as optimizer_state
 
 _WHERE = {
-    "api": ("load", "load_model", "open_checkpoint", "save", "stored_optimizer_state"),
+    "api": ("load", "load_model", "load_state", "open_checkpoint", "save", "save_state", "stored_optimizer_state"),
     "checkpoint.checkpointer": ("Checkpointer", "Restored"),
     "checkpoint.dcp": ("DCPWriter",),
     "convert.dcp_reader": ("DCPReader",),

@@ -22,6 +22,7 @@ from onym.convert.sources import as_json
 from onym.convert.translation import format_of, translated
 from onym.errors import CheckpointError, ConfigError
 from onym.format.manifest import CONFIG, MODEL
+from onym.format.nested import read_state, write_state
 from onym.format.pth import PICKLES, write_pth
 from onym.format.reader import Checkpoint
 from onym.format.tensors import TensorFile
@@ -164,6 +165,44 @@ def load_model(
     return load_checkpoint(checkpoint, device=device, compile=compile)
 
 
+def save_state(state: Any, path: str | os.PathLike[str]) -> None:
+    """Save nested dicts, lists and tuples in one file, durably: what a trainer keeps beside or instead of a model.
+
+    Args:
+        state: tensors, numpy arrays, numbers, text, bytes, booleans and None, in dicts, lists and tuples. Of several processes
+            one calls this; sharded tensors go to :class:`onym.Checkpointer` or :class:`onym.DCPWriter`.
+        path: where to, of any name; a file there is replaced. It is a .safetensors file, with hashes.
+
+    Raises:
+        CheckpointError: something else is in the state; says where and what.
+        StorageError: the disk refused; what was there before is untouched.
+
+    >>> save_state({"epoch": 3, "net": {"w": torch.ones(2)}, "best": (0.5, None)}, "last.ckpt")
+    >>> load_state("last.ckpt")
+    {'epoch': 3, 'net': {'w': tensor([1., 1.])}, 'best': (0.5, None)}
+    """
+    path = _path(path)
+    if path.is_dir():
+        raise ConfigError(f"'{path}' is a folder, and a state is one file: give a name in it, as '{path / 'state.ckpt'}'.")
+    write_state(path, state)
+
+
+def load_state(path: str | os.PathLike[str], *, verify: bool = True) -> Any:
+    """Load what :func:`save_state` saved; nothing is executed.
+
+    Args:
+        path: the file.
+        verify: check each tensor against its hash.
+
+    Returns:
+        The same structure, with tensors on the CPU. A model in it loads with :func:`load` too, by the same path.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or another file.
+    """
+    return read_state(_path(path), verify=verify)
+
+
 def open_checkpoint(path: str | Path, *, step: int | str = "latest", part: str | None = None) -> Checkpoint:
     """Open anything that :func:`load` takes, without reading its tensors.
 
@@ -270,7 +309,7 @@ def _load_into(
 ) -> LoadReport:
     known = named_state(model)
     state: dict[str, Any] = _stored(checkpoint, model, known).state(verify=verify)
-    if any(not isinstance(value, Tensor) and name not in state for name, value in known.items()):
+    if not known.keys() <= state.keys():
         state |= stored_extra_state(checkpoint)
     spare = [name for name in (AVERAGE_COUNTER,) if name in state and name not in known]  # the model itself is all there
     for name in spare:

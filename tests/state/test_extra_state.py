@@ -50,7 +50,7 @@ PLACES = ("m.pth", "m.safetensors", "m")
     ("value", "says", "places"),
     [
         (io.BytesIO(b"scales"), "_extra_state is a BytesIO", ("m.pth",)),
-        ({"deep": [1, np.zeros(3)]}, r"_extra_state\.deep\.1 is a ndarray", PLACES),
+        ({"deep": [1, np.zeros(3)]}, r"_extra_state\.deep\.1 is a ndarray", ("m.pth",)),
         ({"scale": np.float64(0.5)}, "_extra_state is a dict, which torch.load", ("m.pth",)),
         (Path("x"), "_extra_state is a PosixPath", PLACES),
         ((Colour.RED,), r"_extra_state\.0 is a Colour", PLACES),

@@ -31,7 +31,11 @@ from onym.convert.sources import (
     texts_of,
 )
 from onym.errors import CheckpointError, NoWeightsError, nearest
+from onym.format.extra_state import WithValues
 from onym.format.manifest import are_counts, is_file_name, parse_json
+from onym.format.nested import structure_of
+from onym.format.reader import Checkpoint
+from onym.format.safetensors import begins_file
 from onym.format.safetensors_file import open_safetensors
 from onym.format.tensors import Damage, TensorFile
 from onym.state.chunks import Chunk, Shape
@@ -157,7 +161,7 @@ def _one_of(path: Path, tensors: Mapping[Path, TensorFile]) -> Path:
 def _is_weights(path: Path) -> bool:
     """Whether the first bytes are those of a .safetensors file, a zip, or a pickle."""
     start = start_of(path)
-    return start[8:9] == b"{" or start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
+    return begins_file(start, path.stat().st_size) or start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
 
 
 def _open_index(index: Path) -> Contents:
@@ -244,23 +248,30 @@ def _open_rank_shards(path: Path, files: list[Path]) -> Contents:
 
 def _open_distributed(path: Path, part: str | None) -> Contents:
     stored = dcp_folder.open_distributed(path)
-    candidates = dict(models_in(_nested(stored), _Name))
+    texts = {**texts_of(path.parent), **texts_of(path)}
+    found = _model_in(path, _nested(stored), stored, part)
+    return replace(found, kind="a folder of torch.distributed.checkpoint", texts=texts, summed=True)
+
+
+def open_state(path: Path, checkpoint: Checkpoint, part: str | None) -> Contents:
+    """The model in a file of ``onym.save_state``."""
+    assert isinstance(checkpoint.model, WithValues)
+    found = _model_in(path, _named(structure_of(checkpoint)), checkpoint.model.file, part)
+    return replace(found, kind=f"a file of onym.save_state, the model under {found.within!r}" if found.within else found.kind)
+
+
+def _model_in(path: Path, content: Mapping[Any, Any], stored: TensorFile, part: str | None) -> Contents:
+    """The model among nested dicts with the names of tensors in their places."""
+    candidates = dict(models_in(content, _Name))
     if not candidates:
-        raise NoWeightsError(f"'{path}' holds no model's tensors; it has {', '.join(stored.names[:6])}.")
+        raise NoWeightsError(f"'{path}' holds no model's tensors; it has {', '.join(stored.names[:6]) or 'none'}.")
     if part is not None and part not in candidates:
         raise CheckpointError(f"'{path}' has no part {part!r}{nearest(part, candidates)}; it has {listed(candidates)}.")
     chosen = chosen_of(path, {}, candidates) if part is None else part
     names = {key: name for key, name in candidates[chosen].items() if isinstance(name, _Name)}
     view = View(stored, {key: Recipe((str(name),)) for key, name in names.items()}, path)
-    return Contents(
-        path,
-        "a folder of torch.distributed.checkpoint",
-        view,
-        within=chosen or None,
-        further=[name for name in candidates if name != chosen],
-        texts={**texts_of(path.parent), **texts_of(path)},
-        summed=True,
-    )
+    further = [name for name in candidates if name != chosen]
+    return Contents(path, "a file of onym.save_state", view, within=chosen or None, further=further)
 
 
 class _Name(str):
@@ -278,6 +289,18 @@ def _nested(stored: dcp_folder.Distributed) -> dict[Any, Any]:
             place = inner if isinstance(inner, dict) else {}
         place[keys[-1]] = _Name(name)
     return content
+
+
+def _named(structure: Any) -> Any:
+    """A structure of :mod:`onym.state.tree` as dicts with the names of tensors; what is in lists is left out."""
+    if not isinstance(structure, dict):
+        return None
+    tag = next(iter(structure)) if len(structure) == 1 else ""
+    if tag == "$tensor":
+        return _Name(structure[tag])
+    if tag in ("$dict", "$ordered"):
+        return {key: _named(each) for key, each in structure[tag] if isinstance(key, str)}
+    return {key: _named(each) for key, each in structure.items()}
 
 
 def _guessed(name: str) -> tuple[str, ...]:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from onym.checkpoint.steps import GoodCheckpoint, find_checkpoint, is_ours
 from onym.convert.clean_names import clean_names
-from onym.convert.folders import open_contents
+from onym.convert.folders import open_contents, open_state
 from onym.convert.mapping import Recipe, View, to_ours
 from onym.convert.registry import Config, Format, NamedShapes, Origin, family_of, formats
 from onym.convert.sources import Contents
 from onym.convert.understand import by_rules, shape_of
 from onym.errors import CheckpointError, ConfigError, OnymError
 from onym.format.manifest import TOKENIZER
+from onym.format.nested import is_state
 from onym.format.reader import Checkpoint, require_path
 from onym.format.tensors import TensorFile
 from onym.names.wrappers import AVERAGE_COUNTER
@@ -52,12 +53,15 @@ def open_any(
     if is_ours(path) or not path.exists():
         found = find_checkpoint(path, step, verify=verify)
         checkpoint = found.checkpoint
-        if checkpoint.architecture is not None or not is_local(path):
+        nested = is_state(checkpoint)
+        if not nested and (checkpoint.architecture is not None or not is_local(path)):
             _require_unsaid(checkpoint, part, settings)
             return found
         contents = Contents(path, "a file that Onym wrote", checkpoint.model)
+        if nested:
+            contents = open_state(path, checkpoint, part)
         understood = _understood(contents, settings)
-        if understood.origin.format is None:
+        if understood.origin.format is None and not nested:
             return found
         understood.provenance = checkpoint.provenance
         return GoodCheckpoint(understood, found.skipped)

@@ -20,6 +20,7 @@ from onym.errors import CheckpointError, NoWeightsError, nearest
 from onym.format.extra_state import with_extra_state
 from onym.format.manifest import MOST_JSON_BYTES, parse_json
 from onym.format.pth import PickledFile, kind_of, read_pickle
+from onym.format.safetensors import begins_file
 from onym.format.safetensors_file import open_safetensors
 from onym.format.stand_ins import StandIn
 from onym.format.tensors import TensorFile
@@ -79,7 +80,7 @@ class Contents:
 
 def open_file(path: Path, part: str | None = None) -> Contents:
     """Open a .safetensors file or one of ``torch.save``; see :func:`onym.convert.folders.open_contents`."""
-    if start_of(path)[8:9] == b"{":
+    if begins_file(start_of(path), path.stat().st_size):
         return Contents(path, "a .safetensors file", with_extra_state(open_safetensors(path)), texts=texts_of(path.parent))
     return _open_pickle(path, part)
 

@@ -54,15 +54,15 @@ def with_extra_state(file: SafetensorsFile) -> TensorFile:
         values, tensors = dict(content["values"]), list(content["tensors"])
         if not values.keys().isdisjoint(file.names) or not set(tensors) <= set(file.names):
             raise ValueError("its names are not those of its tensors")
-        return _WithValues(file, values, tensors)
+        return WithValues(file, values, tensors)
 
 
-class _WithValues(TensorFile):
-    """A file of which some tensors are parts of values."""
+class WithValues(TensorFile):
+    """A file of which some tensors are parts of values. ``structures``: those, as JSON values; ``file``: all of its tensors."""
 
     def __init__(self, file: TensorFile, values: Mapping[str, Any], tensors: list[str]) -> None:
         parts = set(tensors)
-        self._file, self._values, self._names = file, values, tensors
+        self.file, self.structures, self._names = file, values, tensors
         self._parts = list(dict.fromkeys(map(file._stored_name, tensors)))
         stored = [name for name in file.shapes if name not in parts]
         aliases = {alias: name for alias, name in file.aliases.items() if alias not in parts}
@@ -78,39 +78,40 @@ class _WithValues(TensorFile):
 
     def part(self, name: str, index: Any, *, verify: bool = True) -> Tensor:
         """As of the file."""
-        return self._file.part(self._tensor_name(name), index, verify=verify)
+        return self.file.part(self._tensor_name(name), index, verify=verify)
 
     def read_into(self, name: str, target: Tensor, chunk: Chunk | None = None, *, verify: bool = True) -> None:
         """As of the file."""
-        self._file.read_into(self._tensor_name(name), target, chunk, verify=verify)
+        self.file.read_into(self._tensor_name(name), target, chunk, verify=verify)
 
     def damages(self, rank: int = 0, world_size: int = 1) -> Iterator[Damage]:
         """Of all tensors, those of values too."""
-        return self._file.damages(rank, world_size)
+        return self.file.damages(rank, world_size)
 
     def unverified(self, names: Iterable[str], *, reused: bool) -> Iterator[Damage]:
         """Of those tensors, and of all that are parts of values where one of these is among them."""
         asked = list(names)
-        tensors = [name for name in asked if name not in self._values]
-        return self._file.unverified(tensors if len(tensors) == len(asked) else [*tensors, *self._parts], reused=reused)
+        tensors = [name for name in asked if name not in self.structures]
+        return self.file.unverified(tensors if len(tensors) == len(asked) else [*tensors, *self._parts], reused=reused)
 
     def _check(self, names: list[str], *, reused: bool = True) -> Iterator[Damage]:
-        return self._file._check(names, reused=reused)
+        return self.file._check(names, reused=reused)
 
     def _tensor_name(self, name: str) -> str:
-        if name in self._values:
+        if name in self.structures:
             raise CheckpointError(f"{name!r} in '{self.path}' is a value of a module's own making, not a tensor.")
         return name
 
     def _read(self, name: str) -> Any:
-        if name not in self._values:
-            return self._file._read(name)
+        if name not in self.structures:
+            return self.file._read(name)
         from onym.state.tree import unflatten
 
         own = [each for each in self._names if each.startswith(name)]
-        tensors = {each: self._file._read(self._file._stored_name(each)) for each in own}
+        read = {each: self.file._read(each).clone() for each in dict.fromkeys(map(self.file._stored_name, own))}
+        tensors = {each: read[self.file._stored_name(each)] for each in own}
         with malformed_is_damaged(f"The extra state {name} in '{self.path}'"):
             try:
-                return unflatten(self._values[name], tensors, lambda _, tensor: tensor.clone())
+                return unflatten(self.structures[name], tensors)
             except RecursionError as error:
                 raise CheckpointError(f"The extra state {name} in '{self.path}' is nested too deep.") from error

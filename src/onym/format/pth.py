@@ -198,7 +198,7 @@ def _require_opens(name: str, value: Any) -> None:
         written.seek(0)
         torch.load(written, weights_only=True)
     except Exception as error:  # what cannot be pickled raises anything
-        flatten(value, name)  # says which part of it
+        flatten(value, name, arrays=False)  # says which part of it
         raise CheckpointError(
             f"{name} is a {type(value).__name__}, which torch.load(weights_only=True) does not open, so nothing could: return "
             "plain values and tensors from get_extra_state()."

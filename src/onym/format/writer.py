@@ -58,7 +58,17 @@ def write_safetensors(
     progress: Progress | None = None,
 ) -> None:
     """Write one self-describing .safetensors file, durably. A state may hold :class:`onym.format.stored.LazyTensor`."""
-    stored = gather(state, values=True)
+    write_stored(path, gather(state, values=True), architecture, config, progress)
+
+
+def write_stored(
+    path: Path,
+    stored: Stored,
+    architecture: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """As :func:`write_safetensors`, of tensors that are gathered."""
     about = provenance()
     with storage_of(path).new_file(path, stored.nbytes + MARGIN_BYTES) as file:
         job = TensorFileJob(file, stored, lambda entries: Header(entries, architecture, config, identity_of(entries), about))

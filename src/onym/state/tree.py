@@ -4,8 +4,8 @@ What a scheduler's, a gradient scaler's or an optimizer's ``state_dict()`` holds
 stood it says under which name the tensor is stored. What JSON cannot say by itself is an object with one key that begins with
 ``$``: ``$tensor`` (a name), ``$tuple``, ``$dict`` (pairs: keys that are no strings), ``$counter``, ``$ordered``, ``$float``
 (``"nan"``, ``"inf"``, ``"-inf"``), ``$bytes`` (the name of a tensor of uint8), ``$bytesio`` (that, and the position),
-``$array`` (a numpy array, the name of its tensor), ``$generator`` (a device, and the state), ``$composite`` (a tensor that is
-made of others: :mod:`onym.state.composite`).
+``$array`` (a numpy array, the name of its tensor), ``$generator`` (a device, and the state), ``$dtype``,
+``$device``, ``$size`` (torch's), ``$composite`` (a tensor that is made of others: :mod:`onym.state.composite`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from onym.errors import CheckpointError
 from onym.state.composite import is_composite, is_subclass, put_together, take_apart
 
 
-def flatten(value: Any, prefix: str, suffix: str = "", *, subclasses: bool = False) -> tuple[dict[str, Tensor], Any]:
+def flatten(
+    value: Any, prefix: str, suffix: str = "", *, subclasses: bool = False, arrays: bool = True
+) -> tuple[dict[str, Tensor], Any]:
     """Take the tensors out of a structure.
 
     Args:
@@ -33,6 +35,7 @@ def flatten(value: Any, prefix: str, suffix: str = "", *, subclasses: bool = Fal
         suffix: what their names end with.
         subclasses: tensors of a subclass may be in it: :func:`unflatten` returns an :class:`onym.state.composite.Unbuilt` for
             one, and the caller has a live tensor that builds it.
+        arrays: numpy's arrays may be in it.
 
     Returns:
         The tensors (live, not copied) by name, and the structure as JSON values.
@@ -79,9 +82,13 @@ def flatten(value: Any, prefix: str, suffix: str = "", *, subclasses: bool = Fal
             return {"$bytes": encode(content, path)["$tensor"]}
         if kind is io.BytesIO:
             return {"$bytesio": [encode(item.getvalue(), path)["$bytes"], item.tell()]}
-        if kind is np.ndarray and item.dtype.kind in "biufc":
+        if kind is np.ndarray and arrays and item.dtype.kind in "biufc":
             plain = np.array(item, item.dtype.newbyteorder("="), order="C")
             return {"$array": encode(torch.from_numpy(plain), path)["$tensor"]}
+        if kind is torch.Size:
+            return {"$size": list(item)}
+        if kind in (torch.dtype, torch.device):
+            return {f"${kind.__name__}": str(item)}
         if kind is torch.Generator:
             return {"$generator": [str(item.device), encode(item.get_state(), path)["$tensor"]]}
         if kind is list:
@@ -136,6 +143,12 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor], convert: Callable[[
             return stream
         if tag == "$array":
             return tensor(content, key).numpy()
+        if tag == "$size":
+            return torch.Size(content)
+        if tag == "$device":
+            return torch.device(content)
+        if tag == "$dtype":
+            return torch_dtype(content)
         if tag == "$generator":
             generator = torch.Generator(str(content[0]))
             return generator.set_state(tensor(content[1], key).cpu())
@@ -158,11 +171,19 @@ _MAPPINGS: dict[type, str] = {dict: "$dict", Counter: "$counter", OrderedDict: "
 _KINDS: dict[str, Callable[[Mapping[Any, Any]], Any]] = {tag: kind for kind, tag in _MAPPINGS.items()}
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype with this name (``torch.float32``)."""
+    found = next((each for each in vars(torch).values() if isinstance(each, torch.dtype) and str(each) == name), None)
+    if found is None:
+        raise CheckpointError(f"The stored state has the dtype {name!r}, which torch {torch.__version__} does not have.")
+    return found
+
+
 def _remedy(value: object) -> str:
     if callable(value):
         return "Build it anew in the program that restores, and leave it out of state_dict()."
     if isinstance(value, np.ndarray):
-        return "Make it an array of numbers, or a list."
+        return "Make it a tensor (torch.from_numpy), or a list."
     if isinstance(value, set | frozenset):
         return "Make it a sorted list."
     return "Leave it out of state_dict(), or make it one of these."
