@@ -30,7 +30,7 @@ from torch.futures import Future
 from onym.errors import CheckpointError, ConfigError, StorageError, storage_error
 from onym.format.chunk_index import CHUNKS, ChunkIndex
 from onym.format.layout import Shard, shard_file
-from onym.format.manifest import MANIFEST, MODEL
+from onym.format.manifest import MANIFEST, MODEL, gc_paused
 from onym.format.rank_files import ChunkOf, RankContent, RankReport, assemble, complete_folder, write_rank_files
 from onym.format.writer import NOTHING, require_replaceable
 from onym.state.chunks import Chunk
@@ -204,6 +204,7 @@ class DCPWriter(StorageWriter):
         )
         return future
 
+    @gc_paused()
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit, in the coordinator, after all ranks have written."""
         folder, target = self._folder, self._target()
