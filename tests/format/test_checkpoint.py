@@ -223,7 +223,7 @@ def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"w is torch\.sparse_coo, .*to_dense"):
         write_pth(tmp_path / "x.pth", {"w": torch.eye(2).to_sparse()})
     with pytest.raises(CheckpointError, match=r"w is quantized"):
-        write_safetensors(tmp_path / "x.safetensors", {"w": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)})
+        write_pth(tmp_path / "x.pth", {"w": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)})
     assert list(tmp_path.iterdir()) == []
 
 

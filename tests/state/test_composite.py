@@ -20,6 +20,7 @@ from onym.format.extra_state import EXTRA_KEY
 from onym.format.hashing import NO_HASH
 from onym.format.manifest import sealed
 from onym.names.mismatch import MismatchError
+from onym.state.tree import flatten, unflatten
 
 PLACES = ("steps", "folder", "m.safetensors")
 
@@ -58,6 +59,8 @@ def parts(value: Tensor) -> list[Tensor]:
     made: Any = value.detach()
     if value.is_nested:
         return list(value.unbind())
+    if value.is_quantized:
+        return [made.int_repr(), made.dequantize()]
     if value.layout == torch.sparse_coo:
         return [made._indices(), made._values()]
     if value.layout != torch.strided:
@@ -92,6 +95,14 @@ ODD: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {  # what is
     "bsc": (lambda: torch.eye(4).to_sparse_bsc((2, 2)), lambda: torch.ones(4, 4).to_sparse_bsc((2, 2))),
     "empty": (lambda: torch.zeros(3, 3).to_sparse(), lambda: torch.ones(3, 3).to_sparse()),
     "bfloat16": (lambda: torch.eye(3).bfloat16().to_sparse(), lambda: torch.zeros(3, 3).bfloat16().to_sparse()),
+    "per tensor": (
+        lambda: torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 2, torch.quint8),
+        lambda: torch.quantize_per_tensor(torch.zeros(3, 4), 0.2, 0, torch.quint8),
+    ),
+    "per channel": (
+        lambda: torch.quantize_per_channel(torch.randn(2, 3), torch.tensor([0.1, 0.2]), torch.tensor([1, 2]), 0, torch.qint8),
+        lambda: torch.quantize_per_channel(torch.zeros(2, 3), torch.ones(2), torch.tensor([0, 0]), 0, torch.qint8),
+    ),
     "subclass": (lambda: two(1.0, 2, 3), lambda: two(5.0, 2, 3)),
     "subclass in a subclass": (
         lambda: TwoTensor(two(1.0, 2), two(2.0, 2)),
@@ -116,6 +127,14 @@ def test_a_models_tensors_come_back(kind: str, place: str, tmp_path: Path) -> No
     with torch.no_grad():  # memory of its own
         fresh.line.weight.zero_()
     onym.open_checkpoint(tmp_path / place).verify()
+
+
+def test_onym_load_takes_them_from_a_checkpointer_too(tmp_path: Path) -> None:
+    model, fresh = Holder(two(1.0, 2, 3), parameter=True), Holder(two(0.0, 2, 3), parameter=True)
+    onym.load(save(model, tmp_path, "steps"), into=fresh)
+    assert same(fresh.odd, model.odd)
+    with pytest.raises(CheckpointError, match="odd was stored as a TwoTensor"):
+        onym.load(tmp_path / "steps", into=Holder(torch.zeros(2, 3)))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -258,6 +277,17 @@ def test_plain_values_may_be_sparse_and_nested(tmp_path: Path) -> None:
     assert all(map(same, values, back))
 
 
+def test_what_torch_says_of_tensors_is_kept() -> None:
+    value = {"dtype": torch.bfloat16, "device": torch.device("cuda:1"), "size": torch.Size([2, 3]), "sizes": [torch.Size([])]}
+    tensors, structure = flatten(value, "x")
+    back = unflatten(json.loads(json.dumps(structure)), tensors)
+    assert back == value
+    assert type(back["size"]) is torch.Size
+    for name in ("torch.nn", "torch.load", "os", "float32", 3, None):
+        with pytest.raises(CheckpointError, match="does not have"):
+            unflatten({"$dtype": name}, {})
+
+
 def test_generators_are_kept_as_their_state(tmp_path: Path) -> None:
     alone, within = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4)
     data = {"generator": within, "listed": [1, copy.deepcopy(alone)]}
@@ -311,6 +341,18 @@ def test_hostile_descriptions_are_refused(content: Any, odd: Tensor, tmp_path: P
     with pytest.raises(CheckpointError):
         onym.load(tmp_path / "m.safetensors", into=model)
     assert not torch.equal(model.line.bias, torch.ones(2))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_models_of_torchs_eager_quantisation(place: str, tmp_path: Path) -> None:
+    def dynamic() -> nn.Module:
+        layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        made: nn.Module = torch.ao.quantization.quantize_dynamic(layers, {nn.Linear})
+        return made
+
+    model, fresh, x = dynamic(), dynamic(), torch.randn(2, 4)
+    load(save(model, tmp_path, place), fresh)
+    assert torch.equal(fresh(x), model(x))
 
 
 def test_quantised_weights_and_8_bit_states_of_torchao(tmp_path: Path) -> None:

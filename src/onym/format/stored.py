@@ -111,8 +111,6 @@ def gather(state: Mapping[str, Any], *, values: bool = False) -> Stored:
                 f"{name} has no values yet (it is on the meta device, or its layer is lazy): load or initialise the model "
                 "before saving it."
             )
-        if value.is_quantized:
-            raise CheckpointError(f"{name} is quantized ({value.dtype}), which cannot be stored: store its int_repr().")
         if is_sharded(value):
             raise CheckpointError(f"{name} is a sharded tensor, which is not written here: store its full_tensor().")
         identity = tensor_identity(value)
@@ -132,6 +130,8 @@ _REMEDY = (
 
 
 def _described(value: Tensor) -> str:
+    if value.is_quantized:
+        return f"quantized ({value.dtype})"
     kind = "nested" if value.is_nested else f"a {type(value).__name__}" if value.layout == torch.strided else str(value.layout)
     return f"{kind}, a tensor made of others"
 

@@ -1,6 +1,6 @@
-"""Tensors that are made of others: sparse and nested ones, and subclasses (quantised weights, 8-bit optimizer states).
+"""Tensors that are made of others: sparse, nested, quantised ones, and subclasses (torchao's weights, 8-bit optimizer states).
 
-They are taken apart into plain tensors and JSON. A sparse or nested tensor is put together again by torch. A subclass
+They are taken apart into plain tensors and JSON. All but subclasses are put together again by torch. A subclass
 (``__tensor_flatten__``) is rebuilt by a live tensor of the same class: a file names the class for messages alone, and nothing
 is looked up by that name.
 """
@@ -34,10 +34,11 @@ _ADDRESS = re.compile(r"\b0x[0-9a-f]+")
 def is_composite(value: Any) -> bool:
     """Whether it is a tensor made of others, other than this rank's chunk of a sharded one."""
     if type(value) is Tensor and value.layout is torch.strided:
-        return value.is_nested
+        return value.is_nested or value.is_quantized
     if not isinstance(value, Tensor) or is_sharded(value) or is_lazy(value):
         return False
-    return value.is_nested or value.layout != torch.strided or is_traceable_wrapper_subclass(value)
+    other = value.is_nested or value.is_quantized or value.layout != torch.strided
+    return other or is_traceable_wrapper_subclass(value)
 
 
 def is_subclass(value: Any) -> bool:
@@ -75,6 +76,8 @@ def take_apart(value: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if value.is_nested:
         parts = {"values": made._values, "offsets": made._offsets, "lengths": made._lengths}
         return {"kind": "jagged", "dim": made._ragged_idx}, {key: part for key, part in parts.items() if part is not None}
+    if value.is_quantized:
+        return _take_quantised_apart(value)
     about: dict[str, Any] = {"size": list(value.shape)}
     if value.layout == torch.sparse_coo:
         about |= {"kind": "sparse_coo", "coalesced": value.is_coalesced()}
@@ -87,6 +90,16 @@ def take_apart(value: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     about |= {"kind": "subclass", "class": class_name(value), "context": _written(context)}
     about["dtype"] = str(value.dtype).removeprefix("torch.")
     return about, {name: getattr(value, name) for name in names}
+
+
+def _take_quantised_apart(value: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Of torch's own quantised dtypes, which its eager mode quantisation gives."""
+    if value.dtype not in (torch.qint8, torch.quint8, torch.qint32):
+        raise CheckpointError(f"A tensor of {value.dtype} cannot be saved: save its dequantize().")
+    if value.qscheme() == torch.per_tensor_affine:
+        return {"kind": "quantized", "scale": value.q_scale(), "zero_point": value.q_zero_point()}, {"values": value.int_repr()}
+    parts = {"scales": value.q_per_channel_scales(), "zero_points": value.q_per_channel_zero_points()}
+    return {"kind": "quantized", "axis": value.q_per_channel_axis()}, {"values": value.int_repr(), **parts}
 
 
 def put_together(about: Mapping[str, Any], parts: Mapping[str, Any]) -> Tensor | Unbuilt:
@@ -104,6 +117,11 @@ def put_together(about: Mapping[str, Any], parts: Mapping[str, Any]) -> Tensor |
             sizes = parts["sizes"].tolist()
             rows = parts["values"].split([math.prod(size) for size in sizes]) if sizes else []
             return torch.nested.as_nested_tensor([row.view(size) for row, size in zip(rows, sizes, strict=True)])
+        if kind == "quantized":
+            if "scale" in about:
+                return torch._make_per_tensor_quantized_tensor(parts["values"], about["scale"], about["zero_point"])
+            scales, zero_points = parts["scales"], parts["zero_points"]
+            return torch._make_per_channel_quantized_tensor(parts["values"], scales, zero_points, about["axis"])
         if kind == "jagged":
             ragged = torch.nested.nested_tensor_from_jagged
             made: Tensor = ragged(parts["values"], parts["offsets"], parts.get("lengths"), jagged_dim=about["dim"])
