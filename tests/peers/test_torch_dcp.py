@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import pickle
 import warnings
 from collections import OrderedDict
@@ -374,6 +375,33 @@ def test_nothing_of_a_folder_of_torchs_is_executed(tmp_path: Path) -> None:
     with torch.serialization.safe_globals([Odd]):
         dcp.load(into, storage_reader=onym.DCPReader(tmp_path / "x"), no_dist=True)
     assert isinstance(into["odd"], Odd)
+
+
+class Call:
+    """A pickle that calls something."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> Any:
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize(
+    "call", [(os.system, "touch trace"), (eval, "open('trace', 'w')"), (bytes, 4_000_000_000), (bytearray, 4_000_000_000)]
+)
+def test_a_folder_of_torchs_that_does_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    dcp.save({"w": torch.ones(1), "odd": Call(*call)}, storage_writer=dcp.FileSystemWriter(tmp_path / "x"), no_dist=True)
+    into: dict[str, Any] = {"w": torch.zeros(1), "odd": None}
+    with pytest.raises(CheckpointException, match=r"is not looked up|was not read|out of all proportion|damaged|would build"):
+        dcp.load(into, storage_reader=onym.DCPReader(tmp_path / "x"), no_dist=True)
+    metadata = pickle.loads((tmp_path / "x" / ".metadata").read_bytes())
+    metadata.planner_data = Call(*call)
+    (tmp_path / "x" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointException, match=r"was not read|out of all proportion|would build|damaged"):
+        dcp.load({"w": torch.zeros(1)}, storage_reader=onym.DCPReader(tmp_path / "x"), no_dist=True)
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_cast_that_overflows_is_told(tmp_path: Path) -> None:

@@ -264,6 +264,9 @@ class Distributed(TensorFile):
                 archive = zipfile.ZipFile(part)
                 if sum(each.file_size for each in archive.infolist()) > stored.length or archive.testzip() is not None:
                     raise CheckpointError(f"'{path}' is damaged: a chunk of {name} is not what was written.")
+                for each in archive.infolist():
+                    if each.filename.endswith("/data.pkl"):
+                        require_bounded(archive.read(each), path)
                 part.seek(0)
                 with torch.serialization.safe_globals(_HARMLESS):
                     return torch.load(part, map_location="cpu", weights_only=True)
