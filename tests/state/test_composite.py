@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import onym
+from onym.cli.main import main
 from onym.errors import CheckpointError
 from onym.format.extra_state import EXTRA_KEY
 from onym.format.hashing import NO_HASH
@@ -126,7 +127,13 @@ def test_a_models_tensors_come_back(kind: str, place: str, tmp_path: Path) -> No
     assert torch.equal(fresh.line.weight, model.line.weight)
     with torch.no_grad():  # memory of its own
         fresh.line.weight.zero_()
-    onym.open_checkpoint(tmp_path / place).verify()
+    checkpoint = onym.open_checkpoint(tmp_path / place)
+    checkpoint.verify()
+    if place != "steps" and parameter:
+        with pytest.raises(CheckpointError, match=r"is a torch.*TwoTensor, which only a model that has one can build"):
+            checkpoint.tensor("odd")
+    elif place != "steps":
+        assert same(checkpoint.tensor("odd"), model.odd)
 
 
 def test_onym_load_takes_them_from_a_checkpointer_too(tmp_path: Path) -> None:
@@ -135,6 +142,20 @@ def test_onym_load_takes_them_from_a_checkpointer_too(tmp_path: Path) -> None:
     assert same(fresh.odd, model.odd)
     with pytest.raises(CheckpointError, match="odd was stored as a TwoTensor"):
         onym.load(tmp_path / "steps", into=Holder(torch.zeros(2, 3)))
+
+
+def test_the_commands_know_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, kind in enumerate(ODD):
+        for make, name in zip(ODD[kind], ("a", "b"), strict=True):
+            torch.manual_seed(0)
+            onym.save(Holder(make(), parameter=kind.startswith("subclass")), tmp_path / f"{name}{number}")
+        one, other = (str(tmp_path / f"{name}{number}") for name in ("a", "b"))
+        assert main(["inspect", one]) == main(["verify", one]) == 0
+        assert main(["diff", one, f"{one}/model.safetensors"]) == 0
+        assert main(["diff", one, other]) == 1
+        assert main(["convert", one, str(tmp_path / "out.safetensors")]) == 2  # not without it
+        assert "'odd' is of" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -235,6 +235,14 @@ def test_every_damage_is_found(tmp_path: Path) -> None:
         {"_extra_state": {"$dict": [[[], 1]]}},
         {"_extra_state": {"$float": "x"}},
         {"line.weight": 1},
+        {"_extra_state": {"$generator": ["cpu", "line.bias"]}},
+        {"_extra_state": {"$generator": ["cuda:99", "line.bias"]}},
+        {"_extra_state": {"$generator": "line.bias"}},
+        {"_extra_state": {"$dtype": "torch.load"}},
+        {"_extra_state": {"$device": ["cpu"]}},
+        {"_extra_state": {"$size": "ab"}},
+        {"_extra_state": {"$composite": {"kind": "os.system"}}},
+        {"_extra_state": {"$composite": {"kind": "sparse_coo", "size": [-1], "parts": {}}}},
     ],
 )
 @pytest.mark.parametrize("tensors", [["line.bias"], ["nothing"], [3], [[]], 5, ["line.weight", "line.bias"]])

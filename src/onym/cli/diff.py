@@ -151,13 +151,17 @@ def _difference(one: Any, other: Any) -> _Gap | bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return _equal(one, other)
     try:
-        left, right = (each.detach().to_dense().reshape(-1) for each in (one, other))
+        left, right = (_dense(each.detach()).reshape(-1) for each in (one, other))
         gap = _Gap(left.numel())
         for start in range(0, gap.values, _CHUNK):
             _add_chunk(gap, left[start : start + _CHUNK], right[start : start + _CHUNK])
         return gap
     except (RuntimeError, NotImplementedError):  # a dtype that torch stores and cannot compute with
         return one.dtype == other.dtype and torch.equal(as_bytes(one), as_bytes(other))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
 
 
 def _add_chunk(gap: _Gap, left: Tensor, right: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onym.errors import CheckpointError
 from onym.format.hashing import NO_HASH
-from onym.format.manifest import malformed_is_damaged, parse_json, require_seal, sealed
+from onym.format.manifest import are_counts, malformed_is_damaged, parse_json, require_seal, sealed
 from onym.format.safetensors_file import SafetensorsFile
 from onym.format.tensors import Damage, TensorFile
 from onym.state.chunks import Chunk
@@ -57,6 +57,18 @@ def with_extra_state(file: SafetensorsFile) -> TensorFile:
         return WithValues(file, values, tensors)
 
 
+def _described(structure: Any) -> tuple[tuple[int, ...], str]:
+    """The shape and the kind of a value: of a tensor that is made of others its own, and the class or layout as the dtype."""
+    about = structure.get("$composite") if isinstance(structure, dict) else None
+    if not isinstance(about, dict):
+        return (), VALUE
+    kind = str(about.get("class") if about.get("kind") == "subclass" else about.get("kind")).rpartition(".")[2]
+    size = about.get("size", [])
+    if not (kind.isidentifier() and isinstance(size, list) and are_counts(size)):
+        raise ValueError("it has a tensor of no kind")
+    return tuple(size), kind
+
+
 class WithValues(TensorFile):
     """A file of which some tensors are parts of values. ``structures``: those, as JSON values; ``file``: all of its tensors."""
 
@@ -70,8 +82,8 @@ class WithValues(TensorFile):
             raise ValueError("a tensor of the model is stored as a part of its extra state")
         super().__init__(
             file.path,
-            {**{name: file.shapes[name] for name in stored}, **dict.fromkeys(values, ())},
-            {**{name: file.dtypes[name] for name in stored}, **dict.fromkeys(values, VALUE)},
+            {**{name: file.shapes[name] for name in stored}, **{name: _described(value)[0] for name, value in values.items()}},
+            {**{name: file.dtypes[name] for name in stored}, **{name: _described(value)[1] for name, value in values.items()}},
             aliases,
             {name: file.hashes[name] for name in stored if name in file.hashes},
         )
@@ -113,5 +125,7 @@ class WithValues(TensorFile):
         with malformed_is_damaged(f"The extra state {name} in '{self.path}'"):
             try:
                 return unflatten(self.structures[name], tensors)
-            except RecursionError as error:
-                raise CheckpointError(f"The extra state {name} in '{self.path}' is nested too deep.") from error
+            except (
+                RuntimeError
+            ) as error:  # nested too deep; a generator's state of another size, or of a device that is not here
+                raise CheckpointError(f"The extra state {name} in '{self.path}' cannot be restored: {error}.") from error

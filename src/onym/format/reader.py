@@ -123,7 +123,14 @@ class Checkpoint:
         """One of the model's tensors, read now, on the CPU, checked against its hash."""
         from torch import Tensor
 
+        from onym.state.composite import Unbuilt
+
         value = self.model.tensor(name, verify=verify)
+        if isinstance(value, Unbuilt):
+            raise CheckpointError(
+                f"{name!r} in '{self.path}' is a {value.class_name}, which only a model that has one can build: "
+                "onym.load(path, into=model)."
+            )
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name!r} in '{self.path}' is a {type(value).__name__}, not a tensor.")
         return value

@@ -151,6 +151,16 @@ class Unbuilt:
     shape: tuple[int, ...]
     parts: dict[str, Any]
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Unbuilt) or self.parts.keys() != other.parts.keys():
+            return False
+        if any((getattr(self, key) != getattr(other, key)) for key in ("class_name", "context", "dtype", "shape")):
+            return False
+        pairs = [(part, other.parts[key]) for key, part in self.parts.items()]
+        return all(one == two if isinstance(one, Unbuilt) else torch.equal(one, two) for one, two in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def built_by(self, live: Any, name: str) -> Tensor:
         """The tensor, as one of a live tensor's class and settings.
 
