@@ -297,7 +297,7 @@ def test_the_model_is_found_inside(tmp_path: Path, case: str) -> None:
 )
 def test_where_there_is_no_model_that_is_said(tmp_path: Path, case: str, has: str, capsys: pytest.CaptureFixture[str]) -> None:
     dcp.save(STATES[case](), storage_writer=onym.DCPWriter(tmp_path / "x"), no_dist=True)
-    with pytest.raises(onym.OnymError, match=rf"holds no model that is known by its name; it has {has}\. dcp.load"):
+    with pytest.raises(onym.OnymError, match=rf"holds no model that is known by its name; it has {has}\. part= .*dcp.load"):
         onym.open_checkpoint(tmp_path / "x")
     assert main(["verify", str(tmp_path / "x")]) == 0
     for file in (tmp_path / "x").glob("*.safetensors"):
@@ -307,6 +307,23 @@ def test_where_there_is_no_model_that_is_said(tmp_path: Path, case: str, has: st
         assert main(["verify", str(tmp_path / "x")]) == 1
     assert main(["inspect", str(tmp_path / "x")]) != 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_one_of_several_models_is_opened_by_its_key(tmp_path: Path) -> None:
+    dcp.save(STATES["two models"](), storage_writer=onym.DCPWriter(tmp_path / "x"), no_dist=True)
+    other = model()
+    onym.load(tmp_path / "x", into=other, part="generator")
+    require_equal(dict(other.state_dict()), dict(model().state_dict()))
+    assert onym.open_checkpoint(tmp_path / "x", part="discriminator").names == ["weight", "bias"]
+    assert main(["convert", str(tmp_path / "x"), str(tmp_path / "g.safetensors"), "--part", "generator"]) == 0
+    with pytest.raises(onym.OnymError, match=r"has no part 'generatr'.*it has discriminator, generator"):
+        onym.open_checkpoint(tmp_path / "x", part="generatr")
+    more = {"model": model().state_dict(), "ema": {"a": torch.ones(1)}, "step": 3}
+    dcp.save(more, storage_writer=onym.DCPWriter(tmp_path / "y"), no_dist=True)
+    assert onym.open_checkpoint(tmp_path / "y", part="ema").names == ["a"]
+    assert onym.open_checkpoint(tmp_path / "y", part="model").names == list(model().state_dict())
+    with pytest.raises(onym.OnymError, match=r"has no part 'step'"):
+        onym.open_checkpoint(tmp_path / "y", part="step")
 
 
 # --- what is refused, and what fails ----------------------------------------------------------------------------------------

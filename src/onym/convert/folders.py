@@ -32,7 +32,7 @@ from onym.convert.sources import (
 )
 from onym.errors import CheckpointError, NoWeightsError, nearest
 from onym.format.extra_state import WithValues
-from onym.format.manifest import are_counts, is_file_name, parse_json
+from onym.format.manifest import MANIFEST, MODEL, are_counts, is_file_name, parse_json
 from onym.format.nested import structure_of
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import begins_file
@@ -106,6 +106,11 @@ def _open_folder(path: Path, part: str | None) -> Contents:
             return open_contents(inner_path, part)
         if refused:
             raise refused[0]
+        if (path / "rank-00000" / MANIFEST).exists():
+            raise NoWeightsError(
+                f"'{path}' holds what each rank saved for itself (use_collectives=False): dcp.load with onym.DCPReader loads it, "
+                "on as many ranks."
+            )
         raise NoWeightsError(f"The folder '{path}' holds no weights, neither Onym's nor another program's: check the path.")
     chosen = _one_of(path, {file: contents.tensors for file, contents in opened.items()})
     inner = opened[chosen]
@@ -251,6 +256,18 @@ def _open_distributed(path: Path, part: str | None) -> Contents:
     texts = {**texts_of(path.parent), **texts_of(path)}
     found = _model_in(path, _nested(stored), stored, part)
     return replace(found, kind="a folder of torch.distributed.checkpoint", texts=texts, summed=True)
+
+
+def open_part(path: Path, checkpoint: Checkpoint, part: str) -> Contents:
+    """One of several models that ``DCPWriter`` saved, by the keys that lead to it."""
+    assert checkpoint.chunk_index is not None
+    for file in checkpoint.chunk_index.tensors.keys() - {MODEL}:
+        stored, before = checkpoint.tensors(file), f"{part}."
+        if names := [name for name in stored.names if name.startswith(before)]:
+            view = View(stored, {name.removeprefix(before): Recipe((name,)) for name in names}, path)
+            return Contents(path, "a folder of onym.DCPWriter", view, within=part)
+    keys = checkpoint.chunk_index.keys
+    raise CheckpointError(f"'{path}' has no part {part!r}{nearest(part, keys)} with tensors; it has {', '.join(keys)}.")
 
 
 def open_state(path: Path, checkpoint: Checkpoint, part: str | None) -> Contents:

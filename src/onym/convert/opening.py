@@ -13,7 +13,7 @@ from pathlib import Path
 
 from onym.checkpoint.steps import GoodCheckpoint, find_checkpoint, is_ours
 from onym.convert.clean_names import clean_names
-from onym.convert.folders import open_contents, open_state
+from onym.convert.folders import open_contents, open_part, open_state
 from onym.convert.mapping import Recipe, View, to_ours
 from onym.convert.registry import Config, Format, NamedShapes, Origin, family_of, formats
 from onym.convert.sources import Contents
@@ -53,6 +53,9 @@ def open_any(
     if is_ours(path) or not path.exists():
         found = find_checkpoint(path, step, verify=verify)
         checkpoint = found.checkpoint
+        index = checkpoint.chunk_index
+        if part is not None and index is not None and index.paths and f"{part}." != index.prefix:
+            return GoodCheckpoint(_understood(open_part(path, checkpoint, part), settings), found.skipped)
         nested = is_state(checkpoint)
         if not nested and (checkpoint.architecture is not None or not is_local(path)):
             _require_unsaid(checkpoint, part, settings)

@@ -158,8 +158,8 @@ class Checkpoint:
             if file == MODEL and self.chunk_index and sharded is None:
                 keys = ", ".join(self.chunk_index.keys) or "nothing"
                 raise CheckpointError(
-                    f"'{self.path}' holds no model that is known by its name; it has {keys}. dcp.load with "
-                    "onym.DCPReader loads them. A model that is saved as {'model': ...} is opened here too."
+                    f"'{self.path}' holds no model that is known by its name; it has {keys}. part= (--part) opens one of "
+                    "them, dcp.load with onym.DCPReader loads all; a model that is saved as {'model': ...} is opened at once."
                 )
             if self.manifest is None or (sharded is None and file not in self._tensor_files):
                 raise CheckpointError(f"'{self.path}' holds no {file}: it has the model only.")
