@@ -108,8 +108,8 @@ def _open_folder(path: Path, part: str | None) -> Contents:
             raise refused[0]
         if (path / "rank-00000" / MANIFEST).exists():
             raise NoWeightsError(
-                f"'{path}' holds what each rank saved for itself (use_collectives=False): dcp.load with onym.DCPReader loads it, "
-                "on as many ranks."
+                f"'{path}' holds what each rank saved for itself (use_collectives=False): dcp.load with onym.DCPReader loads "
+                "it, on as many ranks."
             )
         raise NoWeightsError(f"The folder '{path}' holds no weights, neither Onym's nor another program's: check the path.")
     chosen = _one_of(path, {file: contents.tensors for file, contents in opened.items()})
