@@ -282,6 +282,31 @@ def test_an_optimizers_state_comes_back_into_a_fresh_one(tmp_path: Path) -> None
         onym.Checkpointer(tmp_path).restore({"model": fresh, "optimizer": plain})
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam])
+def test_the_state_of_sparse_gradients_comes_back(kind: Any, tmp_path: Path) -> None:
+    settings = {"lr": 0.1, "momentum": 0.9} if kind is torch.optim.SGD else {"lr": 0.1}
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Embedding(6, 3, sparse=True)
+        return model, kind(model.parameters(), **settings)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, row: int) -> None:
+        optimizer.zero_grad()
+        model(torch.tensor([row, 2])).square().sum().backward()
+        optimizer.step()
+
+    (model, optimizer), (fresh, other) = made(), made()
+    for row in range(2):
+        step(model, optimizer, row)
+    with onym.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": model, "optimizer": optimizer})
+        checkpointer.restore({"model": fresh, "optimizer": other})
+    for row in range(2, 4):
+        step(model, optimizer, row)
+        step(fresh, other, row)
+    assert torch.equal(next(fresh.parameters()), next(model.parameters()))
+
+
 def test_elsewhere_a_subclass_is_refused_with_what_to_do(tmp_path: Path) -> None:
     state = {"model": nn.Linear(1, 1), "other": {"deep": [two(1.0, 2)]}}
     with onym.Checkpointer(tmp_path) as checkpointer:

@@ -166,9 +166,11 @@ def load_state_dict(
 
         stored, target = describe(complete), describe(live, complete)
         patterns = require_patterns(skip_mismatched, live)
-        skipped = {name: pair for name, pair in compare(stored, target).shapes.items() if matches(patterns, name)}
-        complete |= {name: live[name] for name in skipped}
-        differences = compare(stored := describe(complete), target)
+        differences = compare(stored, target)
+        skipped = {name: pair for name, pair in differences.shapes.items() if matches(patterns, name)}
+        if skipped:
+            complete |= {name: live[name] for name in skipped}
+            differences = compare(stored := describe(complete), target)
         refused = refused_of(differences, strict=strict, dtype=dtype)
         # Modules read the layout version of their state here. A .safetensors file has none, so the present version is assumed.
         versions = getattr(state, "_metadata", getattr(live, "_metadata", OrderedDict()))
@@ -230,7 +232,8 @@ def _copy(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any, live: M
     ready._metadata = versions  # type: ignore[attr-defined]
     with _undone_on_failure(plain, ready):
         for name, value in ready.items():
-            resize_sparse(live[name], value)
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                resize_sparse(live[name], value)
         # Names were compared already; a model whose state_dict() leaves something out would fail on what it never stored.
         unused = plain.load_state_dict(ready, strict=False)
         if unused is not None and unused.unexpected_keys:
