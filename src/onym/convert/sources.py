@@ -44,7 +44,7 @@ _TEXTS = (
 )
 # Entries that hold no model: an optimizer's state, random number generators, what a loop counts.
 NO_MODEL = re.compile(
-    r"(?i:optim.*|(\w+_)?rng(_\w+)?|random.*|(lr_)?sched.*|train(er|ing)?_state|data_?loader.*|(grad_)?scaler|metrics?|.*_extra_state)"
+    r"(?i:optim.*|(\w+_)?rng(_\w+)?|random.*|(lr_)?sched.*|train(er|ing)?_state|data_?loader.*|(grad_)?scaler|metrics?|callbacks|loops|.*_extra_state)"
 )
 
 
