@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from enum import Enum
@@ -137,3 +139,21 @@ def test_a_damaged_structure_is_said_to_be_one() -> None:
         unflatten({"t": {"$tensor": "x.t"}}, {})
     with pytest.raises(CheckpointError, match=r"'\$later'"):
         unflatten({"$later": 1}, {})
+
+
+def test_nothing_is_kept_until_the_garbage_collector_runs() -> None:
+    """A tensor that is taken out keeps its memory, or the file that it is mapped from, as long as anything refers to it."""
+    gc.disable()
+    try:
+        tensor = torch.ones(3)
+        alive = weakref.ref(tensor)
+        structure = flatten({"a": [tensor, {1: 2}]}, "x")[1]
+        del tensor
+        assert alive() is None
+        tensors = {"x.a.0": torch.ones(3)}
+        alive = weakref.ref(tensors["x.a.0"])
+        unflatten(structure, tensors)
+        del tensors
+        assert alive() is None
+    finally:
+        gc.enable()

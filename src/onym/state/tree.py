@@ -104,7 +104,11 @@ def flatten(
             f"and lists, tuples and dicts of them can. {_remedy(item)}"
         )
 
-    return tensors, encode(value, prefix)
+    try:
+        return tensors, encode(value, prefix)
+    finally:
+        # They refer to each other, and would keep the tensors until the garbage collector runs.
+        encode = pairs = None  # type: ignore[assignment]
 
 
 def unflatten(structure: Any, tensors: Mapping[str, Tensor], convert: Callable[[str, Tensor], Tensor] | None = None) -> Any:
@@ -164,7 +168,10 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor], convert: Callable[[
             )
         return _KINDS[tag]({decode(name, key): decode(part, str(name)) for name, part in content})
 
-    return decode(structure, "")
+    try:
+        return decode(structure, "")
+    finally:
+        decode = None  # type: ignore[assignment]  # as above: the files of the tensors would stay open
 
 
 _MAPPINGS: dict[type, str] = {dict: "$dict", Counter: "$counter", OrderedDict: "$ordered"}
