@@ -130,7 +130,10 @@ class BackgroundTask:
             Exception: what went wrong in it; raised once.
         """
         if (error := self.forget()) is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # see run_on_all_ranks
 
     def forget(self) -> BaseException | None:
         """Return when it is done; its error is returned once, and not raised."""

@@ -53,7 +53,10 @@ def broadcast_from_rank0(decide: Callable[[], T], collective: bool = True) -> T:
     result: T
     result, failure = message[0]
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure, message  # see run_on_all_ranks
     return result
 
 
@@ -80,7 +83,10 @@ def raise_on_all_ranks(
     """
     reasons = all_gather_object(None if failure is None else str(failure) or type(failure).__name__, collective)
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # see run_on_all_ranks
     for rank, reason in enumerate(reasons):
         if reason is not None:
             raise error(reason if rank == 0 else f"On rank {rank}: {reason}")
@@ -93,5 +99,8 @@ def run_on_all_ranks(work: Callable[[], T], collective: bool = True, error: type
         result = work()
     except BaseException as raised:
         failure = raised
-    raise_on_all_ranks(failure, collective, error)
+    try:
+        raise_on_all_ranks(failure, collective, error)
+    finally:
+        del failure  # its traceback has this frame: each would keep the other, and open files, until Python collects
     return result
