@@ -241,12 +241,12 @@ def new_folder(path: Path, last: str, expected_bytes: int = 0) -> Iterator[Local
                 new.finish(last)
             finally:
                 new.close()
-            _put_in_place(temporary, path)
+            put_in_place(temporary, path)
     except OSError as error:
         raise storage_error("write", path, error) from error
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path) -> None:
     """Rename a folder to its place. One that is there is exchanged with it, and deleted with the temporary folder.
 
     Where a file system cannot exchange two names, the old one is moved aside first: for a moment nothing is there, and

@@ -1,0 +1,97 @@
+"""Accelerate's ``save_state`` and ``load_state``, durable and under the models' own names.
+
+``save_state(accelerator, "run/step-100")`` in place of ``accelerator.save_state("run/step-100")``, and so for loading.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from onym.api import load
+from onym.convert.clean_names import clean_names
+from onym.errors import storage_error
+from onym.integrations.sealed import newest_sealed, require_sealed, seal
+from onym.storage.local import make_folder, put_in_place
+
+def save_state(accelerator: Accelerator, path: str | os.PathLike[str], **options: Any) -> None:
+    """Save models, optimizers, schedulers, samplers and random number generators; every process calls this.
+
+    Args:
+        accelerator: with everything prepared.
+        path: a folder; one that is there is replaced when the new one is complete and durable.
+        options: those of ``accelerator.save_state``.
+
+    Raises:
+        StorageError: the disk refused; what was there before is untouched.
+    """
+    place = Path(path).absolute()
+    unfinished = place.with_name(f".{place.name}.unfinished")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_folder(place.parent)
+    accelerator.wait_for_everyone()
+    hook = accelerator.register_save_state_pre_hook(_clean)
+    try:
+        accelerator.save_state(str(unfinished), **options)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            seal(unfinished)
+            put_in_place(unfinished, place)
+    except OSError as error:
+        raise storage_error("write a checkpoint", place, error) from error
+    finally:
+        hook.remove()
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)  # the old one, or what failed
+    accelerator.wait_for_everyone()
+
+
+def load_state(accelerator: Accelerator, path: str | os.PathLike[str], **options: Any) -> None:
+    """Load what :func:`save_state` saved, after every byte was checked; every process calls this.
+
+    Args:
+        accelerator: with the same models and optimizers prepared, compiled or not.
+        path: the folder.
+        options: those of ``accelerator.load_state``.
+
+    Raises:
+        CheckpointError: it is missing, unfinished or damaged; nothing was changed.
+        MismatchError: a model is another one; says how.
+    """
+    place = Path(path).absolute()
+    require_sealed(place)
+    hook = accelerator.register_load_state_pre_hook(_load)
+    try:
+        accelerator.load_state(str(place), **options)
+    finally:
+        hook.remove()
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest folder in ``folder`` whose name ends in a number (``step-100``) and that is as it was saved; None without one.
+
+    Newer ones that are damaged are warned of.
+    """
+    found = newest_sealed(Path(folder), r"[^.].*?(\d+)")
+    return None if found is None else str(found)
+
+
+def _clean(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+    """Called by Accelerate before it writes."""
+    for number, state in enumerate(weights):
+        names, _ = clean_names(state, roots=("module",))
+        weights[number] = {names[name]: value for name, value in state.items()}
+
+
+def _load(models: list[nn.Module], folder: str) -> None:
+    """Called by Accelerate before it loads; what is taken from the list, it does not load. FSDP's are not in it."""
+    for number, model in enumerate(models):
+        file = Path(folder, "model.safetensors" if number == 0 else f"model_{number}.safetensors")
+        load(file if file.exists() else Path(folder), into=model)
+    models.clear()
