@@ -46,7 +46,7 @@ _DTYPES = {
 _HARMFUL = re.compile(
     r"(os|posix|nt|sys|subprocess|commands|shutil|socket|pty|runpy|importlib|imp|ctypes|webbrowser|codeop|code|pip|_?pickle|marshal)\."
     r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|input|breakpoint|globals|vars|exit|quit)(\.|$)"
-    r"|(_?io|codecs|tempfile)\.open(_code)?$|torch\.(load|hub|jit|ops|utils\.cpp_extension)(\.|$)"
+    r"|(_?io|codecs|tempfile)\.open(_code)?$|torch\.(load|serialization\.load|hub|jit|ops|utils\.cpp_extension)(\.|$)"
 )
 
 

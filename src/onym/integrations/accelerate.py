@@ -19,6 +19,7 @@ from onym.errors import storage_error
 from onym.integrations.sealed import newest_sealed, require_sealed, seal
 from onym.storage.local import make_folder, put_in_place
 
+
 def save_state(accelerator: Accelerator, path: str | os.PathLike[str], **options: Any) -> None:
     """Save models, optimizers, schedulers, samplers and random number generators; every process calls this.
 
