@@ -410,6 +410,11 @@ def test_quantised_weights_and_8_bit_states_of_torchao(tmp_path: Path) -> None:
         return model
 
     model = quantised()
+    onym.save(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), tmp_path / "plain")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)nothing was changed: .* load first and convert \(quantise\) the model then"
+    ):
+        onym.load(tmp_path / "plain", into=model)
     for place in PLACES:
         path, fresh = save(model, tmp_path, place), quantised()
         load(path, fresh)

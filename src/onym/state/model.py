@@ -25,7 +25,7 @@ from onym.names.diagnose import diagnose
 from onym.names.mismatch import Described, Differences, MismatchError, compare
 from onym.names.plain_view import plain_view
 from onym.names.wrappers import require_module
-from onym.state.composite import Unbuilt, build_like, resize_sparse
+from onym.state.composite import Unbuilt, build_like, is_subclass, resize_sparse
 from onym.state.dtensor import distribute_like, full_parameters, full_tensor, is_sharded, local
 from onym.state.offloaded import require_not_offloaded, with_offloaded
 from onym.state.patterns import matches, require_patterns, skipping
@@ -452,7 +452,10 @@ def _undone_on_failure(plain: nn.Module, given: Mapping[str, Any]) -> Iterator[N
                 tensor.data = value
         for module, state in extra:
             module.set_extra_state(state)
-        raise CheckpointError(f"The model's own loading code failed, and nothing was changed: {error}") from error
+        advice = ""
+        if (made := next(filter(is_subclass, tensors), None)) is not None:
+            advice = f" It has tensors of the class {type(made).__name__}: load first and convert (quantise) the model then."
+        raise CheckpointError(f"The model's own loading code failed, and nothing was changed: {error}{advice}") from error
 
 
 def _copied(state: Any) -> Any:
