@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from onym.checkpoint.restore import stored_extra_state, stored_optimizer
+from onym.convert.clean_names import clean_names
 from onym.convert.opening import open_any, warn_of
 from onym.convert.sources import as_json
 from onym.convert.translation import format_of, translated
@@ -27,6 +28,7 @@ from onym.format.pth import PICKLES, write_pth
 from onym.format.reader import Checkpoint
 from onym.format.tensors import TensorFile
 from onym.format.writer import About, write_folder, write_safetensors
+from onym.names.adapters import adapter_names
 from onym.names.diagnose import diagnose
 from onym.names.match import recover_names, renamed_state
 from onym.names.mismatch import Cause, MismatchError, compare
@@ -314,8 +316,10 @@ def _load_into(
     spare = [name for name in (AVERAGE_COUNTER,) if name in state and name not in known]  # the model itself is all there
     for name in spare:
         del state[name]
-    renamed = recover_names(state, known)
+    renamed = _adapter_in(state, known, model) or recover_names(state, known)
     state = renamed_state(state, renamed)
+    base = known.keys() - state.keys() if renamed and _adapters_of(model) else set()
+    strict = strict and not base
     try:
         # Mismatches are reported before memory is allocated.
         if not skip_mismatched and any(tensor.is_meta for tensor in model.parameters()):
@@ -335,7 +339,24 @@ def _load_into(
         if (sentence := _other_configuration(checkpoint, model)) is not None:
             raise error.with_configuration(sentence) from None
         raise
-    return replace(report, renamed=renamed, unexpected=[*report.unexpected, *spare])
+    missing = [name for name in report.missing if name not in base]
+    return replace(report, renamed=renamed, missing=missing, unexpected=[*report.unexpected, *spare])
+
+
+def _adapters_of(model: nn.Module) -> list[str]:
+    """The names of peft's adapters in a model."""
+    return list(getattr(unwrap(model), "peft_config", None) or ())
+
+
+def _adapter_in(state: Mapping[str, Any], known: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
+    """Where a file holds one of a model's adapters alone, as peft writes it: its names -> the model's."""
+    adapters = _adapters_of(model)
+    for adapter in [getattr(unwrap(model), "active_adapter", None), *adapters] if adapters else ():
+        names = adapter_names(known, [adapter]) if isinstance(adapter, str) else {}
+        clean = {clean_name: name for name, clean_name in clean_names(state, roots=())[0].items()}
+        if names and clean.keys() == names.keys():
+            return {clean[name]: names[name] for name in names}
+    return {}
 
 
 def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) -> TensorFile:
