@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import onym
 from onym.format import provenance
 
 
@@ -51,6 +55,23 @@ def test_where_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     provenance._git_commit.cache_clear()
     assert "git" not in provenance.provenance()
     provenance._git_commit.cache_clear()
+
+
+def test_git_is_asked_before_the_first_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    @cache
+    def commit() -> str:
+        asked.append(threading.current_thread().name)
+        return "0123"
+
+    monkeypatch.setattr(provenance, "_git_commit", commit)
+    monkeypatch.setattr(provenance, "_asking", None)
+    with onym.Checkpointer(tmp_path, background=False) as checkpointer:
+        checkpointer.save(1, {"model": torch.nn.Linear(1, 1)})
+        checkpointer.save(2, {"model": torch.nn.Linear(1, 1)})
+    assert asked == ["onym-git"], "once, and not in the thread that saves"
+    assert checkpointer.open(2).provenance["git"] == "0123"
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")

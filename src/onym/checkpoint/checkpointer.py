@@ -20,6 +20,7 @@ from onym.checkpoint.steps import GoodCheckpoint, newest_good, open_step, pin, p
 from onym.errors import CheckpointError, ConfigError, storage_error
 from onym.format.chunk_index import CHUNKS
 from onym.format.manifest import CONFIG, MANIFEST, TRAINER, Manifest, is_file_name, is_text
+from onym.format.provenance import ask_ahead
 from onym.format.reader import Checkpoint, read_checkpoint
 from onym.format.stored import gather
 from onym.format.writer import About, write_folder
@@ -138,6 +139,7 @@ class Checkpointer:
         self._lock = threading.RLock()
         self._parent: dict[str, Any] | None = None
         self._abandoned: list[int] = []  # steps after the one that was restored
+        ask_ahead()
         self._shared_disk = is_local(self.directory)  # whether several ranks write, each its own files
 
     def save(

@@ -31,6 +31,7 @@ from onym.errors import CheckpointError, ConfigError, StorageError, storage_erro
 from onym.format.chunk_index import CHUNKS, ChunkIndex
 from onym.format.layout import Shard, shard_file
 from onym.format.manifest import MANIFEST, MODEL, gc_paused
+from onym.format.provenance import ask_ahead
 from onym.format.rank_files import ChunkOf, RankContent, RankReport, assemble, complete_folder, write_rank_files
 from onym.format.writer import NOTHING, require_replaceable
 from onym.state.chunks import Chunk
@@ -123,6 +124,7 @@ class DCPWriter(StorageWriter):
         super().__init__()
         self.path = None if path is None else _on_a_disk(path)
         self.overwrite, self.save_id = overwrite, secrets.token_hex(8)
+        ask_ahead()
         self._alone: int | None = None
         """The rank, where each saves for itself."""
         self._folder: LocalFolder | None = None

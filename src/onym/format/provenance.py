@@ -7,6 +7,7 @@ import subprocess
 import time
 from functools import cache
 from importlib.metadata import version
+from threading import Thread
 from typing import Any
 
 import torch
@@ -22,8 +23,21 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "onym": version("onym"),
     }
+    if _asking is not None:
+        _asking.join()
     commit = _git_commit()
     return {**about, "git": commit} if commit else about
+
+
+_asking: Thread | None = None
+
+
+def ask_ahead() -> None:
+    """Ask git in the background, so that no save waits for it: in a large repository it takes seconds."""
+    global _asking
+    if _asking is None:
+        _asking = Thread(target=_git_commit, name="onym-git", daemon=True)
+        _asking.start()
 
 
 @cache
