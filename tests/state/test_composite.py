@@ -21,6 +21,7 @@ from onym.format.extra_state import EXTRA_KEY
 from onym.format.hashing import NO_HASH
 from onym.format.manifest import sealed
 from onym.names.mismatch import MismatchError
+from onym.state.composite import put_together
 from onym.state.tree import flatten, unflatten
 
 PLACES = ("steps", "folder", "m.safetensors")
@@ -442,3 +443,21 @@ def test_quantised_weights_and_8_bit_states_of_torchao(tmp_path: Path) -> None:
             step(model, optimizer)
             step(fresh, other)
         assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
+def test_what_reaches_out_of_its_values_is_refused() -> None:
+    values = torch.arange(6.0).reshape(6, 1)
+    for offsets, lengths in ([0, 9], None), ([-3, 6], None), ([0, 4, 2], None), ([0, 3, 6], [3, 9]), ([0, 3, 6], [-1, 2]):
+        parts = {"values": values, "offsets": torch.tensor(offsets)}
+        parts |= {} if lengths is None else {"lengths": torch.tensor(lengths)}
+        with pytest.raises(CheckpointError, match="reaches out of its values"):
+            put_together({"kind": "jagged", "dim": 1}, parts)
+    whole = torch.ones(3, 2, dtype=torch.int8)
+    for axis, scales, zero_points in (0, 2, 2), (0, 3, 2), (1, 3, 3), (5, 3, 3), (-3, 2, 2):
+        parts = {
+            "values": whole,
+            "scales": torch.ones(scales, dtype=torch.float64),
+            "zero_points": torch.zeros(zero_points, dtype=torch.int64),
+        }
+        with pytest.raises(CheckpointError):
+            put_together({"kind": "quantized", "axis": axis}, parts)

@@ -121,8 +121,12 @@ def put_together(about: Mapping[str, Any], parts: Mapping[str, Any]) -> Tensor |
             if "scale" in about:
                 return torch._make_per_tensor_quantized_tensor(parts["values"], about["scale"], about["zero_point"])
             scales, zero_points = parts["scales"], parts["zero_points"]
+            # torch's constructor checks neither, and its kernels read as far as they say.
+            if not scales.shape == zero_points.shape == (parts["values"].shape[range(parts["values"].dim())[about["axis"]]],):
+                raise ValueError("its scales are not one for each channel")
             return torch._make_per_channel_quantized_tensor(parts["values"], scales, zero_points, about["axis"])
         if kind == "jagged":
+            _require_within(parts["offsets"], parts.get("lengths"), parts["values"].shape[about["dim"] - 1])
             ragged = torch.nested.nested_tensor_from_jagged
             made: Tensor = ragged(parts["values"], parts["offsets"], parts.get("lengths"), jagged_dim=about["dim"])
             return made
@@ -138,6 +142,14 @@ def put_together(about: Mapping[str, Any], parts: Mapping[str, Any]) -> Tensor |
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"A stored tensor that is made of others is damaged ({reason[:160]}).") from error
+
+
+def _require_within(offsets: Tensor, lengths: Tensor | None, rows: int) -> None:
+    """Refuse a jagged tensor that reaches out of its values, which torch does not check."""
+    starts, ends = offsets[:-1], offsets[1:] if lengths is None else offsets[:-1] + lengths
+    inside = offsets.dim() == 1 and offsets.dtype == torch.int64 and bool((starts >= 0).all() and (starts <= ends).all())
+    if not inside or bool((ends > rows).any()):
+        raise ValueError("it reaches out of its values")
 
 
 @dataclass(frozen=True, eq=False)
