@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lightning.pytorch
 import pytest
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ THEIRS: dict[str, Callable[..., object]] = {  # options of functions that are no
     "device": nn.Module.to_empty,
     "persistent": nn.Module.register_buffer,
     "flatten_state_dict": DefaultSavePlanner,
+    "plugins": lightning.pytorch.Trainer,
+    "callbacks": lightning.pytorch.Trainer,
 }
 DCP = {"checkpoint_id", "use_collectives"}  # of dcp.save, checked below
 NOT_OURS = re.compile(r"(pip install|docker run|srun|container with|xcode-select|train\.py|\bgit\b)[^.;]*$")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -496,7 +497,31 @@ def test_a_cast_that_overflows_is_reported() -> None:
     with pytest.warns(UserWarning, match=r"beyond the range of float16 became infinite in 1 tensors \(weight\)"):
         report = onym.load_state_dict(model, state, dtype="cast")
     assert report.overflowed == ["weight"]
-    assert "1 with values that became infinite (weight)" in str(report)
+    assert "1 with values beyond the dtype's range (weight)" in str(report)
     state["weight"] = torch.tensor([[1.0, float("nan"), float("-inf")]])  # they were so before
     assert onym.load_state_dict(model, state, dtype="cast").overflowed == []
     assert onym.load_state_dict(model.bfloat16(), {**state, "bias": torch.tensor([1e30])}, dtype="cast").overflowed == []
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "overflows"),
+    [(300, "int8", True), (2**40, "int32", True), (-1, "uint8", True), (127, "int8", False), (-(2**31), "int32", False)],
+)
+def test_integers_beyond_the_range_are_reported(value: int, dtype: str, overflows: bool) -> None:
+    model = nn.Module()
+    model.register_buffer("count", torch.zeros(1, dtype=getattr(torch, dtype)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = onym.load_state_dict(model, {"count": torch.tensor([value])}, dtype="cast")
+    assert report.overflowed == (["count"] if overflows else [])
+    assert [f"beyond the range of {dtype} became other numbers" in str(each.message) for each in said] == [True] * overflows
+
+
+@pytest.mark.parametrize(("was", "now"), [("float32", "int64"), ("complex64", "float32"), ("int64", "bool")])
+def test_where_no_cast_exists_none_is_advised(was: str, now: str) -> None:
+    model = nn.Module()
+    model.register_buffer("b", torch.zeros(1, dtype=getattr(torch, now)))
+    for dtype in ("exact", "cast"):
+        with pytest.raises(MismatchError, match="No load converts that") as caught:
+            onym.load_state_dict(model, {"b": torch.ones(1, dtype=getattr(torch, was))}, dtype=dtype)  # type: ignore[arg-type]
+        assert "Pass dtype" not in str(caught.value)

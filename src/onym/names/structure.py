@@ -397,10 +397,16 @@ def _dtypes(case: Case) -> None:
         text = f'Stored as {kinds[0]}, this model is {kinds[1]}: dtype="cast" converts while loading (not floats to integers).'
         case.found(text, ())
     else:
-        case.found(
-            f'Only dtypes differ: stored as {kinds[0]}, this model is {kinds[1]}. Pass dtype="cast" to convert while loading.',
-            case.all.dtypes,
-        )
+        remedy = 'Pass dtype="cast" to convert while loading.'
+        if _kind_of_number(kinds[0]) > _kind_of_number(kinds[1]):
+            remedy = "No load converts that, because values would be lost: convert the tensors, or the model, before."
+        case.found(f"Only dtypes differ: stored as {kinds[0]}, this model is {kinds[1]}. {remedy}", case.all.dtypes)
+
+
+def _kind_of_number(dtype: str) -> int:
+    """Each kind can hold the numbers of those before it."""
+    starts = (("bool",), ("int", "uint"), ("float", "bfloat"), ("",))
+    return next(rank for rank, names in enumerate(starts) if dtype.startswith(names))
 
 
 CAUSES: tuple[Callable[[Case], None], ...] = (

@@ -25,6 +25,7 @@ from onym.names.diagnose import diagnose
 from onym.names.mismatch import Described, Differences, MismatchError, compare
 from onym.names.plain_view import plain_view
 from onym.names.wrappers import require_module
+from onym.state.casting import castable, overflows
 from onym.state.composite import Unbuilt, build_like, is_subclass, resize_sparse
 from onym.state.dtensor import distribute_like, full_parameters, full_tensor, is_sharded, local
 from onym.state.offloaded import require_not_offloaded, with_offloaded
@@ -47,7 +48,8 @@ class LoadReport:
     renamed: dict[str, str] = field(default_factory=dict)
     """Stored name -> name, where a wrapper had changed it."""
     overflowed: list[str] = field(default_factory=list)
-    """With values beyond the range of the model's dtype, which became infinite (only with ``dtype="cast"``)."""
+    """With values beyond the range of the model's dtype, which became infinite, or other integers (only with
+    ``dtype="cast"``)."""
     skipped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     """Stored shape and model shape, where they differed: left as they were (only with ``skip_mismatched``)."""
 
@@ -56,7 +58,7 @@ class LoadReport:
         for names, what in (
             (self.renamed, "renamed"),
             (self.cast, "cast"),
-            (self.overflowed, "with values that became infinite"),
+            (self.overflowed, "with values beyond the dtype's range"),
             (self.skipped, "of another shape, left as they were"),
             (self.missing, "left as they were"),
             (self.unexpected, "not used"),
@@ -196,12 +198,13 @@ def load_state_dict(
             missing, unexpected = differences.missing, differences.unexpected
             loaded = [name for name in target if name in complete and name not in skipped]
             _copy(plain, OrderedDict((name, ready[name]) for name in loaded), versions, live)
-        overflowed = [name for name in differences.dtypes if _overflows(complete[name], live[name])]
+        overflowed = [name for name in differences.dtypes if overflows(complete[name], live[name])]
     if overflowed:
         kind, more = target[overflowed[0]][1], ", …" if len(overflowed) > 1 else ""
+        became, into = ("infinite", "bfloat16 or float32") if "float" in kind else ("other numbers", "int64")
         warnings.warn(
-            f"Values beyond the range of {kind} became infinite in {len(overflowed)} tensors ({overflowed[0]}{more}): load "
-            "into a model of bfloat16 or float32.",
+            f"Values beyond the range of {kind} became {became} in {len(overflowed)} tensors ({overflowed[0]}{more}): load "
+            f"into a model of {into}.",
             stacklevel=2,
         )
     return LoadReport(loaded, missing, unexpected, differences.dtypes, overflowed=overflowed, skipped=skipped)
@@ -209,7 +212,7 @@ def load_state_dict(
 
 def refused_of(differences: Differences, *, strict: bool, dtype: DtypePolicy) -> Differences:
     """The differences that :func:`load_state_dict` refuses, unless the model's own loading code takes them."""
-    uncastable = {name: kinds for name, kinds in differences.dtypes.items() if not _castable(*kinds)}
+    uncastable = {name: kinds for name, kinds in differences.dtypes.items() if not castable(*kinds)}
     return Differences(
         missing=differences.missing if strict else [],
         unexpected=differences.unexpected if strict else [],
@@ -265,20 +268,6 @@ def _left_by_the_model(
             continue
         return ([], []) if left is None else (list(left.missing_keys), list(left.unexpected_keys))
     return None
-
-
-def _overflows(stored: Any, live: Any) -> bool:
-    """Whether finite values became infinite in a smaller floating-point dtype; of shards, this rank's."""
-    if not all(isinstance(each, Tensor) and each.is_floating_point() for each in (stored, live)):
-        return False
-    most, values = torch.finfo(live.dtype).max, local(stored)
-    return most < torch.finfo(values.dtype).max and bool((values.isfinite() & (values.abs() > most)).any())
-
-
-def _castable(stored: str, live: str) -> bool:
-    """Whether a cast preserves the kind of number: float to float, integer to float, but not float to integer."""
-    was, now = getattr(torch, stored, None), getattr(torch, live, None)
-    return isinstance(was, torch.dtype) and isinstance(now, torch.dtype) and torch.can_cast(was, now)
 
 
 def describe(state: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Described:
