@@ -46,6 +46,19 @@ def test_the_commit_and_whether_files_differ(repository: Path) -> None:
     assert provenance.provenance()["git"] == f"{commit}-dirty"
 
 
+def test_no_program_that_a_repository_names_is_started(repository: Path) -> None:
+    monitor = repository / "monitor"
+    monitor.write_text(f"#!/bin/sh\ntouch {repository}/started\n")
+    monitor.chmod(0o755)
+    git("config", "core.fsmonitor", str(monitor))
+    git("status")
+    assert (repository / "started").exists(), "git itself does"
+    (repository / "started").unlink()
+    provenance._git_commit.cache_clear()
+    assert "git" in provenance.provenance()
+    assert not (repository / "started").exists()
+
+
 def test_where_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

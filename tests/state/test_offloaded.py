@@ -71,3 +71,17 @@ def test_loading_into_it_is_refused(way: str, tmp_path: Path) -> None:
     accelerate.hooks.remove_hook_from_submodules(offloaded)
     onym.load(tmp_path / "m.safetensors", into=offloaded)
     assert torch.equal(offloaded(batch), other(batch))
+
+
+def test_parameters_that_deepspeed_has_partitioned_are_not_saved_as_empty_ones(tmp_path: Path) -> None:
+    """As zero.Init leaves them between two passes; by hand, with the attributes that it sets."""
+    model = nn.Linear(3, 2)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_numel, parameter.ds_shape = number, parameter.numel(), parameter.shape  # type: ignore[attr-defined]
+        parameter.data = torch.empty(0)
+    for place in ("m.pth", "m.safetensors", "m"):
+        with pytest.raises(ConfigError, match=r"weight is empty here: DeepSpeed's ZeRO-3.*GatheredParameters"):
+            onym.save(model, tmp_path / place)
+    with pytest.raises(ConfigError, match="ZeRO-3"):
+        onym.load_state_dict(model, nn.Linear(3, 2).state_dict())
+    assert list(tmp_path.iterdir()) == []

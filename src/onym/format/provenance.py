@@ -45,13 +45,12 @@ def _git_commit() -> str | None:
     """The commit that the working folder is at, with ``-dirty`` where tracked files differ from it. Asked once.
 
     Neither question takes the lock of the repository's index (``git describe --dirty`` does): a process that is killed at this
-    moment leaves nothing in what is the user's.
+    moment leaves nothing in what is the user's. Nor do they start the file system monitor that a repository may name.
     """
+    quietly = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false"]
     try:
         commit, changes = (
-            subprocess.run(
-                ["git", "--no-optional-locks", *question], capture_output=True, text=True, timeout=5, check=True
-            ).stdout.strip()
+            subprocess.run([*quietly, *question], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
             for question in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,8 @@
-"""Models whose weights accelerate holds outside of them: cpu_offload, disk_offload, dispatch_model, ``device_map``.
+"""Models whose weights are held outside of them: by accelerate (cpu_offload, disk_offload, dispatch_model, ``device_map``), or
+by DeepSpeed's ZeRO-3.
 
-Such a module's tensors are on the meta device. A hook has the values, and puts them into the module for each forward pass. It
-is known by what it is called and has, so nothing is imported.
+Accelerate's tensors are on the meta device. A hook has the values, and puts them into the module for each forward pass.
+DeepSpeed's parameters are empty between the passes. Both are known by what they are called and have, so nothing is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from onym.errors import ConfigError
 
 
 def with_offloaded(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The state with the values that hooks have, in the place of tensors on the meta device."""
+    """The state with the values that hooks have, in the place of tensors on the meta device.
+
+    Raises:
+        ConfigError: DeepSpeed has the values.
+    """
+    _require_not_partitioned(model)
     for value in state.values():  # a plain loop: this is a part of every state_dict()
         if isinstance(value, Tensor) and value.is_meta:
             break
@@ -33,10 +39,20 @@ def require_not_offloaded(model: nn.Module) -> None:
     Raises:
         ConfigError: saying what to do instead.
     """
+    _require_not_partitioned(model)
     if (first := next(_offloaded(model), None)) is not None:
         raise ConfigError(
             f"{first[0]} is offloaded: accelerate has its values outside of the model and would put the old ones back at the "
             "next forward pass. Load first and then offload, or call first accelerate.hooks.remove_hook_from_submodules(model)."
+        )
+
+
+def _require_not_partitioned(model: nn.Module) -> None:
+    first = next(model.named_parameters(), None)  # under ZeRO-3 all of them are
+    if first is not None and hasattr(first[1], "ds_id") and not first[1].numel() and getattr(first[1], "ds_numel", 0):
+        raise ConfigError(
+            f"{first[0]} is empty here: DeepSpeed's ZeRO-3 has its values in parts, in all processes. Do it inside of "
+            "deepspeed.zero.GatheredParameters(list(model.parameters())), or use the engine's save_checkpoint."
         )
 
 
