@@ -12,11 +12,13 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from onym.api import load
 from onym.convert.clean_names import clean_names
-from onym.errors import storage_error
+from onym.errors import CheckpointError, ConfigError, StorageError, storage_error
 from onym.integrations.sealed import newest_sealed, require_sealed, seal
+from onym.state.collectives import run_on_all_ranks
 from onym.storage.local import make_folder, put_in_place
 
 
@@ -31,26 +33,36 @@ def save_state(accelerator: Accelerator, path: str | os.PathLike[str], **options
     Raises:
         StorageError: the disk refused; what was there before is untouched.
     """
+    if accelerator.project_configuration.automatic_checkpoint_naming:
+        raise ConfigError(
+            "automatic_checkpoint_naming lets Accelerate name and delete the folders: set it to False in ProjectConfiguration, "
+            "and give each save_state a path, as 'run/step-100'."
+        )
     place = Path(path).absolute()
     unfinished = place.with_name(f".{place.name}.unfinished")
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        make_folder(place.parent)
-    accelerator.wait_for_everyone()
-    hook = accelerator.register_save_state_pre_hook(_clean)
-    try:
-        accelerator.save_state(str(unfinished), **options)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+    everywhere = accelerator.project_configuration.save_on_each_node
+    writes = accelerator.is_local_main_process if everywhere else accelerator.is_main_process
+
+    def prepare() -> None:
+        if writes:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make_folder(place.parent)
+
+    def finish() -> None:
+        if writes:
             seal(unfinished)
             put_in_place(unfinished, place)
+
+    hook = accelerator.register_save_state_pre_hook(_clean)
+    try:
+        for work in (prepare, lambda: accelerator.save_state(str(unfinished), **options), finish):
+            run_on_all_ranks(work, error=StorageError)
     except OSError as error:
         raise storage_error("write a checkpoint", place, error) from error
     finally:
         hook.remove()
-        if accelerator.is_main_process:
+        if writes:
             shutil.rmtree(unfinished, ignore_errors=True)  # the old one, or what failed
-    accelerator.wait_for_everyone()
 
 
 def load_state(accelerator: Accelerator, path: str | os.PathLike[str], **options: Any) -> None:
@@ -66,8 +78,8 @@ def load_state(accelerator: Accelerator, path: str | os.PathLike[str], **options
         MismatchError: a model is another one; says how.
     """
     place = Path(path).absolute()
-    require_sealed(place)
-    hook = accelerator.register_load_state_pre_hook(_load)
+    run_on_all_ranks(lambda: require_sealed(place) if accelerator.is_local_main_process else None)
+    hook = accelerator.register_load_state_pre_hook(lambda models, _: _load(models, place, options.get("strict", True)))
     try:
         accelerator.load_state(str(place), **options)
     finally:
@@ -85,14 +97,21 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 def _clean(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
     """Called by Accelerate before it writes."""
-    for number, state in enumerate(weights):
-        names, _ = clean_names(state, roots=("module",))
+    for number, (model, state) in enumerate(zip(models, weights, strict=False)):
+        is_parallel = isinstance(getattr(model, "_orig_mod", model), DataParallel | DistributedDataParallel)
+        names, _ = clean_names(state, roots=("module",) if is_parallel else ())
         weights[number] = {names[name]: value for name, value in state.items()}
 
 
-def _load(models: list[nn.Module], folder: str) -> None:
+def _load(models: list[nn.Module], folder: Path, strict: bool) -> None:
     """Called by Accelerate before it loads; what is taken from the list, it does not load. FSDP's are not in it."""
     for number, model in enumerate(models):
-        file = Path(folder, "model.safetensors" if number == 0 else f"model_{number}.safetensors")
-        load(file if file.exists() else Path(folder), into=model)
+        suffix = f"_{number}" if number else ""
+        names = (f"model{suffix}.safetensors", f"pytorch_model{suffix}.bin")
+        file = next((folder / name for name in names if (folder / name).exists()), None)
+        if file is None:
+            raise CheckpointError(
+                f"'{folder}' has {number} models, and {len(models)} are prepared: prepare those that were saved."
+            )
+        load(file, into=model, strict=strict)
     models.clear()

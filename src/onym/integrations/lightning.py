@@ -2,7 +2,8 @@
 
 As a plugin it writes and reads the checkpoints of ``ModelCheckpoint``; the names in them have no ``_orig_mod.``. As a callback
 it also restores the random number generators, and gives a module whatever names it has now: a run that began compiled may go
-on without. Lightning is imported here; ``pytorch_lightning``, where the program has imported that one.
+on without. ``Fabric(plugins=[keep])`` takes the plugin alone. Lightning is imported here; ``pytorch_lightning``, where the
+program has imported that one.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import os
 import sys
 import warnings
 from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,6 +50,7 @@ class OnymCheckpointIO(TorchCheckpointIO, Callback):
     def __init__(self) -> None:
         self._rng: list[Any] | None = None
         self._hook: Any = None
+        self._warned = False
 
     # --- the plugin
 
@@ -67,8 +69,17 @@ class OnymCheckpointIO(TorchCheckpointIO, Callback):
         if is_local(place):
             place.parent.mkdir(parents=True, exist_ok=True)
         content = {key: value for key, value in checkpoint.items() if key not in _TYPES}
-        if isinstance(content.get(_STATE), Mapping):
-            content[_STATE], content[_NAMES] = _clean(content[_STATE])
+        if "optimizer_states" in content and _RNG not in content and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "The random number generators are not in the checkpoint, and a resumed run will differ: give the Trainer this "
+                "plugin as a callback too: keep = OnymCheckpointIO(); Trainer(plugins=[keep], callbacks=[keep]).",
+                stacklevel=2,
+            )
+        renamed: dict[str, dict[str, str]] = {}
+        content = _clean(content, "", renamed)
+        if renamed:
+            content[_NAMES] = renamed
         for key in _SETTINGS:
             if key in content:
                 content[key] = _plain(content[key], key)
@@ -86,17 +97,23 @@ class OnymCheckpointIO(TorchCheckpointIO, Callback):
             found: dict[str, Any] = super().load_checkpoint(str(path), weights_only=weights_only, **options)
             return found
         content: dict[str, Any] = load_state(place)
-        renamed = content.pop(_NAMES, {})
-        if renamed:
-            content[_STATE] = OrderedDict((renamed.get(name, name), value) for name, value in content[_STATE].items())
-        return content
+        renamed = content.pop(_NAMES, {}) if isinstance(content, dict) else {}
+        return _rename(content, "", renamed) if renamed else content
 
     # --- the callback
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module load names that it had with other wrappers."""
-        if self._hook is None:
-            self._hook = pl_module.register_load_state_dict_pre_hook(_to_its_names)  # type: ignore[no-untyped-call]
+        writer = trainer.strategy.checkpoint_io
+        if not isinstance(getattr(writer, "checkpoint_io", writer), OnymCheckpointIO):  # AsyncCheckpointIO has one inside
+            warnings.warn(
+                "Lightning writes the checkpoints itself, neither durably nor with clean names: give the Trainer this callback "
+                "as a plugin too: keep = OnymCheckpointIO(); Trainer(plugins=[keep], callbacks=[keep]).",
+                stacklevel=2,
+            )
+        self.teardown(trainer)  # of a run that failed
+        self._rng = None
+        self._hook = pl_module.register_load_state_dict_pre_hook(_to_its_names)  # type: ignore[no-untyped-call]
 
     def teardown(self, trainer: Trainer | None = None, pl_module: LightningModule | None = None, stage: str = "") -> None:
         """Take the hook away again."""
@@ -106,7 +123,12 @@ class OnymCheckpointIO(TorchCheckpointIO, Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random number generators of each rank."""
-        checkpoint[_RNG] = all_gather_object(rng_state(), trainer.world_size > 1)
+        tensors, values = rng_state()
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}  # torch does not unpickle tensors of uint32
+        checkpoint[_RNG] = [
+            ({name: torch.from_numpy(array) for name, array in each.items()}, values)
+            for each, values in all_gather_object((arrays, values), trainer.world_size > 1)
+        ]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the random number generators."""
@@ -132,26 +154,35 @@ def _is_onyms(path: Path) -> bool:
         return begins_file(file.read(9), path.stat().st_size)
 
 
-def _clean(state: Mapping[str, Any]) -> tuple[OrderedDict[str, Any], dict[str, str]]:
-    """A state without wrappers in its names, and the names that were others."""
+def _clean(value: Any, place: str, renamed: dict[str, dict[str, str]]) -> Any:
+    """A state without wrappers in its names; notes in ``renamed`` the names that were others, by the place of their dict."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return value
     try:
-        names, _ = clean_names(state, roots=())
+        names, _ = clean_names(value, roots=())
     except CheckpointError:  # two would be one: it is a model and a wrapped one
-        return OrderedDict(state), {}
-    return OrderedDict((names[name], value) for name, value in state.items()), {
-        clean: name for name, clean in names.items() if name != clean
-    }
+        names = {name: name for name in value}
+    if others := {clean: name for name, clean in names.items() if name != clean}:
+        renamed[place] = others
+    return {names[name]: _clean(each, f"{place}/{names[name]}", renamed) for name, each in value.items()}
+
+
+def _rename(value: Any, place: str, renamed: Mapping[str, Mapping[str, str]]) -> Any:
+    """The other way round."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return value
+    names = renamed.get(place, {})
+    return {names.get(key, key): _rename(each, f"{place}/{key}", renamed) for key, each in value.items()}
 
 
 def _to_its_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename a state, in place, to what the module calls its parameters now."""
-    if prefix:
-        return
-    own = module.state_dict(keep_vars=True)
-    if own.keys() == state.keys():
+    """Rename a state, in place, to what the module calls its parameters now; with a prefix, it is in an averaged model."""
+    own = {prefix + name for name in module.state_dict(keep_vars=True)}
+    stored = [name for name in state if name.startswith(prefix)]
+    if own.issuperset(stored):
         return
     by_clean = {clean: name for name, clean in clean_names(own, roots=())[0].items()}
-    for name, clean in clean_names(list(state), roots=())[0].items():
+    for name, clean in clean_names(stored, roots=())[0].items():
         if name not in own and clean in by_clean:
             state[by_clean[clean]] = state.pop(name)
 
@@ -164,12 +195,14 @@ def _plain(value: Any, place: str) -> Any:
         return _plain(vars(value), place)
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.generic) and value.dtype.kind in "biufSU":
+        return value.item()
     if type(value) in (list, tuple):
         return type(value)(_plain(each, f"{place}.{number}") for number, each in enumerate(value))
     if (
         value is None
         or type(value) in (bool, int, float, str, bytes)
-        or isinstance(value, torch.Tensor | torch.dtype | torch.device)
+        or isinstance(value, torch.Tensor | torch.dtype | torch.device | np.ndarray)
     ):
         return value
     if type(value).__module__.startswith("omegaconf"):

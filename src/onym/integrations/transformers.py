@@ -7,17 +7,20 @@ then fsyncs and hashes it in the background, and only then deletes older ones by
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
-from onym.integrations.sealed import newest_sealed, seal
-from onym.state.collectives import get_world_size
+from onym.errors import StorageError
+from onym.integrations.sealed import SEAL, newest_sealed, seal
+from onym.state.collectives import raise_on_all_ranks
 
 _FOLDER = r"checkpoint-(\d+)"
+_THREAD = "onym-seal"
 
 
 class OnymCallback(TrainerCallback):
@@ -31,35 +34,40 @@ class OnymCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._limit: int | None = None
-        self._thread: Thread | None = None
+        self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take over the deletion of older checkpoints, which the Trainer does before the new one is durable."""
-        self._limit, args.save_total_limit = args.save_total_limit, None
+        if args.save_total_limit is not None:  # else there is none, or it was taken by a run that failed
+            self._limit, args.save_total_limit = args.save_total_limit, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seal the checkpoint in the background."""
-        self._wait()
-        if get_world_size() > 1:  # each rank has written its random number generators
-            from torch import distributed
-
-            distributed.barrier()
-        if not state.is_world_process_zero:
+        self._wait()  # and until each rank has written its random number generators
+        name = f"checkpoint-{state.global_step}"
+        root = Path(str(args.output_dir))
+        found = [path for path in (root / name, *root.glob(f"*/{name}")) if path.is_dir()]  # a search's runs are below it
+        if not args.should_save or not found:
             return
-        folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-        self._thread = Thread(target=self._seal, args=(folder, state.best_model_checkpoint), name="onym-seal")
+        folder = max(found, key=lambda path: path.stat().st_mtime_ns)
+        older = _to_delete(folder, self._limit, state.best_model_checkpoint)
+        self._thread = threading.Thread(target=self._seal, args=(folder, older), name=_THREAD)
         self._thread.start()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait for the last checkpoint."""
-        args.save_total_limit = self._limit
+        args.save_total_limit, limit, self._limit = self._limit, self._limit, None
         self._wait()
+        if limit == 1 and state.best_model_checkpoint is not None and args.should_save:  # as the Trainer does
+            for path in _to_delete(Path(state.best_model_checkpoint), limit, None):
+                shutil.rmtree(path, ignore_errors=True)
 
-    def _seal(self, folder: Path, best: str | None) -> None:
+    def _seal(self, folder: Path, older: list[str]) -> None:
         try:
             seal(folder)
-            rotate_checkpoints(str(folder.parent), self._limit, best)
+            for path in older:
+                shutil.rmtree(path, ignore_errors=True)
         except BaseException as error:
             self._failure = error
 
@@ -68,8 +76,15 @@ class OnymCallback(TrainerCallback):
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        raise_on_all_ranks(failure, error=StorageError)
+
+
+def _to_delete(newest: Path, limit: int | None, best: str | None) -> list[str]:
+    """What the Trainer would delete once ``newest`` is there; what has no seal goes first."""
+    kept = {str(newest), str(Path(best or newest))}
+    others = [path for path in sort_checkpoints(str(newest.parent), use_mtime=True) if path not in kept]
+    others.sort(key=lambda path: Path(path, SEAL).exists())
+    return others[: max(0, len(others) + len(kept) - limit)] if limit is not None and limit > 0 else []
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -79,5 +94,8 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         Its path; None where there is none, with which the Trainer begins anew. Newer ones that are damaged or unfinished are
         warned of.
     """
+    for thread in threading.enumerate():  # of a run in this process that was interrupted
+        if thread.name == _THREAD:
+            thread.join()
     found = newest_sealed(Path(output_dir), _FOLDER)
     return None if found is None else str(found)
