@@ -25,7 +25,7 @@ from onym.errors import CheckpointError, ConfigError
 from onym.format.manifest import CONFIG, MODEL
 from onym.format.nested import read_state, write_state
 from onym.format.pth import PICKLES, write_pth
-from onym.format.reader import Checkpoint
+from onym.format.reader import Checkpoint, require_path
 from onym.format.tensors import TensorFile
 from onym.format.writer import About, write_folder, write_safetensors
 from onym.names.adapters import adapter_names
@@ -429,4 +429,6 @@ def _found(
 def _path(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) and not hasattr(path, "joinpath"):
         raise ConfigError(f"This is a {type(path).__name__}, not a path: the model comes first in save, the path in load.")
-    return as_path(path)
+    found = as_path(path)
+    require_path(found)
+    return found

@@ -144,6 +144,35 @@ def test_what_cannot_be_kept_is_said_and_nothing_is_lost(tmp_path: Path, value: 
     assert [each.name for each in tmp_path.iterdir()] == ["x"]
 
 
+def test_what_is_nested_too_deep_or_holds_itself(tmp_path: Path) -> None:
+    itself: list[Any] = []
+    itself.append(itself)
+    deep: Any = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    for value in (itself, deep, {"a": [deep]}):
+        with pytest.raises(CheckpointError, match="nested too deep, or holds itself"):
+            onym.save_state(value, tmp_path / "x")
+        with pytest.raises(CheckpointError, match="nested too deep, or holds itself"):
+            onym.Checkpointer(tmp_path / "run", background=False).save(1, {"model": nn.Linear(1, 1), "data": value})
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["x\0y", "a" * 300])
+def test_a_path_that_no_system_has(name: str, tmp_path: Path) -> None:
+    place = str(tmp_path / name)
+    for call in (
+        lambda: onym.save(nn.Linear(1, 1), place),
+        lambda: onym.save_state({}, place),
+        lambda: onym.load_state(place),
+        lambda: onym.load(place, into=nn.Linear(1, 1)),
+        lambda: onym.Checkpointer(place).save(1, {"model": nn.Linear(1, 1)}),
+        lambda: onym.Checkpointer(place).restore({"model": nn.Linear(1, 1)}),
+    ):
+        with pytest.raises(OnymError):
+            call()
+
+
 def test_other_files_are_no_state(tmp_path: Path) -> None:
     onym.save(nn.Linear(2, 1), tmp_path / "m.safetensors")
     torch.save({"a": 1}, tmp_path / "m.pth")

@@ -300,7 +300,8 @@ def require_path(path: Path) -> None:
         pass
     except (OSError, ValueError) as error:
         if is_local(path):
-            raise CheckpointError(f"'{str(path)[:80]!r}' cannot be read: {error}.") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(f"{str(path)[:80]!r} cannot be a file or folder here: {reason}.") from error
 
 
 @gc_paused()

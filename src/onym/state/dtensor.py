@@ -28,7 +28,10 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def any_sharded(values: Iterable[Any]) -> bool:
     """Whether there is a sharded tensor in these objects, so that all ranks have to take part in what is done with them."""
-    return any(map(_has_sharded, values))
+    try:
+        return any(map(_has_sharded, values))
+    except RecursionError:  # nested too deep, or it holds itself, which is said where it is saved
+        return False
 
 
 def _has_sharded(value: Any) -> bool:

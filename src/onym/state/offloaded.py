@@ -49,7 +49,7 @@ def require_not_offloaded(model: nn.Module) -> None:
 
 def _require_not_partitioned(model: nn.Module) -> None:
     first = next(model.named_parameters(), None)  # under ZeRO-3 all of them are
-    if first is not None and hasattr(first[1], "ds_id") and not first[1].numel() and getattr(first[1], "ds_numel", 0):
+    if first is not None and hasattr(first[1], "ds_id") and not first[1].numel() and bool(getattr(first[1], "ds_numel", False)):
         raise ConfigError(
             f"{first[0]} is empty here: DeepSpeed's ZeRO-3 has its values in parts, in all processes. Do it inside of "
             "deepspeed.zero.GatheredParameters(list(model.parameters())), or use the engine's save_checkpoint."

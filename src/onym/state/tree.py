@@ -106,6 +106,8 @@ def flatten(
 
     try:
         return tensors, encode(value, prefix)
+    except RecursionError as error:
+        raise CheckpointError(f"{prefix}{suffix} cannot be saved: it is nested too deep, or holds itself.") from error
     finally:
         # They refer to each other, and would keep the tensors until the garbage collector runs.
         encode = pairs = None  # type: ignore[assignment]

@@ -35,7 +35,8 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     ``~`` is the user's home folder, as in a shell.
 
     Raises:
-        ConfigError: it is remote, and a package that it needs is not installed; or there is no such home folder.
+        ConfigError: it is remote, and a package that it needs is not installed; there is no such home folder; or no system has
+            such a path.
     """
     if not isinstance(path, str):
         path = path if hasattr(path, "joinpath") else Path(path)
@@ -60,6 +61,8 @@ def as_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _expanded(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)[:80]!r} has a zero byte in it, which no path can have.")
     try:
         return path.expanduser()
     except RuntimeError as error:
