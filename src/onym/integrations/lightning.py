@@ -37,6 +37,7 @@ else:
 
 _STATE, _NAMES, _RNG = "state_dict", "onym_names", "onym_rng"
 _SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters")
+_KEYS = (str, int, float, bool, type(None))
 _TYPES = ("hparams_type", "datamodule_hparams_type")
 
 
@@ -190,7 +191,7 @@ def _to_its_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 def _plain(value: Any, place: str) -> Any:
     """Settings as plain values."""
     if isinstance(value, Mapping):
-        return {key: _plain(each, f"{place}.{key}") for key, each in value.items()}
+        return {key if type(key) in _KEYS else str(key): _plain(each, f"{place}.{key}") for key, each in value.items()}
     if isinstance(value, Namespace):
         return _plain(vars(value), place)
     if isinstance(value, Path):
