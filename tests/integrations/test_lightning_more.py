@@ -1,4 +1,4 @@
-"""Lightning's Fabric, several processes, averaged models, loaders with a state, and halves of what the Trainer is to be given."""
+"""Lightning: Fabric, several processes, averaged models, loaders with a state, and halves of what the Trainer is given."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_what_the_trainer_was_given_half_is_said(tmp_path: Path) -> None:
 
 def test_testing_the_best_leaves_the_generators_of_the_next_run_alone(tmp_path: Path) -> None:
     class Tested(Module):
-        def test_step(self, batch: Any, _: int) -> None:
+        def test_step(self, batch: Any, batch_idx: int) -> None:
             self.log("error", ((self.net(batch[0]) - batch[1]) ** 2).mean())
 
         validation_step = test_step
