@@ -170,8 +170,9 @@ def test_a_model_of_ones_own_is_kept_whole(tmp_path: Path) -> None:
 
 
 def test_endings_that_mean_another_format_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be saved as '\.onnx'"):
-        onym.save(GPT(TINY), tmp_path / "model.onnx")
+    for name in ("model.onnx", "model.h5", "model.tar", "my.model.tar", "model.tar.gz", "model.zip", "model.pt2"):
+        with pytest.raises(ConfigError, match="cannot be saved as '"):
+            onym.save(GPT(TINY), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 

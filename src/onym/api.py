@@ -44,7 +44,7 @@ from onym.state.model import (
     named_state,
     state_dict,
 )
-from onym.storage.paths import as_path, ending
+from onym.storage.paths import NO_MODELS, as_path, ending
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -85,7 +85,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         write_safetensors(path, state, architecture, config)
     elif kind in PICKLES:
         write_pth(path, state)
-    elif kind in (".ckpt", ".pkl", ".pickle", ".h5", ".onnx", ".gguf", ".npz"):
+    elif kind.endswith(NO_MODELS):
         raise ConfigError(f"A model cannot be saved as '{kind}': end the path in .safetensors, .pth, or / for a folder.")
     else:
         texts = {CONFIG: as_json(config)} if config is not None else {}

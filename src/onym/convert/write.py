@@ -26,7 +26,7 @@ from onym.format.safetensors import dtype_called
 from onym.format.tensor_writing import Progress
 from onym.format.tensors import TensorFile
 from onym.format.writer import About, write_files, write_folder, write_safetensors
-from onym.storage.paths import as_path, ending, is_local
+from onym.storage.paths import NO_MODELS, as_path, ending, is_local
 
 _PICKLES = (*PICKLES, ".ckpt")
 _FAR = 1e-5  # of outputs, that a conversion may differ by
@@ -168,7 +168,7 @@ def _target(to: str | None, path: Path, checkpoint: Checkpoint) -> tuple[str, st
         return to, ""
     if kind == ".safetensors":
         return "safetensors", "it ends in .safetensors"
-    if kind in (".bin", ".ckpt", ".onnx", ".gguf", ".h5", ".npz", ".pkl"):
+    if kind == ".bin" or kind.endswith(NO_MODELS):
         raise ConfigError(f"'{kind}' does not say which format is wanted: give --to, one of {', '.join(known)}.")
     if kind in PICKLES:
         return "pth", f"it ends in {kind}"

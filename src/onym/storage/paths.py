@@ -23,6 +23,13 @@ def is_local(path: Path) -> bool:
     return storage_of(path).is_local
 
 
+NO_MODELS = tuple(
+    f".{name}"
+    for name in "ckpt pkl pickle h5 hdf5 onnx gguf npz npy pt2 zip tar gz tgz xz 7z json".split()  # noqa: SIM905
+)
+"""Endings of files that no model is written to, and that nobody means as a folder's name."""
+
+
 def ending(path: Path) -> str:
     """What a path's ending says of its kind, in lower case: ``.pth.tar`` of ``model_best.pth.tar``, ``.pt`` of ``m.PT``."""
     *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
