@@ -36,11 +36,18 @@ class OnymCallback(TrainerCallback):
         self._limit: int | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._sealed: Path | None = None  # what the thread seals; older ones are deleted afterwards
+        self._best: str | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take over the deletion of older checkpoints, which the Trainer does before the new one is durable."""
         if args.save_total_limit is not None:  # else there is none, or it was taken by a run that failed
             self._limit, args.save_total_limit = args.save_total_limit, None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Delete older checkpoints once a new one is durable."""
+        if self._thread is not None and not self._thread.is_alive() and self._failure is None:
+            self._delete_older()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seal the checkpoint in the background."""
@@ -51,23 +58,24 @@ class OnymCallback(TrainerCallback):
         if not args.should_save or not found:
             return
         folder = max(found, key=lambda path: path.stat().st_mtime_ns)
-        older = _to_delete(folder, self._limit, state.best_model_checkpoint)
-        self._thread = threading.Thread(target=self._seal, args=(folder, older), name=_THREAD)
+        self._delete_older(but=folder)
+        self._sealed, self._best = folder, state.best_model_checkpoint
+        self._thread = threading.Thread(target=self._seal, args=(folder,), name=_THREAD)
         self._thread.start()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait for the last checkpoint."""
-        args.save_total_limit, limit, self._limit = self._limit, self._limit, None
+        args.save_total_limit = self._limit
         self._wait()
-        if limit == 1 and state.best_model_checkpoint is not None and args.should_save:  # as the Trainer does
-            for path in _to_delete(Path(state.best_model_checkpoint), limit, None):
-                shutil.rmtree(path, ignore_errors=True)
+        self._delete_older()
+        if self._limit == 1 and state.best_model_checkpoint is not None and args.should_save:  # as the Trainer does
+            self._sealed, self._best = Path(state.best_model_checkpoint), None
+            self._delete_older()
+        self._limit = None
 
-    def _seal(self, folder: Path, older: list[str]) -> None:
+    def _seal(self, folder: Path) -> None:
         try:
             seal(folder)
-            for path in older:
-                shutil.rmtree(path, ignore_errors=True)
         except BaseException as error:
             self._failure = error
 
@@ -76,15 +84,20 @@ class OnymCallback(TrainerCallback):
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, None
+        if failure is not None:
+            self._sealed = None
         raise_on_all_ranks(failure, error=StorageError)
 
-
-def _to_delete(newest: Path, limit: int | None, best: str | None) -> list[str]:
-    """What the Trainer would delete once ``newest`` is there; what has no seal goes first."""
-    kept = {str(newest), str(Path(best or newest))}
-    others = [path for path in sort_checkpoints(str(newest.parent), use_mtime=True) if path not in kept]
-    others.sort(key=lambda path: Path(path, SEAL).exists())
-    return others[: max(0, len(others) + len(kept) - limit)] if limit is not None and limit > 0 else []
+    def _delete_older(self, but: Path | None = None) -> None:
+        """Delete what the Trainer would, once the newest is sealed; what has no seal goes first."""
+        newest, self._sealed, self._thread = self._sealed, None, None
+        if newest is None or self._limit is None or self._limit <= 0:
+            return
+        kept = {newest, Path(self._best or newest)}
+        others = [Path(path) for path in sort_checkpoints(str(newest.parent), use_mtime=True)]
+        others = sorted((path for path in others if path not in {*kept, but}), key=lambda path: (path / SEAL).exists())
+        for path in others[: max(0, len(others) + len(kept) - self._limit)]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
