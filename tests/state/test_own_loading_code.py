@@ -15,7 +15,7 @@ from torch.ao import quantization
 from torch.nn.parameter import UninitializedParameter
 
 import onym
-from onym import MismatchError
+from onym import MismatchError, OnymError
 from onym.errors import CheckpointError
 
 
@@ -131,6 +131,33 @@ def test_what_it_does_not_take_is_undone(make: Callable[[], nn.Module]) -> None:
         assert type(value) is kind
         assert values is None or torch.equal(value, values)
     fresh(torch.randn(8, 5 if make in (lazy, LazyAtHand) else 3))  # a lazy layer is still free to choose
+
+
+@pytest.mark.parametrize("make", [lazy, LazyAtHand, Grows, quantisation_aware])
+@pytest.mark.parametrize("fails", ["a model", "an optimizer"])
+def test_of_several_models_none_is_changed_where_a_later_one_does_not_fit(
+    make: Callable[[], nn.Module], fails: str, tmp_path: Path
+) -> None:
+    trained, line = make(), nn.Linear(3, 2)
+    trained(torch.randn(8, 3))
+    optimizer = torch.optim.AdamW(line.parameters())
+    line(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    with onym.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, {"model": trained, "other": line, "optimizer": optimizer})
+        fresh, other = make(), nn.Linear(3, 4 if fails == "a model" else 2)
+        given: dict[str, Any] = {"model": fresh, "other": other}
+        if fails == "an optimizer":
+            given["optimizer"] = torch.optim.AdamW([other.weight])
+        before = {
+            name: (type(value), None if torch.nn.parameter.is_lazy(value) else value.clone()) for name, value in entries(fresh)
+        }
+        with pytest.raises(OnymError, match="nothing was changed"):
+            checkpointer.restore(given)
+        for name, value in entries(fresh):
+            kind, values = before[name]
+            assert type(value) is kind
+            assert values is None or torch.equal(value, values)
 
 
 def entries(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

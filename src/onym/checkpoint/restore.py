@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -18,6 +18,7 @@ from onym.errors import CheckpointError, ConfigError, OnymError, nearest
 from onym.format.manifest import MODEL, TRAINER, TRAINER_TENSORS, parse_json
 from onym.format.reader import Checkpoint
 from onym.names.mismatch import compare
+from onym.names.plain_view import plain_view
 from onym.state.collectives import get_rank, run_on_all_ranks
 from onym.state.composite import build_like
 from onym.state.dtensor import any_sharded, from_local_chunk, has_chunks, local_chunk
@@ -27,6 +28,7 @@ from onym.state.optimizer import Difference, OptimizerReport, prepare_optimizer_
 from onym.state.patterns import matches, require_patterns
 from onym.state.rng import load_rng_state, require_rng_state
 from onym.state.tree import unflatten
+from onym.state.undo import undone_on_failure
 
 Reports = dict[str, LoadReport | OptimizerReport]
 """By the name of a model or optimizer, what its restore did."""
@@ -122,18 +124,20 @@ def _apply(state: Mapping[str, Any], content: _Decoded, policy: Policy) -> tuple
         )
 
     fitting = {key: _fits(decoded[key], each, skipping[key], policy) for key, each in names.items()}
-    for key in modules:  # one that does not fit says so before any other is changed
-        if not fitting[key]:
-            load(key)
     changes: dict[str, Callable[[], OptimizerReport]] = {}
-    for key, value in state.items():
-        if stored.kind(key) == "optimizer":
-            with stored.decoding(key):
-                model, description = model_of(key, value, modules), stored.objects[key]["state"]
-                among = _matching(patterns, (name for group in description["groups"] for name in group["params"]))
-                changes[key] = prepare_optimizer_state(
-                    model, value, decoded[key], description, accept=policy.accept, skip_mismatched=among
-                )
+    with ExitStack() as undone:
+        for key, module in modules.items():  # one that does not fit says so before any other is changed for good
+            if not fitting[key]:
+                undone.enter_context(undone_on_failure(plain_view(module), decoded[key]))
+                load(key)
+        for key, value in state.items():
+            if stored.kind(key) == "optimizer":
+                with stored.decoding(key):
+                    model, description = model_of(key, value, modules), stored.objects[key]["state"]
+                    among = _matching(patterns, (name for group in description["groups"] for name in group["params"]))
+                    changes[key] = prepare_optimizer_state(
+                        model, value, decoded[key], description, accept=policy.accept, skip_mismatched=among
+                    )
     reports |= {key: change() for key, change in changes.items()}
     for key, value in state.items():
         if stored.kind(key) == "model" and fitting[key]:

@@ -7,13 +7,10 @@ copy, so a load that fails has changed nothing.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -26,10 +23,11 @@ from onym.names.mismatch import Described, Differences, MismatchError, compare
 from onym.names.plain_view import plain_view
 from onym.names.wrappers import require_module
 from onym.state.casting import castable, overflows
-from onym.state.composite import Unbuilt, build_like, is_subclass, resize_sparse
+from onym.state.composite import Unbuilt, build_like, resize_sparse
 from onym.state.dtensor import distribute_like, full_parameters, full_tensor, is_sharded, local
 from onym.state.offloaded import require_not_offloaded, with_offloaded
 from onym.state.patterns import matches, require_patterns, skipping
+from onym.state.undo import has_loading_code, has_memory, own_code_or_nothing
 
 DtypePolicy = Literal["exact", "cast"]
 
@@ -233,7 +231,7 @@ def _live_state(plain: nn.Module) -> dict[str, Any]:
 def _copy(plain: nn.Module, ready: OrderedDict[str, Any], versions: Any, live: Mapping[str, Any]) -> None:
     """All of it, by the model's own ``load_state_dict``, or nothing."""
     ready._metadata = versions  # type: ignore[attr-defined]
-    with _undone_on_failure(plain, ready):
+    with own_code_or_nothing(plain, ready):
         for name, value in ready.items():
             if isinstance(value, Tensor) and value.layout is not torch.strided:
                 resize_sparse(live[name], value)
@@ -257,12 +255,12 @@ def _left_by_the_model(
     Returns:
         The names that are missing and those that were not used; None where it does not take the values, or has no such code.
     """
-    if not any(map(_has_loading_code, plain.modules())):
+    if not any(map(has_loading_code, plain.modules())):
         return None
     for tried in versions:
         ready._metadata = tried  # type: ignore[attr-defined]
         try:
-            with _undone_on_failure(plain, ready):
+            with own_code_or_nothing(plain, ready):
                 left = plain.load_state_dict(ready, strict=strict)
         except CheckpointError:
             continue
@@ -297,17 +295,10 @@ def describe(state: Mapping[str, Any], given: Mapping[str, Any] | None = None) -
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...] | None:
     """Equal for two tensors that are the same memory seen the same way; None where a tensor has no memory."""
     tensor = local(tensor)
-    if not _has_memory(tensor):
+    if not has_memory(tensor):
         return None
     seen_as = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.is_conj(), tensor.is_neg())
     return (tensor.device, tensor.data_ptr(), *seen_as)
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether its values are one block of memory: not those of a sparse tensor, or of one that is made of others."""
-    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested or tensor.numel() == 0:
-        return False
-    return tensor.data_ptr() != 0
 
 
 def _mapped(state: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -404,75 +395,7 @@ def _ready(value: Any, target: Any, storages: set[int]) -> Any:
 def _storages(values: Iterable[Any]) -> set[int]:
     """Where the memory behind some tensors is."""
     shards = [local(value) for value in values if isinstance(value, Tensor)]
-    return {shard.untyped_storage().data_ptr() for shard in shards if _has_memory(shard)}
-
-
-@contextmanager
-def _undone_on_failure(plain: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
-    """Put a model back where its own loading code fails half-way; where it has none, nothing is left that could fail."""
-    tensors = list(chain(plain.parameters(), plain.buffers()))
-    ordinary = all(
-        not is_lazy(tensor) and (_has_memory(local(tensor)) or tensor.numel() == 0)
-        for tensor in (*tensors, *given.values())
-        if isinstance(tensor, Tensor)
-    )
-    if ordinary and not any(map(_has_loading_code, plain.modules())):
-        yield
-        return
-    lazy: list[tuple[Any, type, Tensor]] = [(tensor, type(tensor), tensor.data) for tensor in tensors if is_lazy(tensor)]
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
-    tables: list[tuple[Any, Any]] = [
-        (table, dict(table)) for module in plain.modules() for table in (module._parameters, module._buffers)
-    ]
-    extra = [(module, _copied(module.get_extra_state())) for module in plain.modules() if _has_extra_state(module)]
-    try:
-        yield
-    except Exception as error:  # the user's code may raise anything
-        for table, entries in tables:
-            table.clear()
-            table.update(entries)
-        for tensor, kind, data in lazy:
-            tensor.data, tensor.__class__ = data, kind
-        for tensor, value in before:
-            if tensor.is_nested or tensor.shape == value.shape:
-                resize_sparse(tensor, value)
-                tensor.copy_(value)
-            else:  # its own code has resized it
-                tensor.data = value
-        for module, state in extra:
-            module.set_extra_state(state)
-        advice = ""
-        if (made := next(filter(is_subclass, tensors), None)) is not None:
-            advice = f" It has tensors of the class {type(made).__name__}: load first and convert (quantise) the model then."
-        raise CheckpointError(f"The model's own loading code failed, and nothing was changed: {error}{advice}") from error
-
-
-def _copied(state: Any) -> Any:
-    try:
-        return copy.deepcopy(state)
-    except Exception:  # a lock, a file: it is held as it is
-        return state
-
-
-def _has_extra_state(module: nn.Module) -> bool:
-    return type(module).set_extra_state is not nn.Module.set_extra_state
-
-
-def _has_loading_code(module: nn.Module) -> bool:
-    cls = type(module)
-    return bool(
-        any(not _cannot_fail(hook) for hook in module._load_state_dict_pre_hooks.values())
-        or module._load_state_dict_post_hooks
-        or _has_extra_state(module)
-        or cls._load_from_state_dict is not nn.Module._load_from_state_dict
-        or cls.load_state_dict is not nn.Module.load_state_dict
-        or cls.state_dict is not nn.Module.state_dict
-    )
-
-
-def _cannot_fail(hook: Any) -> bool:
-    """Whether a hook says of itself that it changes nothing but the dict it is given, so that nothing has to be undone."""
-    return bool(getattr(getattr(hook, "hook", hook), "changes_the_dict_alone", False))
+    return {shard.untyped_storage().data_ptr() for shard in shards if has_memory(shard)}
 
 
 def _is_extra(name: str) -> bool:
