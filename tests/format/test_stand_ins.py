@@ -10,7 +10,10 @@ import os
 import pathlib
 import pickle
 import random
+import resource
+import signal
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -344,7 +347,7 @@ def tensor_pickle(offset: int, size: tuple[int, ...], stride: tuple[int, ...], c
     import io
 
     stream = io.BytesIO()
-    arguments = (Storage(), offset, size, stride, False, collections.OrderedDict())
+    arguments: Any = (Storage(), offset, size, stride, False, collections.OrderedDict())
     Pickler(stream, 2).dump({"w": Call(torch._utils._rebuild_tensor_v2, *arguments), "x": argparse.Namespace()})
     return stream.getvalue()
 
@@ -434,3 +437,172 @@ def test_a_flipped_or_cut_file_is_a_sentence_or_the_values(tmp_path: Path, case:
         return
     if zipped:
         assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items() if name in found)
+
+
+# --- what a pickle makes of a few bytes --------------------------------------------------------------------------------------
+
+
+def _number(value: int) -> bytes:
+    return b"\x8a\x08" + value.to_bytes(8, "little")
+
+
+def _text(value: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+def _tensor(size: tuple[int, ...], elements: int = 0) -> bytes:
+    """The opcodes of a tensor whose strides are zeros."""
+    storage = b"(" + _text(b"storage") + b"ctorch\nFloatStorage\n" + _text(b"0") + _text(b"cpu") + _number(elements) + b"tQ"
+    shape = b"(" + b"".join(map(_number, size)) + b"t"
+    strides = b"(" + _number(0) * len(size) + b"t"
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + _number(0)
+        + shape
+        + strides
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+    )
+
+
+_LONG, _MANY = _text(b"a" * 1_000_000), _tensor((2**26, 0))  # as many empty tensors
+_SHARED = b")" + b"2\x86" * 23 + b"q\x000"  # a tuple of 2**24 parts, which are one
+_ABOVE = b"cm\nM\n)R}" + _text(b"_modules")
+HARD = {
+    "a hash again and again": _SHARED + b"}h\x00Ns0" * 1000 + b"}",
+    "a hash that takes all stack": b"})" + b"\x85" * 1_000_000 + b"Ns",
+    "integers of one hash": b"}("
+    + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 40_000))
+    + b"u",
+    **{f"{name.split()[-1]} of a tensor": f"c{name.replace(' ', chr(10))}\n".encode() + _MANY + b"\x85R" for name in (
+        "builtins set", "torch Size", "collections OrderedDict", "collections Counter")},
+    "OrderedDict of a list of one": b"ccollections\nOrderedDict\n](" + _MANY + b"e\x85R",
+    "arguments that are a tensor": b"ctorch\nSize\n" + _MANY + b"R",
+    "a state that is a tensor": b"ccollections\nOrderedDict\n)R" + _MANY + b"b",
+    "a state that is a list of one": b"ccollections\nOrderedDict\n)R](" + _MANY + b"eb",
+    "a size that is a tensor": b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00" + _MANY + b"NNNtR",
+    "by another function": b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nSize\nctorch\nTensor\n" + _MANY + b"\x85}tR",
+    "a text in other encodings": b"c_codecs\nencode\n" * 41 + _text(b"a") + _text(b"latin1") + b"\x86R"
+    + (_text(b"hex") + b"\x86R") * 40,
+    "a slow encoding": b"c_codecs\nencode\n" + _text(("\u4e00\u5e00\u6e00" * 30_000).encode()) + _text(b"punycode") + b"\x86R",
+    "memory by a tensor's class": b"ctorch\nTensor\n" + _number(2**28) + b"\x85R",
+    "memory by a storage's class": b"ctorch\nFloatStorage\n" + _number(2**28) + b"\x85R",
+    "a bytearray": b"cbuiltins\nbytearray\n" + _number(2**30) + b"\x85R",
+    "names of keys": b"}" + _LONG + b"](" + b"N" * 500_000 + b"es",
+    "modules in modules": b"cm\nM\n)R}bq\x000"
+    + b"".join(_ABOVE + b"}(" + _text(b"a") + b"h%c" % n + _text(b"b") + b"h%cusbq%c0" % (n, n + 1) for n in range(60))
+    + b"h" + bytes([60]),
+    "names of modules": _tensor((), 1) + b"q\x010cm\nM\n)R}" + _text(b"_parameters") + b"}("
+    + b"".join(_text(b"%05d" % n) + b"h\x01" for n in range(50_000)) + b"usbq\x020" + _ABOVE + b"}" + _LONG + b"h\x02ssb",
+    "a number of thousands of digits": b"}\x8b" + struct.pack("<I", 3000) + b"\x7f" * 3000 + b"Ns",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("name", HARD)
+def test_no_time_and_memory_out_of_proportion(tmp_path: Path, name: str, foreign: bool) -> None:
+    """In a process of its own: some of these took all stack."""
+    path = zip_of(b"\x80\x02" + (FOREIGN if foreign else b"") + HARD[name] + b".", tmp_path / "x.pth", {"data/0": bytes(4)})
+    code = os.waitstatus_to_exitcode(_opened_apart(path))
+    assert code == 0
+
+
+def _opened_apart(path: Path) -> int:
+    child = os.fork()
+    if child == 0:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 800_000_000,) * 2)
+        signal.alarm(20)
+        try:
+            onym.open_checkpoint(path).model.state()
+        except CheckpointError as error:
+            os._exit(2 if "MemoryError" in str(error) or "RuntimeError" in str(error) else 0)
+        except BaseException:
+            os._exit(3)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("name", ["_inductor", "_dynamo", "onnx", "_export"])
+def test_no_module_of_torchs_is_imported(tmp_path: Path, name: str) -> None:
+    """``getattr(torch, name)`` imports these."""
+    path = zip_of(b"\x80\x02" + FOREIGN + f"ctorch\n{name}\n0}}.".encode(), tmp_path / "x.pth")
+    program = f"""
+import sys, onym, onym.convert.opening, torch, torch.utils.serialization.config
+before = set(sys.modules)
+try:
+    onym.open_checkpoint({str(path)!r})
+except onym.errors.CheckpointError:
+    pass
+assert not [name for name in set(sys.modules) - before if name.startswith("torch")], "imported"
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_zip_that_can_be_read_as_two(tmp_path: Path) -> None:
+    """Python and torch find the list of its parts in different ways: what is checked would not be what is loaded."""
+    one = zip_of(tensor_pickle(0, (4,), (1,)), tmp_path / "one", {"data/0": bytes(16)}).read_bytes()
+    other = zip_of(tensor_pickle(0, (4,), (1,)), tmp_path / "other", {"data/0": b"\1" * 16}).read_bytes()
+    (tmp_path / "x.pth").write_bytes(one + other)
+    with pytest.raises(CheckpointError, match="can be read as two different ones"):
+        onym.open_checkpoint(tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        for name in ("x/data.pkl", "x/data.pk2"):
+            archive.writestr(name, tensor_pickle(0, (4,), (1,)))
+        archive.writestr("x/data/0", bytes(16))
+    (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes().replace(b"data.pk2", b"data.pkl"))
+    with pytest.raises(CheckpointError, match="can be read as two different ones"):
+        onym.open_checkpoint(tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes(one + b"after it")
+    with pytest.raises(CheckpointError):
+        onym.open_checkpoint(tmp_path / "x.pth")
+
+
+# --- healthy files ------------------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """As fastai exports one: the model is in an attribute."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.settings = model, argparse.Namespace(lr=1)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_where_else_the_model_can_be(tmp_path: Path, protocol: int, zipped: bool) -> None:
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    contents: dict[str, tuple[Any, str]] = {
+        "beside a key that is a number": ({"model": model.state_dict(), 1: 2, "x": argparse.Namespace()}, "model"),
+        "a pair": ((model.state_dict(), optimizer), "0"),
+        "a list with a module": ([model, optimizer], "0"),
+        "an object": (Learner(model), "model"),
+        "beside a bytearray": ({"model": model.state_dict(), "x": bytearray(b"abc")}, "model"),
+        "beside a set of objects": ({"model": model.state_dict(), "x": {pathlib.Path("x"), Colour.RED}}, "model"),
+    }
+    for name, (content, within) in contents.items():
+        torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        assert onym.open_checkpoint(tmp_path / "x.pt").origin.contents.within == within, name
+        assert_loads(tmp_path / "x.pt", model)
+
+
+def test_two_models_in_a_list(tmp_path: Path) -> None:
+    torch.save([Model().state_dict(), Model().state_dict()], tmp_path / "x.pt")
+    with pytest.raises(NoWeightsError, match=r"holds 2 models, '0', '1'"):
+        onym.open_checkpoint(tmp_path / "x.pt")
+    assert "first.weight" in onym.open_checkpoint(tmp_path / "x.pt", part="1").names
+
+
+def test_a_buffer_that_is_expanded(tmp_path: Path) -> None:
+    torch.save({"model": {"mask": torch.ones(1).expand(2, 500)}, "x": argparse.Namespace()}, tmp_path / "x.pt")
+    assert torch.equal(onym.open_checkpoint(tmp_path / "x.pt").tensor("mask"), torch.ones(2, 500))
+
+
+def test_a_plain_pickle(tmp_path: Path) -> None:
+    """As detectron2's model zoo has them."""
+    for protocol in (2, 3, 4, 5):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": {"w": np.ones(3)}}, protocol))
+        with pytest.raises(NoWeightsError, match="is a plain pickle, not written by torch"):
+            onym.open_checkpoint(tmp_path / "x.pkl")

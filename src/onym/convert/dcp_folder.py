@@ -8,11 +8,10 @@ has stand-ins for the dozen classes in it, and nothing else. Each chunk is a ``t
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 
 from onym.errors import CheckpointError
+from onym.format.layout import MOST_COMPARED, Layout, Shard
 from onym.format.manifest import are_counts, is_file_name
 from onym.format.pickles import named_in, require_bounded
+from onym.format.pth import require_one_reading
 from onym.format.safetensors import dtype_name
 from onym.format.tensors import Damage, TensorFile
 from onym.state.chunks import Chunk
@@ -68,8 +69,8 @@ class _Unpickler(pickle.Unpickler):
             return self._classes.setdefault((module, name), _stand_in(name))
         if (module, name) in _BUILT_IN:
             return _BUILT_IN[module, name]
-        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
-            return value
+        if _is_dtype(module, name):
+            return vars(torch)[name]
         raise _Refused
 
     def persistent_load(self, pid: Any) -> Any:
@@ -82,6 +83,10 @@ class _Unpickler(pickle.Unpickler):
 
 class _Refused(Exception):
     pass
+
+
+def _is_dtype(module: str, name: str) -> bool:
+    return module == "torch" and isinstance(vars(torch).get(name), torch.dtype)  # getattr would import some modules
 
 
 def _stand_in(name: str) -> type:
@@ -97,11 +102,7 @@ def _asked_for(data: bytes) -> str:
     """What a pickle names that no such file does, in words."""
     named = [tuple(each.rsplit(".", 1)) for each in named_in(io.BytesIO(data), 1) if "." in each]
     known = _STOOD_IN | _BUILT_IN.keys()
-    wanted = [
-        f"{module}.{name}"[:80]
-        for module, name in named
-        if (module, name) not in known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-    ]
+    wanted = [f"{module}.{name}"[:80] for module, name in named if (module, name) not in known and not _is_dtype(module, name)]
     return ", ".join(wanted[:6]) + (f" and {len(wanted) - 6} more" if len(wanted) > 6 else "")
 
 
@@ -131,6 +132,8 @@ def open_distributed(path: Path, metadata_file: str = METADATA, *, partial: bool
     chunks: dict[str, list[_StoredChunk]] = {}
     objects: dict[str, _StoredChunk] = {}
     sizes: dict[str, int] = {}
+    lengths: Counter[str] = Counter()
+    budget = [MOST_COMPARED]
     try:
         where = {
             (index.fqn, tuple(index.offset) if index.offset is not None else None): info
@@ -162,11 +165,17 @@ def open_distributed(path: Path, metadata_file: str = METADATA, *, partial: bool
                 if sizes[info.relative_path] < info.offset + info.length:
                     how = "is missing" if sizes[info.relative_path] < 0 else "is shorter than it was written"
                     raise CheckpointError(f"'{file}' {how}, and holds a chunk of {name}: fetch it again, or take another step.")
-            if sum(math.prod(each.chunk.sizes) for each in chunks[name]) != math.prod(shapes[name]) and not partial:
-                raise CheckpointError(f"'{path}' is incomplete: the chunks of {name} do not cover it.")
+                lengths[info.relative_path] += info.length
+                if lengths[info.relative_path] > sizes[info.relative_path]:
+                    raise CheckpointError(f"'{path / METADATA}' is damaged: it has more in '{file.name}' than there is.")
+            layout = Layout.of([Shard(0, each.chunk) for each in chunks[name]])
+            if problem := layout.problem(shapes[name], budget, partial=partial):
+                raise CheckpointError(f"{name} in '{path}' {problem}.")
+    except CheckpointError:
+        raise
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"'{path / METADATA}' is damaged, or of a kind that is not known here ({error}).") from error
-    paths = metadata.planner_data
+    paths = getattr(metadata, "planner_data", None)
     return Distributed(path, shapes, dtypes, chunks, objects, paths if isinstance(paths, dict) else None)
 
 
@@ -264,6 +273,7 @@ class Distributed(TensorFile):
                 archive = zipfile.ZipFile(part)
                 if sum(each.file_size for each in archive.infolist()) > stored.length or archive.testzip() is not None:
                     raise CheckpointError(f"'{path}' is damaged: a chunk of {name} is not what was written.")
+                require_one_reading(archive, path)
                 for each in archive.infolist():
                     if each.filename.endswith("/data.pkl"):
                         require_bounded(archive.read(each), path)

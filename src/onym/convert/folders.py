@@ -6,7 +6,6 @@ which step is the newest. Nothing is executed, and tensors are mapped, not read.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +31,8 @@ from onym.convert.sources import (
 )
 from onym.errors import CheckpointError, NoWeightsError, nearest
 from onym.format.extra_state import WithValues
-from onym.format.manifest import MANIFEST, MODEL, are_counts, is_file_name, parse_json
+from onym.format.layout import MOST_COMPARED, Layout, Shard
+from onym.format.manifest import MANIFEST, MODEL, are_counts, is_file_name, malformed_is_damaged, parse_json
 from onym.format.nested import structure_of
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import begins_file
@@ -49,6 +49,7 @@ _STEP_FOLDER = re.compile(r"(?:checkpoint|step|iter|epoch)[-_]?(?P<step>\d+)")
 # Folders in which trainers write the model's own files, and files that name the newest one.
 _INSIDE = ("model_and_optim", "model", "pytorch_model_fsdp_0", "weights", "checkpoint", "final")
 _NEWEST = ("latest", "last_checkpoint")
+_DEEPEST = 8
 
 
 def open_contents(path: Path, part: str | None = None) -> Contents:
@@ -63,7 +64,7 @@ def open_contents(path: Path, part: str | None = None) -> Contents:
         CheckpointError: something is missing or damaged.
     """
     if path.is_dir():
-        return _open_folder(path, part)
+        return _open_folder(path, part, 0)
     start = start_of(path)
     if path.name.endswith(".index.json") and start[:1] in (b"{", b"["):
         return _open_index(path)
@@ -72,8 +73,11 @@ def open_contents(path: Path, part: str | None = None) -> Contents:
     return open_file(path, part)
 
 
-def _open_folder(path: Path, part: str | None) -> Contents:
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") or entry.name == dcp_folder.METADATA)
+def _open_folder(path: Path, part: str | None, depth: int) -> Contents:
+    try:
+        entries = sorted(each for each in path.iterdir() if not each.name.startswith(".") or each.name == dcp_folder.METADATA)
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
     if any(entry.name == dcp_folder.METADATA for entry in entries):
         return _open_distributed(path, part)
     for entry in entries:
@@ -101,9 +105,9 @@ def _open_folder(path: Path, part: str | None) -> Contents:
         except CheckpointError as error:
             refused.append(error)
     if not opened:
-        inner_path = _inside(path, entries)
+        inner_path = _inside(path, entries) if depth < _DEEPEST else None
         if inner_path is not None:
-            return open_contents(inner_path, part)
+            return _open_folder(inner_path, part, depth + 1) if inner_path.is_dir() else open_contents(inner_path, part)
         if refused:
             raise refused[0]
         if (path / "rank-00000" / MANIFEST).exists():
@@ -183,7 +187,7 @@ def _open_index(index: Path) -> Contents:
             f"'{index}' names {len(shards)} files, and {len(absent)} of them are missing ({', '.join(absent[:3])}): fetch them "
             "into the same folder."
         )
-    files = [open_contents(index.parent / name).tensors for name in shards]
+    files = [open_file(index.parent / name).tensors for name in shards]
     joined = Joined(index.parent, files)
     by_name = dict(zip(shards, files, strict=True))
     wrong = [name for name, shard in placed.items() if name not in by_name[shard].names]
@@ -203,7 +207,7 @@ def _open_shards(path: Path, files: list[Path]) -> Contents:
             f"'{path}' holds {len(files)} of {count} files: number {', '.join(map(str, absent[:8])) or '?'} is missing. Fetch "
             "all of them into the same folder."
         )
-    joined = Joined(path, [open_contents(file).tensors for file in files])
+    joined = Joined(path, [open_file(file).tensors for file in files])
     return Contents(path, f"{count} files without an index", joined, texts=texts_of(path))
 
 
@@ -213,10 +217,14 @@ class _RankShards(TensorFile):
     def __init__(self, path: Path, files: Mapping[str, list[tuple[TensorFile, Chunk]]]) -> None:
         self._chunks = files
         shapes: dict[str, Shape] = {}
+        budget = [MOST_COMPARED]
         for name, chunks in files.items():
-            shapes[name] = tuple(map(max, *(chunk.ends for _, chunk in chunks))) if len(chunks) > 1 else chunks[0][1].ends
-            if sum(math.prod(chunk.sizes) for _, chunk in chunks) != math.prod(shapes[name]):
-                raise CheckpointError(f"'{path}' is incomplete: the chunks of {name} do not cover it. Fetch all files of it.")
+            shapes[name] = tuple(map(max, zip(*(chunk.ends for _, chunk in chunks), strict=False)))
+            problem = Layout.of([Shard(0, chunk) for _, chunk in chunks]).problem(shapes[name], budget)
+            if problem is None and len({file.dtypes[name] for file, _ in chunks}) > 1:
+                problem = "has chunks of several dtypes"
+            if problem:
+                raise CheckpointError(f"{name} in '{path}' {problem}: fetch all files of it again.")
         super().__init__(path, shapes, {name: chunks[0][0].dtypes[name] for name, chunks in files.items()}, {}, {})
 
     def _read(self, name: str) -> Tensor:
@@ -273,7 +281,8 @@ def open_part(path: Path, checkpoint: Checkpoint, part: str) -> Contents:
 def open_state(path: Path, checkpoint: Checkpoint, part: str | None) -> Contents:
     """The model in a file of ``onym.save_state``."""
     assert isinstance(checkpoint.model, WithValues)
-    found = _model_in(path, _named(structure_of(checkpoint)), checkpoint.model.file, part)
+    with malformed_is_damaged(f"The state in '{path}'"):
+        found = _model_in(path, _named(structure_of(checkpoint)) or {}, checkpoint.model.file, part)
     return replace(found, kind=f"a file of onym.save_state, the model under {found.within!r}" if found.within else found.kind)
 
 
@@ -299,11 +308,14 @@ def _nested(stored: dcp_folder.Distributed) -> dict[Any, Any]:
     """The tensors' names in the dicts in which they were saved, as far as the folder records them."""
     content: dict[Any, Any] = {}
     for name in stored.names:
-        keys = tuple((stored.paths or {}).get(name) or _guessed(name))
-        place = content
+        keys = (stored.paths or {}).get(name)
+        if not isinstance(keys, list | tuple) or not keys or not all(type(key) in (str, int) for key in keys):
+            keys = _guessed(name)
+        place: Any = content
         for key in keys[:-1]:
-            inner = place.setdefault(key, {})
-            place = inner if isinstance(inner, dict) else {}
+            place = place.setdefault(key, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or keys[-1] in place:
+            raise CheckpointError(f"'{stored.path}' is damaged: {name} is where another tensor is.")
         place[keys[-1]] = _Name(name)
     return content
 

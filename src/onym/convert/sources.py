@@ -19,10 +19,10 @@ from onym.convert.mapping import Recipe, View
 from onym.errors import CheckpointError, NoWeightsError, nearest
 from onym.format.extra_state import with_extra_state
 from onym.format.manifest import MOST_JSON_BYTES, parse_json
-from onym.format.pth import PickledFile, kind_of, read_pickle
+from onym.format.pth import PickledFile, read_pickle
 from onym.format.safetensors import begins_file
 from onym.format.safetensors_file import open_safetensors
-from onym.format.stand_ins import StandIn
+from onym.format.stand_ins import StandIn, key_said, kind_of, with_states
 from onym.format.tensors import TensorFile
 from onym.state.model import tensor_identity
 
@@ -98,6 +98,13 @@ def start_of(path: Path) -> bytes:
 def _open_pickle(path: Path, part: str | None) -> Contents:
     pickled = read_pickle(path)
     content = pickled.content
+    inside = None  # of what a list or an object has
+    if isinstance(content, list | tuple):
+        inside = {str(number): each for number, each in enumerate(content)}
+    elif isinstance(content, StandIn):
+        inside = content.state
+    if isinstance(inside, dict) and next(models_in(inside := with_states(inside)), None):
+        content = inside
     if not isinstance(content, Mapping) or isinstance(content, StandIn):
         raise NoWeightsError(
             f"'{path}' holds a {kind_of(content)}, not a state dict of named tensors: where it was made, save "
@@ -139,18 +146,24 @@ def models_in(content: Mapping[Any, Any], tensor: type = Tensor) -> Iterator[tup
     visited: set[int] = set()  # a dict may hold itself, many times
 
     def within(content: Mapping[Any, Any], at: str, depth: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        if not content or id(content) in visited or not all(isinstance(key, str) for key in content):
+        if not content or id(content) in visited:
             return
         visited.add(id(content))
+        is_named = all(isinstance(key, str) for key in content)
         if {"state", "param_groups"} <= content.keys() or (isinstance(content, StandIn) and not content.is_dict):
             return
         tensors = sum(isinstance(value, tensor) for value in content.values())
         inner: list[tuple[str, Mapping[str, Any]]] = []
         if depth < _DEEPEST:
             for key, value in content.items():
-                if isinstance(value, Mapping) and not NO_MODEL.fullmatch(key):
+                if isinstance(value, Mapping) and isinstance(key, str) and not NO_MODEL.fullmatch(key):
                     inner += within(value, f"{at}.{key}" if at else key, depth + 1)
-        if tensors and tensors >= max((len(state) for _, state in inner), default=0) and 2 * tensors >= len(content):
+        if (
+            is_named
+            and tensors
+            and tensors >= max((len(state) for _, state in inner), default=0)
+            and 2 * tensors >= len(content)
+        ):
             yield at, content
         else:
             yield from inner
@@ -162,7 +175,7 @@ def chosen_of(path: Path, content: Mapping[Any, Any], candidates: Mapping[str, M
     if not candidates:
         if {"state", "param_groups"} <= content.keys():
             raise NoWeightsError(f"'{path}' holds the state of an optimizer, not of a model: give the model's file.")
-        said = ", ".join(map(str, list(content)[:6])) or "nothing"
+        said = ", ".join(map(key_said, list(content)[:6])) or "nothing"
         raise NoWeightsError(f"'{path}' has no tensors that could be a model's; it has {said}.")
     if len(candidates) == 1:
         return next(iter(candidates))

@@ -23,6 +23,7 @@ _KINDS: tuple[tuple[int, bytes, str], ...] = (
     ),
     (0, b"\x93NUMPY", "is a NumPy array, not a model: save named tensors with torch.save or safetensors"),
 )
+_MAGIC = b"\x80\x02\x8a\nl\xfc"  # of torch.save before 1.6
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<error")
 
 
@@ -48,6 +49,11 @@ def known_kind(path: Path) -> CheckpointError | None:
         return NoWeightsError(
             f"'{path}' is a web page or an error in XML, not the file itself: the download needs another address (of the raw "
             "file), or a login."
+        )
+    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and not start.startswith(_MAGIC):
+        return NoWeightsError(
+            f"'{path}' is a plain pickle, not written by torch.save: load it with the program that it is of, and save the "
+            "tensors in it with torch.save."
         )
     for at, first, sentence in _KINDS:
         if start[at : at + len(first)] == first:

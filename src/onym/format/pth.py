@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import os
+import struct
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -18,7 +20,7 @@ from torch import Tensor
 from onym.errors import CheckpointError, NoWeightsError
 from onym.format.first_bytes import known_kind
 from onym.format.pickles import require_bounded
-from onym.format.stand_ins import StandIn, foreign, read_stream, read_zip, with_states
+from onym.format.stand_ins import StandIn, foreign, kind_of, read_stream, read_zip, with_states
 from onym.format.stored import gather, in_memory
 from onym.format.tensors import Damage, TensorFile
 from onym.format.writer import MARGIN_BYTES
@@ -111,11 +113,6 @@ def open_pth(path: Path) -> TensorFile:
     return PickledFile(path, state, read.is_zip)
 
 
-def kind_of(value: Any) -> str:
-    """The name of a value's class, for a sentence."""
-    return str(getattr(value, "kind", None) or type(value).__name__)
-
-
 def read_pickle(path: Path) -> Pickled:
     """Read a file of ``torch.save`` without running anything: by torch where it can, otherwise with stand-ins.
 
@@ -167,12 +164,30 @@ def _require_plain_zip(path: Path) -> None:
         )
     if not any(part.filename.endswith("/data.pkl") for part in parts):
         raise NoWeightsError(f"'{path}' is a zip, and not one of torch.save: unpack it, and give the weight file in it.")
+    require_one_reading(archive, path)
     unpacked = sum(part.file_size for part in parts)
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or unpacked > path.stat().st_size:
         raise CheckpointError(f"'{path}' is a compressed zip ({unpacked:,} bytes unpacked), which torch.save does not write.")
     for part in parts:
         if part.filename.endswith("/data.pkl"):
             require_bounded(archive.read(part), path)
+
+
+def require_one_reading(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse a zip that Python and torch may read differently: what is checked has to be what is loaded.
+
+    Its first part is at its beginning, its list at its very end, and no name is in it twice.
+    """
+    parts, file = archive.infolist(), archive.fp
+    assert file is not None
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 42))
+    locator, end = (tail := file.read())[:-22], tail[-22:]
+    one = end[:4] == b"PK\x05\x06" and end[-2:] == bytes(2) and min(part.header_offset for part in parts) == 0
+    if locator[:4] == b"PK\x06\x07":  # of a zip of more than 4 GB
+        one = one and struct.unpack("<Q", locator[8:16])[0] == size - 42 - 56
+    if not one or len({part.filename for part in parts}) != len(parts):
+        raise CheckpointError(f"'{path}' is not a zip as torch.save writes it: it can be read as two different ones.")
 
 
 def write_pth(path: Path, state: Mapping[str, Any]) -> None:

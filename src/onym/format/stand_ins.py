@@ -25,7 +25,8 @@ from onym.format.pickles import require_bounded
 from onym.storage.local import MappedFile
 
 _MOST_CLASSES = 10_000
-_MOST_NAMES = 1_000_000
+_MOST_CHARACTERS = 100_000_000  # of the names of a module's tensors
+_MOST_EXPANDED = 1 << 24
 _DEEPEST = 6
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -109,7 +110,7 @@ class _Storage:
             raise pickle.UnpicklingError("A tensor's shape is none.")
         elements = self.nbytes // dtype.itemsize
         needed = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True)) + 1 if 0 not in size else 0
-        if max(needed, math.prod(size)) > elements:
+        if needed > elements or math.prod(size) > max(elements, _MOST_EXPANDED):  # a buffer can be an expanded one
             raise pickle.UnpicklingError("A tensor is larger than its bytes.")
         if elements == 0 or needed == 0:
             return torch.empty(size, dtype=dtype)
@@ -134,7 +135,7 @@ class _Unpickler(pickle.Unpickler):
         key = (module, name)
         if key in self._classes:
             return self._classes[key]
-        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+        if module == "torch" and isinstance(value := vars(torch).get(name), torch.dtype):  # getattr imports some modules
             return value
         if len(self._classes) > _MOST_CLASSES:
             raise pickle.UnpicklingError("It names too many classes.")
@@ -166,7 +167,7 @@ def _own_functions() -> dict[tuple[str, str], Any]:
     def v3(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Any:
         if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
             return _no_plain_tensor()
-        return storage.tensor(offset, tuple(size), tuple(stride), dtype)
+        return storage.tensor(offset, contained(size), contained(stride), dtype)
 
     def v2(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
         return v3(storage, offset, size, stride, False, None, getattr(storage, "dtype", None))
@@ -175,10 +176,18 @@ def _own_functions() -> dict[tuple[str, str], Any]:
         return data
 
     def of_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
-        return function(*arguments) if function in own.values() else _no_plain_tensor()
+        return function(*contained(arguments)) if function in (v2, v3, parameter) else _no_plain_tensor()
 
     def new(kind: Any, *arguments: Any) -> Any:
         return kind(*arguments)
+
+    def contained(value: Any = ()) -> tuple[Any, ...]:
+        if type(value) not in (list, tuple):  # of a tensor, each row would become one
+            raise pickle.UnpicklingError("A sequence is none.")
+        return tuple(value)
+
+    def ordered(items: Any = ()) -> Any:
+        return OrderedDict(contained(each) for each in contained(items))
 
     own: dict[tuple[str, str], Any] = {
         ("torch._utils", "_rebuild_tensor"): v2,
@@ -192,9 +201,8 @@ def _own_functions() -> dict[tuple[str, str], Any]:
         ("copy_reg", "_reconstructor"): new,
         ("collections", "defaultdict"): lambda *_: {},
     }
-    # These are types that nothing can change.
-    own |= {("torch", "Size"): tuple, ("collections", "OrderedDict"): OrderedDict}
-    own |= {(module, "set"): set for module in ("builtins", "__builtin__")}
+    own |= {("torch", "Size"): contained, ("collections", "OrderedDict"): ordered}
+    own |= {(module, "set"): lambda items=(): set(contained(items)) for module in ("builtins", "__builtin__")}
     return own
 
 
@@ -300,7 +308,7 @@ def with_states(content: Any) -> Any:
 def _state_of(value: StandIn) -> Any:
     """The state of a module; other objects are left. A compiled module is pickled as a call, with the one that it wraps."""
     modules = [each for each in (value, *value.arguments[:1]) if isinstance(each, StandIn)]
-    states = [OrderedDict(_module_state(each, "", [_MOST_NAMES], ())) for each in modules]
+    states = [OrderedDict(_module_state(each, "", [_MOST_CHARACTERS], ())) for each in modules]
     return next((state for state in states if state), value)
 
 
@@ -310,20 +318,21 @@ def _module_state(module: StandIn, prefix: str, left: list[int], above: tuple[in
         return
     transient = state.get("_non_persistent_buffers_set") or ()
     for part in ("_parameters", "_buffers"):
-        for name, value in _items(state.get(part)):
-            left[0] -= 1
-            if left[0] < 0:
-                raise pickle.UnpicklingError("A module has more tensors than any.")
+        for name, value in _items(state.get(part), prefix, left):
             if isinstance(value, Tensor) and name not in transient:
                 yield f"{prefix}{name}", value
-    for name, child in _items(state.get("_modules")):
-        left[0] -= 1
+    for name, child in _items(state.get("_modules"), prefix, left):
         if isinstance(child, StandIn):
             yield from _module_state(child, f"{prefix}{name}.", left, (*above, id(module)))
 
 
-def _items(value: Any) -> list[tuple[Any, Any]]:
-    return list(value.items()) if isinstance(value, dict) else []
+def _items(value: Any, prefix: str, left: list[int]) -> Iterator[tuple[str, Any]]:
+    for name, each in value.items() if isinstance(value, dict) else ():
+        if isinstance(name, str):
+            left[0] -= 1 + len(prefix) + len(name)
+            if left[0] < 0:
+                raise pickle.UnpicklingError("A module has more tensors than any.")
+            yield name, each
 
 
 def foreign(content: Any) -> dict[str, str]:
@@ -334,13 +343,34 @@ def foreign(content: Any) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     visited: set[int] = set()
-    waiting: list[tuple[str, Any]] = [("", content)]
+    waiting: list[tuple[Any, Any]] = [(None, content)]  # with the key, and the place that the key is at
     while waiting and len(found) < 100:
         place, value = waiting.pop()
         if isinstance(value, StandIn):
-            found[place] = value.kind
+            found[_said(place)] = value.kind
         elif isinstance(value, Mapping | list | tuple | set) and id(value) not in visited:
             visited.add(id(value))
             inner = value.items() if isinstance(value, Mapping) else enumerate(value)
-            waiting += [(f"{place}.{key}" if place else str(key), each) for key, each in inner]
+            waiting += [((key, place), each) for key, each in inner]
     return dict(sorted(found.items()))
+
+
+def _said(place: Any) -> str:
+    """The last keys of a place, each of them short."""
+    keys: list[str] = []
+    while place is not None and len(keys) < 20:
+        key, place = place
+        keys.append(key_said(key))
+    return ".".join(reversed(keys))
+
+
+def key_said(key: Any) -> str:
+    """A key of a dict in a file, for a sentence."""
+    if type(key) is int and key.bit_length() <= 64:
+        return str(key)
+    return key[:200] if isinstance(key, str) else kind_of(key)
+
+
+def kind_of(value: Any) -> str:
+    """The name of a value's class, for a sentence."""
+    return str(getattr(value, "kind", None) or type(value).__name__)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from blake3 import blake3
 
@@ -56,7 +56,13 @@ def require_sealed(folder: Path) -> None:
         require_seal(text, what)
         for name, entry in parse_json(text, what)["files"].items():
             path = folder / name
-            if not path.is_file() or path.stat().st_size != entry["bytes"] or _hash(path) != entry["blake3"]:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError("it names a file outside its folder")
+            try:
+                same = path.is_file() and path.stat().st_size == entry["bytes"] and _hash(path) == entry["blake3"]
+            except OSError as error:
+                raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+            if not same:
                 raise CheckpointError(f"'{path}' is damaged: it is not what was written. Take an earlier checkpoint.")
 
 
