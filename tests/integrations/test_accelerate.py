@@ -29,9 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 class Run:
     """A training loop as Accelerate's users write it."""
 
-    def __init__(self, compiled: bool = False) -> None:
+    def __init__(self, compiled: bool = False, **options: Any) -> None:
         torch.manual_seed(0)
-        self.accelerator = Accelerator(cpu=True)
+        self.accelerator = Accelerator(cpu=True, **options)
         net: Any = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
         net = torch.compile(net, backend="eager") if compiled else net
         values = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
@@ -42,6 +42,7 @@ class Run:
 
     def train(self, first: int, last: int, folder: Path | None = None) -> None:
         for epoch in range(first, last):
+            self.data.set_epoch(epoch)  # which Accelerate does not save
             for x, y in self.data:
                 self.optimizer.zero_grad()
                 self.accelerator.backward(((self.net(x) - y) ** 2).mean())

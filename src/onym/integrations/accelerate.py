@@ -53,7 +53,7 @@ def save_state(accelerator: Accelerator, path: str | os.PathLike[str], **options
             seal(unfinished)
             put_in_place(unfinished, place)
 
-    hook = accelerator.register_save_state_pre_hook(_clean)
+    hook = accelerator.register_save_state_pre_hook(lambda models, weights, _: _clean(models, weights, options))
     try:
         for work in (prepare, lambda: accelerator.save_state(str(unfinished), **options), finish):
             run_on_all_ranks(work, error=StorageError)
@@ -95,12 +95,16 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return None if found is None else str(found)
 
 
-def _clean(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+def _clean(models: list[nn.Module], weights: list[dict[str, Any]], options: dict[str, Any]) -> None:
     """Called by Accelerate before it writes."""
     for number, (model, state) in enumerate(zip(models, weights, strict=False)):
         is_parallel = isinstance(getattr(model, "_orig_mod", model), DataParallel | DistributedDataParallel)
         names, _ = clean_names(state, roots=("module",) if is_parallel else ())
         weights[number] = {names[name]: value for name, value in state.items()}
+        if options.get("safe_serialization", True):  # such a file has each tensor once, and Accelerate would refuse tied ones
+            first = {(value.data_ptr(), value.shape, value.stride()): name for name, value in reversed(weights[number].items())}
+            once = set(first.values())
+            weights[number] = {name: value for name, value in weights[number].items() if name in once or not value.numel()}
 
 
 def _load(models: list[nn.Module], folder: Path, strict: bool) -> None:
