@@ -94,7 +94,9 @@ def test_dcp_with_other_things_beside_the_model(tmp_path: Path, name: str) -> No
 
     assert set(load_file(tmp_path / "x.safetensors")) == set(right)
     if name == "an average beside it":
-        assert torch.equal(onym.open_checkpoint(tmp_path / "step", part="ema").tensor("first.bias"), content["ema"]["first.bias"])
+        assert torch.equal(
+            onym.open_checkpoint(tmp_path / "step", part="ema").tensor("first.bias"), content["ema"]["first.bias"]
+        )
 
 
 def test_dcp_with_two_models_asks_which(tmp_path: Path) -> None:
@@ -138,6 +140,68 @@ def test_files_of_pytorchs_huggingface_writer_of_several_ranks(tmp_path: Path) -
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match="lacks what rank 1 wrote"):
         onym.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("pieces", [[(0, 2, torch.float32), (1, 1, torch.float32), (3, 1, torch.float32)],
+                                    [(0, 2, torch.float32), (2, 2, torch.int32)]], ids=["a hole", "another dtype"])  # fmt: skip
+def test_chunks_that_do_not_make_up_the_tensor(tmp_path: Path, pieces: list[tuple[int, int, torch.dtype]]) -> None:
+    """The number of elements is right in both."""
+    import json
+
+    from safetensors.torch import save_file
+
+    for rank, (start, count, dtype) in enumerate(pieces, 1):
+        info = json.dumps({"w": {"saved_offsets": [start]}})
+        name = f"shard-{rank:05d}-model-00001-of-00001.safetensors"
+        save_file({"w": torch.ones(count, dtype=dtype)}, tmp_path / name, {"DCP_SHARDING_INFO": info})
+    with pytest.raises(CheckpointError, match="has chunks"):
+        onym.open_checkpoint(tmp_path)
+
+
+def odd_metadata() -> dict[str, Any]:
+    """What is changed in a good ``.metadata``, by a function."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+    def paths(value: Any) -> Any:
+        return lambda content: setattr(content, "planner_data", value)
+
+    def chunks(size: list[int], *offsets: int) -> Any:
+        def change(content: Any) -> None:
+            entry = content.state_dict_metadata["model.first.weight"]
+            stored = next(info for index, info in content.storage_data.items() if index.fqn == "model.first.weight")
+            entry.size = torch.Size(size)
+            entry.chunks = [ChunkStorageMetadata(torch.Size([at, 0]), torch.Size([3, 4])) for at in offsets]
+            content.storage_data |= {MetadataIndex("model.first.weight", each.offsets): stored for each in entry.chunks}
+
+        return change
+
+    itself: list[Any] = []
+    itself.append(itself)
+    odd: list[Any] = [5, None, ([],), ({}, "x"), itself]
+    return {
+        **{f"paths {str(each)[:20]}": paths({"model.first.weight": each}) for each in odd},
+        "no paths": lambda content: delattr(content, "planner_data"),
+        "two at one place": paths({"model.first.weight": ("model", "first.bias")}),
+        "the same bytes again and again": chunks([3 * 20_000, 4], *range(0, 3 * 20_000, 3)),
+        "an overlap and a hole": chunks([9, 4], 0, 1, 6),
+        "another rank": chunks([12], 0),
+    }
+
+
+@pytest.mark.parametrize("name", odd_metadata())
+def test_odd_metadata_of_dcp(tmp_path: Path, name: str) -> None:
+    import pickle
+
+    model = Model()
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "x", no_dist=True)
+    content = pickle.loads((tmp_path / "x" / ".metadata").read_bytes())
+    odd_metadata()[name](content)
+    (tmp_path / "x" / ".metadata").write_bytes(pickle.dumps(content))
+    if "paths" in name:
+        loads(tmp_path / "x", model)
+        return
+    with pytest.raises(CheckpointError):
+        onym.open_checkpoint(tmp_path / "x")
 
 
 # --- DeepSpeed --------------------------------------------------------------------------------------------------------------
@@ -230,6 +294,21 @@ def test_a_pointer_out_of_the_folder_is_not_followed(tmp_path: Path, said: str) 
         (folder / name).write_text(said)
         with pytest.raises(NoWeightsError, match="holds no weights"):
             onym.open_checkpoint(folder)
+
+
+def test_folders_that_lead_to_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model.safetensors.index.json"}}')
+    (tmp_path / "deep").joinpath(*["step1"] * 600).mkdir(parents=True)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "model").symlink_to(".")
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "latest").write_text("latest")
+    for name in ("index", "deep", "link", "latest"):
+        with pytest.raises(CheckpointError):
+            onym.open_checkpoint(tmp_path / name)
+        assert main(["inspect", str(tmp_path / name)]) == 2
+    capsys.readouterr()
 
 
 def test_a_pointer_to_a_file(tmp_path: Path) -> None:

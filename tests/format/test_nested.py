@@ -183,6 +183,26 @@ def test_other_files_are_no_state(tmp_path: Path) -> None:
         onym.save_state({}, tmp_path)
 
 
+def test_values_with_arrays_are_compared(tmp_path: Path) -> None:
+    class WithArray(nn.Linear):
+        def __init__(self, array: np.ndarray[Any, Any]) -> None:
+            super().__init__(1, 1)
+            self.weight.data.zero_()
+            self.bias.data.zero_()
+            self.array = array
+
+        def get_extra_state(self) -> Any:
+            return {"array": self.array}
+
+        def set_extra_state(self, state: Any) -> None: ...
+
+    arrays = {"a": np.arange(3), "b": np.arange(3), "c": np.arange(4), "d": np.array([1.0, np.nan])}
+    for name, array in arrays.items():
+        onym.save(WithArray(array), tmp_path / f"{name}.safetensors")
+    for one, other, code in (("a", "b", 0), ("a", "c", 1), ("a", "d", 1), ("d", "d", 0)):
+        assert main(["diff", str(tmp_path / f"{one}.safetensors"), str(tmp_path / f"{other}.safetensors")]) == code
+
+
 @pytest.mark.parametrize("case", range(60))
 def test_a_damaged_file_is_never_another_state(tmp_path: Path, case: int) -> None:
     chance = random.Random(case)

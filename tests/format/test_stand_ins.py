@@ -487,6 +487,7 @@ HARD = {
     "a slow encoding": b"c_codecs\nencode\n" + _text(("\u4e00\u5e00\u6e00" * 30_000).encode()) + _text(b"punycode") + b"\x86R",
     "memory by a tensor's class": b"ctorch\nTensor\n" + _number(2**28) + b"\x85R",
     "memory by a storage's class": b"ctorch\nFloatStorage\n" + _number(2**28) + b"\x85R",
+    "a place far away": b"}r" + struct.pack("<I", 2**30),
     "a bytearray": b"cbuiltins\nbytearray\n" + _number(2**30) + b"\x85R",
     "names of keys": b"}" + _LONG + b"](" + b"N" * 500_000 + b"es",
     "modules in modules": b"cm\nM\n)R}bq\x000"

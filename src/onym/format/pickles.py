@@ -124,7 +124,10 @@ class _Count:
         if name in _AGAIN:
             stack.append(self._memo[int(argument)])
         elif name in _KEPT:
-            self._memo[len(self._memo) if argument is None else int(argument)] = stack[-1]
+            place = len(self._memo) if argument is None else int(argument)
+            if place > 2 * len(self._memo) + 1000:  # Python's unpickler has an array of that length
+                self._refuse("keeps an object at a place far from all others")
+            self._memo[place] = stack[-1]
         elif name == "MARK":
             self._marks.append(len(stack))
         elif name == "DUP":
