@@ -158,6 +158,15 @@ def test_what_is_nested_too_deep_or_holds_itself(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_a_deep_state_opens_as_far_as_a_model_could_be(tmp_path: Path) -> None:
+    deep: Any = {"w": torch.ones(1)}
+    for _ in range(300):
+        deep = {"a": deep}
+    onym.save_state({"model": nn.Linear(2, 1).state_dict(), "deep": deep}, tmp_path / "x")
+    assert onym.open_checkpoint(tmp_path / "x").names == ["weight", "bias"]
+    assert same(onym.load_state(tmp_path / "x")["deep"], deep)
+
+
 @pytest.mark.parametrize("name", ["x\0y", "a" * 300])
 def test_a_path_that_no_system_has(name: str, tmp_path: Path) -> None:
     place = str(tmp_path / name)

@@ -50,6 +50,7 @@ _STEP_FOLDER = re.compile(r"(?:checkpoint|step|iter|epoch)[-_]?(?P<step>\d+)")
 _INSIDE = ("model_and_optim", "model", "pytorch_model_fsdp_0", "weights", "checkpoint", "final")
 _NEWEST = ("latest", "last_checkpoint")
 _DEEPEST = 8
+_DEEPEST = 8
 
 
 def open_contents(path: Path, part: str | None = None) -> Contents:
@@ -320,16 +321,16 @@ def _nested(stored: dcp_folder.Distributed) -> dict[Any, Any]:
     return content
 
 
-def _named(structure: Any) -> Any:
+def _named(structure: Any, depth: int = 0) -> Any:
     """A structure of :mod:`onym.state.tree` as dicts with the names of tensors; what is in lists is left out."""
-    if not isinstance(structure, dict):
+    if not isinstance(structure, dict) or depth > _DEEPEST:
         return None
     tag = next(iter(structure)) if len(structure) == 1 else ""
     if tag == "$tensor":
         return _Name(structure[tag])
     if tag in ("$dict", "$ordered"):
-        return {key: _named(each) for key, each in structure[tag] if isinstance(key, str)}
-    return {key: _named(each) for key, each in structure.items()}
+        return {key: _named(each, depth + 1) for key, each in structure[tag] if isinstance(key, str)}
+    return {key: _named(each, depth + 1) for key, each in structure.items()}
 
 
 def _guessed(name: str) -> tuple[str, ...]:
