@@ -50,7 +50,6 @@ _STEP_FOLDER = re.compile(r"(?:checkpoint|step|iter|epoch)[-_]?(?P<step>\d+)")
 _INSIDE = ("model_and_optim", "model", "pytorch_model_fsdp_0", "weights", "checkpoint", "final")
 _NEWEST = ("latest", "last_checkpoint")
 _DEEPEST = 8
-_DEEPEST = 8
 
 
 def open_contents(path: Path, part: str | None = None) -> Contents:
