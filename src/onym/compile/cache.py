@@ -89,6 +89,7 @@ def warm_start(wanted: bool, warn: Callable[[str], None] = lambda _: None) -> It
     if wanted and not user_decides(root()):
         try:
             folder = open_folder()
+            _forget_unfinished(folder)
             descriptor = _lock(folder, alone=False)
             point_at(folder)
         except (OSError, StorageError) as error:
@@ -225,6 +226,23 @@ def _thin(folder: Path, excess: int) -> int:
     finally:
         os.close(descriptor)
     return freed
+
+
+def _forget_unfinished(folder: Path) -> None:
+    """Delete what a compiler was killed over, or a machine that went down: torch takes whatever has the right name.
+
+    Files that are empty by intent, marks and locks, are left; and all of them where another process compiles now.
+    """
+    descriptor = _lock(folder, alone=True)
+    if descriptor is None:
+        return
+    try:
+        for file, status in _files(folder):
+            if file.suffix == ".tmp" or (status.st_size == 0 and file.suffix not in (".lock", ".loads", ".done")):
+                with suppress(OSError):
+                    file.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def _used_here(folder: Path) -> set[Path]:
