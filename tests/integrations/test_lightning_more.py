@@ -122,7 +122,7 @@ def test_what_the_trainer_was_given_half_is_said(tmp_path: Path) -> None:
         (both, {"callbacks": []}, "random number generators are not in"),
         (both, {"plugins": []}, "Lightning writes the checkpoints itself"),
     ):
-        trainer = trainer_of(tmp_path / "x", keep=keep, max_epochs=1, **options)
+        trainer = trainer_of(tmp_path / "x", keep=keep, max_epochs=1, default_root_dir=tmp_path, **options)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.fit(Module(), data())
