@@ -3,8 +3,8 @@
     python bench/integrations.py [--rounds 9] [--folder DIR] [--layers 6]
 
 A model of some 100 MB with AdamW's moments, three times that in all. Every variant writes new files, and their deletion is not
-counted. Ours are on the disk when the save returns, or sealed in the background after that (transformers); the peers' own are
-in the system's memory then, and so they are measured once more with an fsync of each file.
+counted. Ours are on the disk when the save returns, or sealed in the background after that (transformers, Accelerate); the
+peers' own are in the system's memory then, and so they are measured once more with an fsync of each file.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def accelerate(model: torch.nn.Module, folder: Path) -> dict[str, Callable[[], o
     return {
         "accelerator.save_state": theirs,
         f"accelerator.save_state{FLUSHED}": lambda: (theirs(), flush(folder)),
-        "onym's save_state (flushes)": lambda: save_state(accelerator, folder / "saved"),
+        "onym's save_state, until the loop goes on": lambda: save_state(accelerator, folder / "saved"),
+        "onym's save_state, background=False (flushes)": lambda: save_state(accelerator, folder / "saved", background=False),
     }
 
 
@@ -153,7 +154,7 @@ def main() -> None:
                 from threading import enumerate as threads
 
                 for thread in threads():  # that seals what is to be deleted
-                    if thread.name == "onym-seal":
+                    if thread.name in ("onym-seal", "onym-save"):
                         thread.join()
                 shutil.rmtree(folder)
                 folder.mkdir()

@@ -23,6 +23,7 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 
 from onym.integrations.accelerate import last_checkpoint, load_state, save_state
+from onym.integrations.sealed import SEAL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -91,6 +92,7 @@ def test_damage_changes_nothing(tmp_path: Path) -> None:
     run = Run()
     run.train(0, 2, tmp_path)
     before = run.values()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "epoch-2"), "sealed by now"
     for file in ("model.safetensors", "optimizer.bin", "random_states_0.pkl"):
         path = tmp_path / "epoch-2" / file
         content = path.read_bytes()
@@ -119,7 +121,7 @@ def test_a_disk_that_refuses_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
     from onym.storage.disk import disk
 
     run = Run()
-    save_state(run.accelerator, tmp_path / "step-1")
+    save_state(run.accelerator, tmp_path / "step-1", background=False)
     before = run.values()
     run.train(0, 1)
 
@@ -130,9 +132,31 @@ def test_a_disk_that_refuses_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
         patched.setattr(disk, "flush", full)
         with pytest.raises(StorageError, match="the disk is full"):
             save_state(run.accelerator, tmp_path / "step-1")
+        with pytest.raises(StorageError, match="the disk is full"):
+            save_state(run.accelerator, tmp_path / "step-2", background=False)
     assert [each.name for each in tmp_path.iterdir()] == ["step-1"]
     load_state(run.accelerator, tmp_path / "step-1")
     assert same(before, run.values())
+
+
+def test_a_failure_in_the_background_is_said_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onym.storage.disk import disk
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = Run()
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "flush", full)
+        save_state(run.accelerator, tmp_path / "step-1")
+        with pytest.raises(StorageError, match="the disk is full"):
+            save_state(run.accelerator, tmp_path / "step-2")
+    assert [each.name for each in tmp_path.iterdir()] == ["step-1"], "without a seal"
+    with pytest.warns(UserWarning, match="unfinished"):
+        assert last_checkpoint(tmp_path) is None
+    save_state(run.accelerator, tmp_path / "step-3", background=False)
+    assert (tmp_path / "step-3" / SEAL).exists()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "step-3")
 
 
 PROGRAM = """

@@ -15,23 +15,29 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from onym.api import load
+from onym.checkpoint.background import BackgroundTask
 from onym.convert.clean_names import clean_names
 from onym.errors import CheckpointError, ConfigError, StorageError, storage_error
 from onym.integrations.sealed import newest_sealed, require_sealed, seal
 from onym.state.collectives import run_on_all_ranks
+from onym.storage.disk import disk
 from onym.storage.local import make_folder, put_in_place
 
+_sealing = BackgroundTask("the last checkpoint of Accelerate")
 
-def save_state(accelerator: Accelerator, path: str | os.PathLike[str], **options: Any) -> None:
+
+def save_state(accelerator: Accelerator, path: str | os.PathLike[str], *, background: bool = True, **options: Any) -> None:
     """Save models, optimizers, schedulers, samplers and random number generators; every process calls this.
 
     Args:
         accelerator: with everything prepared.
         path: a folder; one that is there is replaced when the new one is complete and durable.
+        background: a new folder is sealed in a thread, and :func:`last_checkpoint` passes it over until then. Otherwise, and
+            where a folder is replaced, it is durable when this returns.
         options: those of ``accelerator.save_state``.
 
     Raises:
-        StorageError: the disk refused; what was there before is untouched.
+        StorageError: the disk refused, in this save or in the background after the one before; what was there is untouched.
     """
     if accelerator.project_configuration.automatic_checkpoint_naming:
         raise ConfigError(
@@ -44,12 +50,16 @@ def save_state(accelerator: Accelerator, path: str | os.PathLike[str], **options
     writes = accelerator.is_local_main_process if everywhere else accelerator.is_main_process
 
     def prepare() -> None:
+        _sealing.wait()
         if writes:
             shutil.rmtree(unfinished, ignore_errors=True)
             make_folder(place.parent)
 
     def finish() -> None:
-        if writes:
+        if writes and background and not place.exists():
+            disk.rename(unfinished, place)
+            _sealing.start(lambda: _seal(place))
+        elif writes:
             seal(unfinished)
             put_in_place(unfinished, place)
 
@@ -78,7 +88,13 @@ def load_state(accelerator: Accelerator, path: str | os.PathLike[str], **options
         MismatchError: a model is another one; says how.
     """
     place = Path(path).absolute()
-    run_on_all_ranks(lambda: require_sealed(place) if accelerator.is_local_main_process else None)
+
+    def check() -> None:
+        _sealing.wait()
+        if accelerator.is_local_main_process:
+            require_sealed(place)
+
+    run_on_all_ranks(check)
     hook = accelerator.register_load_state_pre_hook(lambda models, _: _load(models, place, options.get("strict", True)))
     try:
         accelerator.load_state(str(place), **options)
@@ -91,8 +107,17 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
     Newer ones that are damaged are warned of.
     """
+    _sealing.wait()
     found = newest_sealed(Path(folder), r"[^.].*?(\d+)")
     return None if found is None else str(found)
+
+
+def _seal(place: Path) -> None:
+    try:
+        seal(place)
+    except StorageError:
+        if place.exists():  # else it was deleted meanwhile
+            raise
 
 
 def _clean(models: list[nn.Module], weights: list[dict[str, Any]], options: dict[str, Any]) -> None:
