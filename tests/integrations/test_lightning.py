@@ -121,6 +121,15 @@ def test_a_compiled_lightning_module(tmp_path: Path) -> None:
     assert set(onym.load_state(tmp_path / "x.ckpt")["state_dict"]) == set(values(Module()))
 
 
+def test_modules_find_the_versions_of_their_layouts(tmp_path: Path) -> None:
+    keep, module = OnymCheckpointIO(), Module(True)
+    state = module.state_dict()
+    keep.save_checkpoint({"state_dict": state}, tmp_path / "x.ckpt")
+    found = keep.load_checkpoint(tmp_path / "x.ckpt")["state_dict"]
+    assert list(found) == list(state)
+    assert found._metadata == state._metadata  # type: ignore[attr-defined]
+
+
 def test_the_plugin_alone_resumes_under_the_same_wrappers(tmp_path: Path) -> None:
     fit(tmp_path, 2, compiled=True, callback=False)
     module, _, _ = fit(tmp_path, 3, compiled=True, callback=False)

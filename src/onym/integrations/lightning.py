@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ else:
     from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
     from pytorch_lightning import Callback, LightningModule, Trainer
 
-_STATE, _NAMES, _RNG = "state_dict", "onym_names", "onym_rng"
+_STATE, _NAMES, _RNG, _VERSIONS = "state_dict", "onym_names", "onym_rng", "onym_versions"
 _SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters")
 _KEYS = (str, int, float, bool, type(None))
 _TYPES = ("hparams_type", "datamodule_hparams_type")
@@ -84,6 +85,8 @@ class OnymCheckpointIO(TorchCheckpointIO, Callback):
         for key in _SETTINGS:
             if key in content:
                 content[key] = _plain(content[key], key)
+        if versions := getattr(checkpoint.get(_STATE), "_metadata", None):  # of the layouts of modules, which they ask for
+            content[_VERSIONS] = {name: dict(version) for name, version in versions.items()}
         save_state(content, place)
 
     def load_checkpoint(
@@ -97,9 +100,15 @@ class OnymCheckpointIO(TorchCheckpointIO, Callback):
             options = {} if map_location is None else {"map_location": map_location}
             found: dict[str, Any] = super().load_checkpoint(str(path), weights_only=weights_only, **options)
             return found
-        content: dict[str, Any] = load_state(place)
-        renamed = content.pop(_NAMES, {}) if isinstance(content, dict) else {}
-        return _rename(content, "", renamed) if renamed else content
+        content: Any = load_state(place)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"'{path}' holds a {type(content).__name__}, not a checkpoint of Lightning's.")
+        renamed, versions = content.pop(_NAMES, {}), content.pop(_VERSIONS, {})
+        content = _rename(content, "", renamed) if renamed else content
+        if versions:
+            content[_STATE] = OrderedDict(content[_STATE])
+            content[_STATE]._metadata = OrderedDict(versions)
+        return dict(content)
 
     # --- the callback
 
