@@ -154,6 +154,30 @@ time.sleep(60)
             os.kill(child, signal.SIGKILL)
 
 
+@posix
+def test_a_program_that_a_dead_writer_was_starting_is_waited_for(tmp_path: Path) -> None:
+    """Between fork and exec it has the lock's descriptor; here for half a second."""
+    program = """
+import os, sys, time
+from onym import Checkpointer
+from onym.storage import lock
+checkpointer = Checkpointer(sys.argv[1])
+checkpointer.acquire()
+lock._held_descriptors.clear()  # what is forked by C code lets nothing go
+if os.fork() == 0:
+    print("started", flush=True)
+    time.sleep(0.5)
+    os._exit(0)
+time.sleep(60)
+"""
+    run = tmp_path / "run"
+    with process(program, run) as first:
+        line_of(first)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        Checkpointer(run).acquire()
+
+
 def test_a_lease_of_another_machine_is_respected_until_it_is_deleted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -301,7 +301,7 @@ def require_path(path: Path) -> None:
     except (OSError, ValueError) as error:
         if is_local(path):
             reason = error.strerror if isinstance(error, OSError) else error
-            raise CheckpointError(f"{str(path)[:80]!r} cannot be a file or folder here: {reason}.") from error
+            raise CheckpointError(f"{str(path)[:80]!r} cannot be read or written: {reason}.") from error
 
 
 @gc_paused()

@@ -144,17 +144,27 @@ def writer_of(folder: Path) -> Holder | None:
 
 def _locked(folder: Path, path: Path) -> int | None:
     """The lease's file, locked; None where there are no locks."""
+    patience = 40
     while True:
         try:
             descriptor = lock(path, os.O_RDWR | os.O_CREAT)
         except NoLocks:
             return None
+        if descriptor is None and patience and _is_of_a_dead_process(holder(folder)):
+            patience -= 1
+            time.sleep(0.05)
+            continue
         if descriptor is None:
             raise StorageError(_held(folder, holder(folder), "Stop it, or write to another folder."))
         # Whoever had it may have deleted the file between our opening and our locking it.
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
             return descriptor
         os.close(descriptor)
+
+
+def _is_of_a_dead_process(last: Holder | None) -> bool:
+    """A program that it was just starting has the lock still, until it runs: for a moment."""
+    return last is not None and last.host == platform.node() and last.pid != os.getpid() and not _lives(last.pid)
 
 
 def _lives(pid: int) -> bool:
