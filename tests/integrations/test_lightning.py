@@ -199,7 +199,7 @@ def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path: Path) -> Non
     straight, _, _ = fit(tmp_path / "a", 6)
     chance = random.Random(7)
     kills = 0
-    for _ in range(20 if os.environ.get("ONYM_PROVE") else 4):
+    for _ in range(20 if os.environ.get("ONYM_PROVE") else 2):
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path / "b"), str(tmp_path / "end.pth")]
         )
