@@ -607,3 +607,12 @@ def test_a_plain_pickle(tmp_path: Path) -> None:
         (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": {"w": np.ones(3)}}, protocol))
         with pytest.raises(NoWeightsError, match="is a plain pickle, not written by torch"):
             onym.open_checkpoint(tmp_path / "x.pkl")
+
+
+def test_bytearray_is_called_or_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1), "x": bytearray(b"abc")}, tmp_path / "x.pth")
+    assert torch.equal(onym.open_checkpoint(tmp_path / "x.pth").tensor("w"), torch.ones(1))
+    for odd in ([bytearray], {"a": bytearray}, {bytearray}):
+        torch.save({"w": torch.ones(1), "x": odd}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match="holds the class bytearray"):
+            onym.open_checkpoint(tmp_path / "x.pth")

@@ -87,7 +87,7 @@ def _is_as_written(function: str, arguments: str | list[_Item]) -> bool:
         return len(kinds) == 4 and isinstance(kinds[0], str) and _is_as_written(kinds[0], kinds[2])
     if function == "torch._utils _rebuild_sparse_tensor":
         return len(kinds) == 2 and isinstance(kinds[1], list)
-    if function in ("builtins bytearray", "__builtin__ bytearray"):  # otherwise of any size that it is asked for
+    if function in _BYTEARRAY:  # otherwise of any size that it is asked for
         return kinds in ([], ["bytes"], ["()_codecs encode"]) or (len(kinds) == 2 and kinds[1] == "latin-1")
     if function == "_codecs encode":  # other encodings make more of a text, or take for ever
         return len(kinds) == 2 and kinds[1] == "latin1"
@@ -98,6 +98,7 @@ def _is_as_written(function: str, arguments: str | list[_Item]) -> bool:
     return function not in _FILLED or not kinds or kinds == [_FILLED[function]]
 
 
+_BYTEARRAY = ("builtins bytearray", "__builtin__ bytearray")
 _ALLOCATES = re.compile(r"torch(\.cuda|\.storage)? \w*(Tensor|Storage)")
 _FILLED = {
     "collections OrderedDict": "[]",
@@ -166,6 +167,8 @@ class _Count:
         self._require(item, item.parts)
 
     def _grow(self, added: list[_Item]) -> None:
+        if any(each.what in _BYTEARRAY for each in added):
+            self._refuse("holds the class bytearray")
         item, parts = self._stack[-1], sum(each.parts for each in added)
         item.parts += parts
         if item.what == "[]" and any(_is_call(each) for each in added):
