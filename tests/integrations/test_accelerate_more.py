@@ -135,7 +135,7 @@ kept = disk.flush
 if run.accelerator.is_main_process:
     disk.flush = full
 try:
-    save_state(run.accelerator, folder / "epoch-99")
+    save_state(run.accelerator, folder / "epoch-99", background=False)
 except OnymError as error:
     print("REFUSED", flush=True)
 disk.flush = kept
@@ -147,6 +147,7 @@ try:
 except OnymError as error:
     print("DAMAGED", flush=True)
 torch.save(state, folder.with_name(f"{folder.name}-{run.accelerator.process_index}.pth"))
+torch.distributed.destroy_process_group()  # else gloo's threads may end the process with SIGABRT
 """
 
 

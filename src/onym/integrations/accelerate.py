@@ -32,8 +32,8 @@ def save_state(accelerator: Accelerator, path: str | os.PathLike[str], *, backgr
     Args:
         accelerator: with everything prepared.
         path: a folder; one that is there is replaced when the new one is complete and durable.
-        background: a new folder is sealed in a thread, and :func:`last_checkpoint` passes it over until then. Otherwise, and
-            where a folder is replaced, it is durable when this returns.
+        background: a new folder is sealed in a thread, and :func:`last_checkpoint` passes it over until then. Otherwise, where
+            a folder is replaced, and in several processes, it is durable when this returns.
         options: those of ``accelerator.save_state``.
 
     Raises:
@@ -56,7 +56,7 @@ def save_state(accelerator: Accelerator, path: str | os.PathLike[str], *, backgr
             make_folder(place.parent)
 
     def finish() -> None:
-        if writes and background and not place.exists():
+        if writes and background and accelerator.num_processes == 1 and not place.exists():
             disk.rename(unfinished, place)
             _sealing.start(lambda: _seal(place))
         elif writes:
