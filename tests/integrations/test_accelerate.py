@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +18,7 @@ from accelerate import Accelerator
 
 from onym.integrations.accelerate import last_checkpoint, load_state, save_state
 from onym.integrations.sealed import SEAL
+from tests.integrations.killing import killed_at_random_and_run_to_the_end
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -178,19 +173,5 @@ torch.save(run.values(), sys.argv[2])
 def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     straight = Run()
     straight.train(0, 12)
-    chance, kills = random.Random(5), 0
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path / "b"), str(tmp_path / "end.pth")]
-    for _ in range(20 if os.environ.get("ONYM_PROVE") else 2):
-        before, wanted = set((tmp_path / "b").glob("epoch-*")), chance.randrange(1, 4)
-        process = subprocess.Popen(command)
-        while process.poll() is None and len(set((tmp_path / "b").glob("epoch-*")) - before) < wanted:
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.02)
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-        if (tmp_path / "end.pth").exists():
-            break
-    subprocess.run(command, check=True)
-    assert kills >= 1
-    assert same(straight.values(), torch.load(tmp_path / "end.pth", weights_only=True))
+    end = killed_at_random_and_run_to_the_end(PROGRAM, tmp_path / "b", lambda: set((tmp_path / "b").glob("epoch-*")), 5)
+    assert same(straight.values(), end)

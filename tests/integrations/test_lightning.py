@@ -4,13 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from onym.integrations.lightning import OnymCheckpointIO
+from tests.integrations.killing import killed_at_random_and_run_to_the_end
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -197,28 +191,12 @@ torch.save(module.state_dict(), sys.argv[2])
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     straight, _, _ = fit(tmp_path / "a", 6)
-    chance = random.Random(7)
-    kills = 0
-    for _ in range(20 if os.environ.get("ONYM_PROVE") else 2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path / "b"), str(tmp_path / "end.pth")]
-        )
-        wanted = chance.randrange(1, 4)  # checkpoints more than there are, and then a moment
-        before = stamps(tmp_path / "b")
-        while process.poll() is None and len(stamps(tmp_path / "b") - before) < wanted:
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.05)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
+
+    def check() -> None:
         for path in (tmp_path / "b").glob("*.ckpt"):
             onym.load_state(path)
-        if (tmp_path / "end.pth").exists():
-            break
-    subprocess.run([sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path / "b"), str(tmp_path / "end.pth")], check=True)
-    assert kills >= 1
-    end = torch.load(tmp_path / "end.pth", weights_only=True)
+
+    end = killed_at_random_and_run_to_the_end(PROGRAM, tmp_path / "b", lambda: stamps(tmp_path / "b"), 7, check)
     assert all(torch.equal(value, end[name]) for name, value in straight.state_dict().items())
 
 

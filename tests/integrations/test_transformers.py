@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 
 from onym.integrations.sealed import SEAL, require_sealed
 from onym.integrations.transformers import OnymCallback, last_checkpoint
+from tests.integrations.killing import killed_at_random_and_run_to_the_end
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -136,22 +131,8 @@ torch.save(values(trainer.model), sys.argv[2])
 def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     straight = trainer_of(tmp_path / "a", steps=16)
     straight.train()
-    chance, kills = random.Random(3), 0
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path / "b"), str(tmp_path / "end.pth")]
-    for _ in range(20 if os.environ.get("ONYM_PROVE") else 2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        before, wanted = seals(tmp_path / "b"), chance.randrange(1, 4)
-        while process.poll() is None and len(seals(tmp_path / "b") - before) < wanted:
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.03)
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-        if (tmp_path / "end.pth").exists():
-            break
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert kills >= 1
-    assert same(values(straight.model), torch.load(tmp_path / "end.pth", weights_only=True))
+    end = killed_at_random_and_run_to_the_end(PROGRAM, tmp_path / "b", lambda: seals(tmp_path / "b"), 3)
+    assert same(values(straight.model), end)
 
 
 def seals(folder: Path) -> set[str]:

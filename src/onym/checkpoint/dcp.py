@@ -29,11 +29,12 @@ from torch.futures import Future
 
 from onym.errors import CheckpointError, ConfigError, StorageError, storage_error
 from onym.format.chunk_index import CHUNKS, ChunkIndex
-from onym.format.layout import Shard, shard_file
+from onym.format.layout import Shard, rank_folder, shard_file
 from onym.format.manifest import MANIFEST, MODEL, gc_paused
 from onym.format.provenance import ask_ahead
 from onym.format.rank_files import ChunkOf, RankContent, RankReport, assemble, complete_folder, write_rank_files
 from onym.format.writer import NOTHING, require_replaceable
+from onym.names.model_keys import MODEL_KEYS
 from onym.state.chunks import Chunk
 from onym.state.tree import flatten
 from onym.storage.local import LocalFolder, new_folder, unfinished
@@ -41,16 +42,9 @@ from onym.storage.paths import as_path, is_local
 
 STATE = "state.safetensors"
 """The file of tensors outside of the model: an optimizer's, and those inside of other objects."""
-MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module", "net", "network", "model_state", "weights", "params")
-"""What people call a model in a state of several things."""
 _NO_MODELS = ("optim", "sched", "ema", "lr_", "rng", "random", "scaler", "train", "data", "loader", "sampler")
 
 Keys = tuple[Any, ...]
-
-
-def rank_folder(rank: int) -> str:
-    """Where a rank saves that saves for itself alone (``use_collectives=False``)."""
-    return f"rank-{rank:05d}"
 
 
 @dataclass
@@ -105,8 +99,8 @@ def stored_chunks(index: ChunkIndex) -> dict[MetadataIndex, StoredChunk]:
 class DCPWriter(StorageWriter):
     """For ``dcp.save(state, storage_writer=DCPWriter(path))``: durable, hashed, atomic, without pickle.
 
-    The state may hold tensors, plain values, ``bytes`` and ``BytesIO`` in dicts, lists and tuples. Where a model can be told
-    from the rest (under ``model`` or another usual name, in an ``AppState``, or a model's own state dict),
+    The state may hold tensors, plain values, ``bytes`` and ``BytesIO`` in dicts, lists and tuples. Where a model is recognised
+    (under ``model`` or another usual name, in an ``AppState``, or a model's own state dict),
     ``onym.load(path, into=model)``, ``onym.open_checkpoint``, ``onym inspect``, ``verify`` and ``convert`` open what it writes,
     in one process and without torch.distributed.
 
@@ -137,7 +131,7 @@ class DCPWriter(StorageWriter):
         return self.path
 
     def storage_meta(self) -> StorageMeta:
-        """What a planner is told."""
+        """What a planner gets to know."""
         return StorageMeta(checkpoint_id=self.path, save_id=self.save_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -252,7 +246,7 @@ class DCPWriter(StorageWriter):
     def _unseen(self) -> StorageError:
         return StorageError(
             f"'{self._target()}' is not seen by all ranks as the same folder: choose one on a disk that all machines share; "
-            "or another rank has failed, and its reason is told too."
+            "or another rank has failed, whose reason is in the same message."
         )
 
     def _discard(self) -> None:
@@ -306,7 +300,7 @@ def _merged(mappings: Iterable[Any]) -> dict[str, Keys]:
 
 
 def _model_prefix(items: Iterable[WriteItem], paths: Mapping[str, Keys]) -> str | None:
-    """What the names of the model's tensors begin with; None where no model can be told from the rest.
+    """What the names of the model's tensors begin with; None where no model is recognised.
 
     Args:
         items: all that is saved.

@@ -34,11 +34,11 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from onym.checkpoint.dcp import StoredChunk, rank_folder, stored_chunks
+from onym.checkpoint.dcp import StoredChunk, stored_chunks
 from onym.convert.dcp_folder import METADATA, open_distributed
 from onym.errors import CheckpointError, ConfigError
 from onym.format.chunk_index import ChunkIndex, ShardedTensor
-from onym.format.layout import Layout, Shard
+from onym.format.layout import Layout, Shard, rank_folder
 from onym.format.manifest import MANIFEST, MODEL, gc_paused
 from onym.format.reader import read_checkpoint
 from onym.format.safetensors import dtype_called, dtype_name

@@ -18,11 +18,9 @@ from torch import Tensor
 from onym.convert import dcp_folder
 from onym.convert.mapping import Joined, Recipe, View
 from onym.convert.sources import (
-    MODEL_KEYS,
     NO_MODEL,
     Contents,
     chosen_of,
-    listed,
     models_in,
     open_file,
     start_of,
@@ -31,13 +29,14 @@ from onym.convert.sources import (
 )
 from onym.errors import CheckpointError, NoWeightsError, nearest
 from onym.format.extra_state import WithValues
-from onym.format.layout import MOST_COMPARED, Layout, Shard
+from onym.format.layout import MOST_COMPARED, Layout, Shard, rank_folder
 from onym.format.manifest import MANIFEST, MODEL, are_counts, is_file_name, malformed_is_damaged, parse_json
 from onym.format.nested import structure_of
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import begins_file
 from onym.format.safetensors_file import open_safetensors
 from onym.format.tensors import Damage, TensorFile
+from onym.names.model_keys import MODEL_KEYS
 from onym.state.chunks import Chunk, Shape
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.\w+)")
@@ -110,7 +109,7 @@ def _open_folder(path: Path, part: str | None, depth: int) -> Contents:
             return _open_folder(inner_path, part, depth + 1) if inner_path.is_dir() else open_contents(inner_path, part)
         if refused:
             raise refused[0]
-        if (path / "rank-00000" / MANIFEST).exists():
+        if (path / rank_folder(0) / MANIFEST).exists():
             raise NoWeightsError(
                 f"'{path}' holds what each rank saved for itself (use_collectives=False): dcp.load with onym.DCPReader loads "
                 "it, on as many ranks."
@@ -289,11 +288,9 @@ def open_state(path: Path, checkpoint: Checkpoint, part: str | None) -> Contents
 def _model_in(path: Path, content: Mapping[Any, Any], stored: TensorFile, part: str | None) -> Contents:
     """The model among nested dicts with the names of tensors in their places."""
     candidates = dict(models_in(content, _Name))
-    if not candidates:
+    if not candidates and part is None:
         raise NoWeightsError(f"'{path}' holds no model's tensors; it has {', '.join(stored.names[:6]) or 'none'}.")
-    if part is not None and part not in candidates:
-        raise CheckpointError(f"'{path}' has no part {part!r}{nearest(part, candidates)}; it has {listed(candidates)}.")
-    chosen = chosen_of(path, {}, candidates) if part is None else part
+    chosen = chosen_of(path, {}, candidates, part)
     names = {key: name for key, name in candidates[chosen].items() if isinstance(name, _Name)}
     view = View(stored, {key: Recipe((str(name),)) for key, name in names.items()}, path)
     further = [name for name in candidates if name != chosen]

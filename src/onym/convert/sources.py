@@ -24,10 +24,9 @@ from onym.format.safetensors import begins_file
 from onym.format.safetensors_file import open_safetensors
 from onym.format.stand_ins import StandIn, key_said, kind_of, with_states
 from onym.format.tensors import TensorFile
+from onym.names.model_keys import MODEL_KEYS
 from onym.state.model import tensor_identity
 
-# What people call the model's part of a file, most telling first.
-MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module", "net", "network", "model_state", "weights", "params", "app")
 _AVERAGES = ("ema", "shadow", "averaged", "swa")
 _DEEPEST = 4
 # The texts beside the weights that say what they are, or how text becomes tokens.
@@ -86,6 +85,7 @@ def open_file(path: Path, part: str | None = None) -> Contents:
 
 
 def start_of(path: Path) -> bytes:
+    """The first bytes of a file."""
     try:
         with path.open("rb") as file:
             return file.read(16)
@@ -111,12 +111,7 @@ def _open_pickle(path: Path, part: str | None) -> Contents:
             "model.state_dict()."
         )
     candidates = dict(models_in(content))
-    if part is not None:
-        if part not in candidates:
-            raise CheckpointError(f"'{path}' has no part {part!r}{nearest(part, candidates)}; it has {listed(candidates)}.")
-        chosen = part
-    else:
-        chosen = chosen_of(path, content, candidates)
+    chosen = chosen_of(path, content, candidates, part)
     state = candidates[chosen]
     values = {key: value for key, value in content.items() if isinstance(key, str) and key != chosen} if chosen else {}
     kind = "a Lightning checkpoint" if "pytorch-lightning_version" in values else "a file of torch.save"
@@ -171,7 +166,17 @@ def models_in(content: Mapping[Any, Any], tensor: type = Tensor) -> Iterator[tup
     yield from within(content, "", 0)
 
 
-def chosen_of(path: Path, content: Mapping[Any, Any], candidates: Mapping[str, Mapping[str, Any]]) -> str:
+def chosen_of(path: Path, content: Mapping[Any, Any], candidates: Mapping[str, Mapping[str, Any]], part: str | None) -> str:
+    """Of several models in a content the one that is meant, by its place; the one that was asked for as a ``part``.
+
+    Raises:
+        NoWeightsError: there is none, or nothing says which.
+        CheckpointError: there is no such part.
+    """
+    if part is not None and part not in candidates:
+        raise CheckpointError(f"'{path}' has no part {part!r}{nearest(part, candidates)}; it has {_listed(candidates)}.")
+    if part is not None:
+        return part
     if not candidates:
         if {"state", "param_groups"} <= content.keys():
             raise NoWeightsError(f"'{path}' holds the state of an optimizer, not of a model: give the model's file.")
@@ -182,13 +187,14 @@ def chosen_of(path: Path, content: Mapping[Any, Any], candidates: Mapping[str, M
     own = [name for name in candidates if not any(word in name.lower() for word in _AVERAGES)]
     if len(own) == 1:
         return own[0]
-    for key in MODEL_KEYS:
-        if key in own and all(other.startswith(f"{key}.") or other in MODEL_KEYS for other in own):
+    keys = (*MODEL_KEYS, "app")
+    for key in keys:
+        if key in own and all(other.startswith(f"{key}.") or other in keys for other in own):
             return key
-    raise NoWeightsError(f"'{path}' holds {len(candidates)} models, {listed(candidates)}: say which with --part (part=).")
+    raise NoWeightsError(f"'{path}' holds {len(candidates)} models, {_listed(candidates)}: say which with --part (part=).")
 
 
-def listed(candidates: Mapping[str, Any]) -> str:
+def _listed(candidates: Mapping[str, Any]) -> str:
     more = f" and {len(candidates) - 6} more" if len(candidates) > 6 else ""
     return (", ".join(repr(name) for name in list(candidates)[:6]) or "none") + more
 
@@ -214,6 +220,7 @@ def texts_of(folder: Path) -> dict[str, str]:
 
 
 def text_of(path: Path) -> str:
+    """The content of a text file."""
     try:
         if path.stat().st_size > MOST_JSON_BYTES:
             raise CheckpointError(f"'{path}' has {path.stat().st_size:,} bytes; up to {MOST_JSON_BYTES:,} are read.")

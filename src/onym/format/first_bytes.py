@@ -1,4 +1,4 @@
-"""What a file is that is no weight file, told by its first bytes, with what to do."""
+"""What a file is that is no weight file, recognised by its first bytes, with what to do."""
 
 from __future__ import annotations
 

@@ -33,6 +33,11 @@ def shard_name(tensor: str, shape: Shape, chunk: Chunk) -> str:
     return f"{tensor}[{','.join(f'{start}:{end}' for start, end in zip(chunk.offsets, chunk.ends, strict=True))}]"
 
 
+def rank_folder(rank: int) -> str:
+    """Where a rank saves that saves for itself alone (``use_collectives=False``)."""
+    return f"rank-{rank:05d}"
+
+
 def shard_file(file: str, rank: int) -> str:
     """The file with a rank's shards of the tensors of ``file``."""
     return f"{file.removesuffix('.safetensors')}-{rank:05d}.safetensors"

@@ -1,6 +1,6 @@
 """Tensors that are made of others: sparse, nested, quantised ones, and subclasses (torchao's weights, 8-bit optimizer states).
 
-They are taken apart into plain tensors and JSON. All but subclasses are put together again by torch. A subclass
+They are taken apart into plain tensors and JSON. All but subclasses are rebuilt by torch. A subclass
 (``__tensor_flatten__``) is rebuilt by a live tensor of the same class: a file names the class for messages alone, and nothing
 is looked up by that name.
 """
