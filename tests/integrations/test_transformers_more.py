@@ -146,6 +146,7 @@ try:
 except BaseException as error:
     print("STOPPED", type(error).__name__, flush=True)
 torch.save([values(trainer.model), torch.rand(2)], folder.with_name(f"{folder.name}-{trainer.args.process_index}.pth"))
+torch.distributed.destroy_process_group()  # else gloo's threads may end the process with SIGABRT
 """
 
 
