@@ -1,7 +1,8 @@
-"""Text in: documents from files, folders and globs, or from the Python that is running.
+"""Text in: documents from files, folders, globs and addresses, or from the Python that is running.
 
 A corpus can be iterated as often as needed and yields the same documents in the same order each time: one a text file, one
-a line of a .jsonl file, one a row of a .parquet file, one a docstring. Files are read one after another, never all at once.
+a line of JSON lines, one a row of a table, one a docstring. Files are read one after another, never all at once. What a file
+holds is the subject of readers.py; how one gets here from elsewhere, of remote.py.
 """
 
 from __future__ import annotations
@@ -9,25 +10,38 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
-import json
+import os
+import stat
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob, has_magic  # Path.glob takes no absolute pattern
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
+import platformdirs
+
+from onym.data import remote
+from onym.data.readers import COMPRESSED, SUFFIXES, Document, LongDocument, is_known, read_file
+from onym.data.remote import Progress, RemoteFile
+from onym.data.tables import MARKERS, saved_dataset
 from onym.errors import DataError
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")  # what a folder is searched for
+__all__ = ["Corpus", "Document", "LongDocument", "SourceFile", "python_documentation"]
 
 
-class Document(NamedTuple):
-    """A piece of text that stands on its own, and where it came from."""
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a corpus.
 
-    source: str
-    text: str
+    Args:
+        name: its path or address, as it is shown and as the sources of its documents begin.
+        size: bytes; 0 where a storage does not say.
+        place: where it is read from.
+    """
+
+    name: str
+    size: int
+    place: Path | RemoteFile
 
 
 @dataclass(frozen=True)
@@ -35,13 +49,20 @@ class Corpus:
     """The text to train on.
 
     Args:
-        data: files, folders (searched for ``SUFFIXES``, hidden ones left out) and globs; empty for the documentation that
-            every Python carries: the language reference and the standard library's docstrings.
-        text_field: the field of a .jsonl line, or the column of a .parquet file, that holds the text.
+        data: files, folders (searched for ``SUFFIXES`` and compressed text, hidden files left out), datasets that
+            ``save_to_disk`` of Hugging Face's datasets wrote, globs, and addresses that fsspec reads (``s3://…``); empty for
+            the documentation that every Python carries: the language reference and the standard library's docstrings.
+        text_field: the field of a JSON line, or the column of a table, that holds the text.
+        suffixes: further suffixes that a folder is searched for, of plain text files.
+        cache_dir: where files from elsewhere are kept; None for this system's folder for caches.
+        progress: called while such a file is fetched.
     """
 
     data: tuple[str, ...] = ()
     text_field: str = "text"
+    suffixes: tuple[str, ...] = ()
+    cache_dir: Path | None = None
+    progress: Progress | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -49,8 +70,10 @@ class Corpus:
         if not self.data:
             return "python-docs"
         # Of a pattern, the last part that is none: notes/**/*.md -> notes
-        plain = Path(*itertools.takewhile(lambda part: not has_magic(part), Path(self.data[0]).parts))
-        return plain.resolve().stem or "data"
+        first = self.data[0]
+        parts = remote.url_parts(first) if remote.is_remote(first) else Path(remote.local_path(first)).parts
+        plain = Path(*itertools.takewhile(lambda part: not has_magic(part), parts)).resolve()
+        return Path(plain.stem if plain.suffix in COMPRESSED else plain).stem or "data"
 
     @property
     def description(self) -> str:
@@ -59,7 +82,39 @@ class Corpus:
             return "Python's own documentation"
         return ", ".join(f"'{path}'" for path in self.data[:3]) + (", …" if len(self.data) > 3 else "")
 
-    def documents(self) -> Iterator[Document]:
+    def files(self) -> list[SourceFile]:
+        """All files, each once, folders and globs in sorted order; none where the corpus is Python's own documentation.
+
+        Raises:
+            DataError: an entry leads nowhere, or to nothing that can be read.
+        """
+        suffixes = tuple(f".{suffix.removeprefix('.')}" for suffix in self.suffixes)
+        found: dict[Path | str, SourceFile] = {}
+        for entry in self.data:
+            if remote.is_remote(entry):
+                for file in remote.find(entry, lambda name: is_known(name, suffixes)):
+                    found.setdefault(file.url, SourceFile(file.url, file.size, file))
+            else:
+                for path, size in _find_local(remote.local_path(entry), suffixes):
+                    found.setdefault(path, SourceFile(str(path), size, path))
+        return list(found.values())
+
+    def read(self, file: SourceFile) -> Iterator[Document | LongDocument]:
+        """The non-empty documents of one file, which is fetched before where it is elsewhere.
+
+        Raises:
+            DataError: the file cannot be fetched, or is not what its name says. Documents before the place where it is wrong
+                were yielded by then. :meth:`LongDocument.blocks` raises it too.
+            StorageError: a fetched file cannot be kept: that is not the file's fault.
+        """
+        if isinstance(file.place, RemoteFile):
+            cache = self.cache_dir or Path(os.environ.get("ONYM_CACHE_DIR") or platformdirs.user_cache_dir("onym"))
+            path = remote.fetch(file.place, cache / "downloads", self.progress)
+        else:
+            path = file.place
+        yield from read_file(path, file.name, self.text_field)
+
+    def documents(self) -> Iterator[Document | LongDocument]:
         """All non-empty documents, always in the same order.
 
         Raises:
@@ -68,128 +123,55 @@ class Corpus:
         if not self.data:
             yield from python_documentation()
             return
-        for path in find_files(self.data):
-            yield from (document for document in read_file(path, self.text_field) if document.text.strip())
+        for file in self.files():
+            yield from self.read(file)
 
 
-def find_files(data: tuple[str, ...]) -> list[Path]:
-    """The files that ``data`` names, each once, folders and globs in sorted order."""
-    found: dict[Path, None] = {}
-    for entry in data:
-        try:
-            path = Path(entry).expanduser()
-            is_folder, exists = path.is_dir(), path.exists()
-        except (OSError, RuntimeError) as error:  # too long, no permission, no such user
-            raise DataError(f"The path '{entry}' given to --data cannot be followed: {error}.") from error
-        if is_folder:
-            found_here = (file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-            files = sorted(file for file in found_here if not _is_hidden(file, path))
-            if not files:
-                raise DataError(f"The folder '{entry}' holds no {', '.join(SUFFIXES)} files: name another, or the files.")
-        elif exists:
-            files = [path]
-        elif has_magic(entry):
-            files = sorted(Path(match) for match in glob(str(path), recursive=True) if Path(match).is_file())  # noqa: PTH207
-            if not files:
-                raise DataError(f"No file matches '{entry}': check the pattern and the folder you are in.")
-        else:
-            raise DataError(f"There is no file or folder '{entry}': check the path given to --data.")
-        found.update(dict.fromkeys(files))
-    return list(found)
-
-
-def read_file(path: Path, text_field: str = "text") -> Iterator[Document]:
-    """The documents of one file; a file whose suffix is not known is taken as plain text."""
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path, text_field)
-    elif path.suffix == ".jsonl":
-        yield from _read_jsonl(path, text_field)
+def _find_local(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """The files that a path or a pattern names, and their bytes."""
+    try:
+        path = Path(entry).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no permission, no such user, a zero byte
+        raise DataError(f"The path '{entry}' given to --data cannot be followed: {error}.") from error
+    if is_folder:
+        if not (files := _search(path, suffixes)):
+            kinds = ", ".join((*SUFFIXES, *suffixes))
+            raise DataError(f"The folder '{entry}' holds no {kinds} files: name another, or the files.")
+    elif exists:
+        files = [(path, path.stat().st_size)]
+    elif has_magic(entry):
+        matches = sorted(Path(match) for match in glob(str(path), recursive=True) if Path(match).is_file())  # noqa: PTH207
+        if not matches:
+            raise DataError(f"No file matches '{entry}': check the pattern and the folder you are in.")
+        files = [(match, match.stat().st_size) for match in matches]
     else:
-        with _open(path) as file:
-            yield Document(str(path), _decode(file.read(), str(path)))
+        raise DataError(f"There is no file or folder '{entry}': check the path given to --data.")
+    return files
 
 
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"The file '{path}' cannot be read: {error.strerror}.") from error
-
-
-def _decode(raw: bytes, source: str) -> str:
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"'{source}' is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {error.start:,}. "
-            "Leave it out of --data, or convert it, as with: iconv -f latin1 -t utf-8."
-        ) from error
-    if "\0" in text:
-        raise DataError(f"'{source}' looks like a binary file (it has a NUL byte): leave it out of --data.")
-    return text
-
-
-def _require_text(text: str, source: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"'{source}' has half of a surrogate pair at character {error.start:,}: that is no text.") from error
-
-
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    with _open(path) as lines:
-        for number, raw in enumerate(lines, start=1):
-            source = f"{path}:{number}"
-            if not (line := _decode(raw, source).strip()):
+def _search(folder: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """A folder's files of known kinds, sorted; of a dataset in it, or that it is, those that the dataset consists of."""
+    found: list[tuple[Path, int]] = []
+    for place, folders, names in os.walk(folder):
+        if MARKERS.intersection(names) and (dataset := saved_dataset(Path(place))) is not None:
+            files = [(path, path.stat().st_size) for path in dataset]
+            if place == str(folder):
+                return files
+            found += files
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.startswith(".") or not is_known(name, suffixes):
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"'{source}' is not a JSON object: {error}.") from error
-            if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-                fields = ", ".join(row) if isinstance(row, dict) else "none"
-                raise DataError(
-                    f"'{source}' has no text in a field {text_field!r} (its fields: {fields}): "
-                    "name the field that holds the text with --text-field."
-                )
-            _require_text(row[text_field], source)
-            yield Document(source, row[text_field])
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataError(f"Reading '{path}' needs pyarrow: pip install 'onym[parquet]'.") from error
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"'{path}' is not a readable .parquet file: {error}.") from error
-    with file:
-        columns = file.schema_arrow.names
-        if text_field not in columns:
-            raise DataError(
-                f"'{path}' has no column {text_field!r} (its columns: {', '.join(columns)}): "
-                "name the one that holds the text with --text-field."
-            )
-        row = 0
-        texts = (text for batch in file.iter_batches(columns=[text_field]) for text in batch.column(0).to_pylist())
-        try:
-            for row, text in enumerate(texts, start=1):
-                if text is not None and not isinstance(text, str):
-                    raise DataError(f"Column {text_field!r} of '{path}' holds {type(text).__name__}, not text.")
-                yield Document(f"{path}:{row}", text or "")
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"'{path}' is damaged after row {row:,}: {error}.") from error
+                status = (path := Path(place, name)).stat()
+            except OSError:  # a link that leads nowhere
+                continue
+            if stat.S_ISREG(status.st_mode):
+                found.append((path, status.st_size))
+    return sorted(found)
 
 
 @functools.cache
