@@ -165,12 +165,15 @@ class _ZstdStream(io.RawIOBase):
 
 def _read_text(path: Path, source: str) -> Iterator[Document | LongDocument]:
     with open_bytes(path, source) as file:
-        if path.suffix in COMPRESSED:
-            raw = file.read(LONG_TEXT + 1)
-            is_long = len(raw) > LONG_TEXT
-        else:
+        raw: bytes | bytearray
+        if path.suffix not in COMPRESSED:
             is_long = os.fstat(file.fileno()).st_size > LONG_TEXT
             raw = b"" if is_long else file.read()
+        else:  # how long it is shows when it is read
+            raw = bytearray()
+            while len(raw) <= LONG_TEXT and (block := file.read(BLOCK)):
+                raw += block
+            is_long = len(raw) > LONG_TEXT
     if is_long:
         del raw
         document = LongDocument(source, path)
@@ -180,7 +183,7 @@ def _read_text(path: Path, source: str) -> Iterator[Document | LongDocument]:
         yield Document(source, text)
 
 
-def decode(raw: bytes, source: str) -> str:
+def decode(raw: bytes | bytearray, source: str) -> str:
     """UTF-8 text, its byte order mark left out.
 
     Raises:

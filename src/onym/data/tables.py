@@ -57,8 +57,8 @@ def read_table(path: Path, source: str, text_field: str) -> Iterator[tuple[int, 
 def _open_parquet(path: Path, text_field: str, stack: ExitStack) -> tuple[Any, Iterator[Any]]:
     import pyarrow.parquet as parquet
 
-    # With a buffer a row group is not read as a whole.
-    file = stack.enter_context(parquet.ParquetFile(path, buffer_size=1 << 20))
+    # Otherwise a row group's column is read as a whole.
+    file = stack.enter_context(parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False))
     return file.schema_arrow, (batch.column(0) for batch in file.iter_batches(_ROWS, columns=[text_field]))
 
 
