@@ -93,7 +93,7 @@ class Corpus:
         for entry in self.data:
             if remote.is_remote(entry):
                 for file in remote.find(entry, lambda name: is_known(name, suffixes)):
-                    found.setdefault(file.url, SourceFile(file.url, file.size, file))
+                    found.setdefault(file.address, SourceFile(file.url, file.size, file))
             else:
                 for path, size in _find_local(remote.local_path(entry), suffixes):
                     found.setdefault(path, SourceFile(str(path), size, path))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class RemoteFile:
     """A file on some storage.
 
     Args:
-        url: its address.
+        url: its address, as it is shown.
         size: bytes; 0 where the storage does not say.
         version: a text that is another one when the file is.
         file_system: fsspec's, which reaches it.
@@ -73,6 +74,11 @@ class RemoteFile:
     def name(self) -> str:
         """The last part of its path, without the query of a web address."""
         return url_parts(self.url)[-1] if self.url.startswith(_WEB) else self.path.rpartition("/")[2]
+
+    @property
+    def address(self) -> str:
+        """Its address in the form that the storage gives it: a file may be named in several ways."""
+        return str(self.file_system.unstrip_protocol(self.path))
 
 
 def is_remote(entry: str) -> bool:
@@ -99,7 +105,7 @@ def find(url: str, is_known: Callable[[str], bool]) -> list[RemoteFile]:
     Raises:
         DataError: there is none, it cannot be reached, or a package that it needs is not installed.
     """
-    file_system, path = _file_system(url)
+    file_system, path = _repeat(url, lambda: _file_system(url))
 
     def listed() -> dict[str, dict[str, Any]]:
         file_system.invalidate_cache()
@@ -136,7 +142,7 @@ def fetch(file: RemoteFile, folder: Path, progress: Progress | None = None) -> P
         DataError: it cannot be fetched.
         StorageError: it cannot be written here.
     """
-    key = blake3(f"{file.url}\n{file.version}".encode()).hexdigest()[:32]
+    key = blake3(f"{file.address}\n{file.version}".encode()).hexdigest()[:32]
     target = folder / f"{key}-{re.sub(r'[^A-Za-z0-9_.-]', '_', file.name)[-100:]}"
     partial = target.with_name(f"{target.name}.part")
     if target.is_file():
@@ -242,10 +248,12 @@ def _file_system(url: str) -> tuple[Any, str]:
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
         file_system, path = url_to_fs(url, **options)
     except ImportError as error:
-        extra = "s3" if protocol in ("s3", "s3a") else "remote"
-        raise DataError(f"'{url}' is remote: pip install 'onym[{extra}]' ({error}).") from error
-    except Exception as error:
-        raise DataError(f"'{url}' is no address that fsspec can read: {_reason(error)}.") from error
+        extra = {"s3": "s3", "s3a": "s3", "http": "remote", "https": "remote"}.get(protocol)
+        if extra is None and "fsspec" in sys.modules:  # it says which of its many packages this storage needs
+            raise DataError(f"'{url}' is remote, and a package for its storage is missing: {_reason(error)}.") from error
+        raise DataError(f"'{url}' is remote: pip install 'onym[{extra or 'remote'}]' ({_reason(error)}).") from error
+    except ValueError as error:
+        raise DataError(f"'{url}' is on a storage that fsspec does not know: {_reason(error)}.") from error
     return file_system, path
 
 
