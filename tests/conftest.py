@@ -17,10 +17,11 @@ from hypothesis import settings
 
 from onym import GPT, GPTConfig
 from onym.cli.main import main
+from onym.data.sources import Sources
 from onym.train import loop, proof
 
-settings.register_profile("bounded", max_examples=150)
-settings.register_profile("prove", max_examples=3000, print_blob=True)
+settings.register_profile("bounded", max_examples=150, deadline=None)  # what else the machine does is no fault
+settings.register_profile("prove", max_examples=3000, deadline=None, print_blob=True)
 settings.load_profile("bounded")
 
 # Each test has a cache of its own for tokens; compiled code is shared between them, outside the user's cache. It is what spares
@@ -99,9 +100,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left]
 
 
-def _proof_in_this_process(checkpoint: Path, expected: float, token_cache: Path, **how: object) -> proof.Proof:
+def _proof_in_this_process(checkpoint: Path, expected: float, sources: Sources, **how: object) -> proof.Proof:
     """What the fresh process at a run's end does, without its second and a half of imports."""
-    request = {"checkpoint": str(checkpoint), "token_cache": str(token_cache), **how}
+    request = {"checkpoint": str(checkpoint), "sources": sources.to_list(), **how}
     held_out, sample = proof._open_and_measure(request)
     return proof.Proof(held_out, expected, sample)
 

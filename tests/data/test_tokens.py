@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from onym.data.corpus import Corpus
+from onym.data.survey import survey
+from onym.data.tokenise import tokenise
 from onym.data.tokenizer import Tokenizer
-from onym.data.tokens import TokenData, cached_tokenizer, survey, tokenise
+from onym.data.tokens import TokenData
+from onym.data.train_tokenizer import cached_tokenizer
 from onym.errors import DataError
 from onym.storage import local
 
@@ -29,15 +32,15 @@ def write(folder: Path, texts: list[str]) -> Corpus:
 
 def build(corpus: Corpus, cache: Path, held_out: float = 0.1) -> tuple[TokenData, Tokenizer]:
     found = survey(corpus, held_out)
-    tokenizer = cached_tokenizer(corpus, found, 300, cache)
-    return tokenise(corpus, found, tokenizer, cache), tokenizer
+    tokenizer = cached_tokenizer([found], 300, cache)
+    return tokenise(found, tokenizer, cache), tokenizer
 
 
 def documents(data: TokenData, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     both = []
     for stream in (data.train, data.held_out):
         bounds = [*stream.document_starts.tolist(), len(stream)]
-        pieces = [stream.tokens[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+        pieces = [stream.read(a, b).tolist() for a, b in itertools.pairwise(bounds)]
         assert all(piece[-1] == tokenizer.end_of_text for piece in pieces)
         both.append([tokenizer.decode(piece[:-1]) for piece in pieces])
     return both[0], both[1]
@@ -105,16 +108,16 @@ def test_the_cache_is_found_again_and_a_change_looks_elsewhere(tmp_path: Path) -
 def test_a_cache_that_is_not_whole_is_made_again(tmp_path: Path, damage: str) -> None:
     corpus, cache = write(tmp_path / "text", TEXTS), tmp_path / "cache"
     first, _ = build(corpus, cache)
-    before = np.array(first.train.tokens)
-    file = first.path / ("tokens.json" if damage == "no-json" else "train.bin")
+    before = first.train.read(0, len(first.train)).copy()
+    file = first.path / ("tokens.json" if damage == "no-json" else "train-00000.bin")
     if damage == "empty-index":
-        (first.path / "train.documents.npy").write_bytes(b"")
+        (first.path / "train-00000.documents.npy").write_bytes(b"")
     elif damage == "truncate":
         file.write_bytes(file.read_bytes()[:-2])
     else:
         file.unlink()
     again, _ = build(corpus, cache)
-    assert np.array_equal(again.train.tokens, before)
+    assert np.array_equal(again.train.read(0, len(again.train)), before)
     assert [entry.name for entry in (cache / "tokens").iterdir()] == [first.path.name]
 
 
@@ -144,10 +147,10 @@ def test_a_damaged_tokenizer_in_the_cache_is_made_again(tmp_path: Path) -> None:
 def test_the_dtype_follows_the_vocabulary(tmp_path: Path) -> None:
     corpus = write(tmp_path / "text", TEXTS)
     data, tokenizer = build(corpus, tmp_path / "cache")
-    assert data.train.tokens.dtype == np.uint16
+    assert data.train.dtype == np.uint16
     tokenizer.vocab_size = (1 << 16) + 1
-    wide = tokenise(corpus, survey(corpus, 0.3), tokenizer, tmp_path / "cache")
-    assert wide.train.tokens.dtype == np.uint32
+    wide = tokenise(survey(corpus, 0.3), tokenizer, tmp_path / "cache")
+    assert wide.train.dtype == np.uint32
 
 
 def test_a_long_document_is_encoded_in_pieces_and_stays_one(tmp_path: Path) -> None:
@@ -167,7 +170,7 @@ def test_an_empty_corpus_is_named(tmp_path: Path) -> None:
 def test_on_a_file_system_that_maps_no_files_tokens_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = write(tmp_path / "texts", TEXTS)
     mapped, tokenizer = build(corpus, tmp_path / "mapped")
-    assert isinstance(mapped.train.tokens, np.memmap)
+    assert isinstance(mapped.train.shards[0], np.memmap)
 
     def refused(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENODEV, "No such device")

@@ -13,6 +13,7 @@ import torch
 
 import onym as library
 from onym.data.batches import Batch
+from onym.data.sources import Sources
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import open_tokens
 from onym.errors import CheckpointError
@@ -38,7 +39,7 @@ def proof_of(run: Path, checkpoint: Path) -> Proof:
     return prove(
         checkpoint,
         description["held_out"],
-        Path(description["token_cache"]),
+        Sources.open(description["sources"]),
         batch_size=4,
         eval_batches=20,
         device="cpu",
@@ -103,14 +104,14 @@ def test_a_model_that_fits_no_single_process_is_kept_without_a_proof(
 
 
 def test_a_sample_continues_a_text_that_was_held_out(run: Path) -> None:
-    cache = open_tokens(Path(json.loads((run / "run.json").read_text())["token_cache"]))
+    cache = open_tokens(Path(json.loads((run / "run.json").read_text())["sources"][0]["token_cache"]))
     assert cache is not None
     model = library.load_model(run)
     assert isinstance(model, library.GPT)
     tokenizer = Tokenizer.load(run / "checkpoints" / "step-000000010")
     sample = write_sample(model.train(), tokenizer, cache.held_out)
     given, written = sample[1:].split("]", 1)
-    assert tokenizer.decode(cache.held_out.tokens.tolist()).startswith(given)
+    assert tokenizer.decode(cache.held_out.read(0, len(cache.held_out)).tolist()).startswith(given)
     assert len(given) > 10
     assert len(written) > 10
     assert sample == write_sample(model, tokenizer, cache.held_out), "the same each time"
@@ -132,6 +133,6 @@ def test_a_token_cache_that_is_deleted_in_mid_run_is_written_again(
     done = onym("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 10)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bitwise identical" in done.stdout
-    cache = open_tokens(Path(json.loads((tmp_path / "runs/book/run.json").read_text())["token_cache"]))
+    cache = open_tokens(Path(json.loads((tmp_path / "runs/book/run.json").read_text())["sources"][0]["token_cache"]))
     assert cache is not None
     assert cache.description["vocab_size"] == 300

@@ -50,8 +50,8 @@ from onym.storage.disk import Disk
 from onym.train import loop, proof
 from onym.train.step import Stepper
 
-def prove(checkpoint, expected, token_cache, **how):
-    held_out, sample = proof._open_and_measure({"checkpoint": str(checkpoint), "token_cache": str(token_cache), **how})
+def prove(checkpoint, expected, sources, **how):
+    held_out, sample = proof._open_and_measure({"checkpoint": str(checkpoint), "sources": sources.to_list(), **how})
     return proof.Proof(held_out, expected, sample)
 
 loop.prove = prove

@@ -11,6 +11,8 @@ corpus takes 80 MB an epoch; and it is ours to keep, where NumPy may change its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,25 +53,65 @@ def epoch_key(seed: int, epoch: int) -> int:
     return int(_mix(np.array([epoch], dtype=np.uint64) ^ _mix(np.array([seed % 2**64], dtype=np.uint64)))[0])
 
 
-def window_numbers(batch: int, batch_size: int, windows: int, seed: int) -> NDArray[np.int64]:
-    """The windows that make up a batch.
+def windows_at(positions: UInt64Array, windows: int, seed: int) -> NDArray[np.int64]:
+    """The windows at positions of a sequence that runs through all of them epoch after epoch, each time in another order.
 
     Args:
-        batch: which batch, counted from 0 and without end: batches run on from one epoch into the next.
-        batch_size: windows in a batch.
+        positions: uint64, counted from 0 and without end.
         windows: windows in an epoch.
-        seed: of the run.
+        seed: of the order.
 
     Returns:
-        int64 [batch_size].
+        int64 of the same shape.
     """
-    numbers = np.empty(batch_size, dtype=np.int64)
-    positions = np.arange(batch * batch_size, (batch + 1) * batch_size, dtype=np.uint64)
+    numbers = np.empty(len(positions), dtype=np.int64)
     epochs, within = positions // np.uint64(windows), positions % np.uint64(windows)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
         numbers[chosen] = permute(within[chosen], windows, epoch_key(seed, int(epoch))).astype(np.int64)
     return numbers
+
+
+PERIOD = 4096
+"""Sequences in which each source has its exact share, to one in 4096."""
+
+
+def shares_of(weights: Sequence[float]) -> NDArray[np.int64]:
+    """How many of :data:`PERIOD` sequences each source gives: in proportion to the weights, at least 1, int64 [sources]."""
+    exact = np.array(weights) / np.sum(weights) * PERIOD
+    counts: NDArray[np.int64] = np.maximum(1, np.floor(exact)).astype(np.int64)
+    while (missing := PERIOD - int(counts.sum())) != 0:
+        # the largest remainder first; where minima made it too many, the source that has most gives some up
+        changed = np.argmax(exact - counts) if missing > 0 else np.argmax(counts)
+        counts[changed] += 1 if missing > 0 else -1
+    return counts
+
+
+def source_at(positions: UInt64Array, shares: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], UInt64Array]:
+    """Which source each sequence comes from, and how many of that source come before it.
+
+    In every :data:`PERIOD` sequences each source has its share exactly, in an order of their own.
+
+    Args:
+        positions: uint64, numbers of sequences, counted from 0 and without end.
+        shares: of each source, as :func:`shares_of` gives them.
+        seed: of the run.
+
+    Returns:
+        The sources, int64, and the counts, uint64, both of the same shape as ``positions``.
+    """
+    sources, before = np.empty(len(positions), dtype=np.int64), np.empty(len(positions), dtype=np.uint64)
+    periods, slots = positions // np.uint64(PERIOD), (positions % np.uint64(PERIOD)).astype(np.int64)
+    for period in np.unique(periods):
+        order = permute(np.arange(PERIOD, dtype=np.uint64), PERIOD, epoch_key(~seed, int(period)))
+        of_slot = np.searchsorted(np.cumsum(shares), order.astype(np.int64), side="right")
+        earlier = np.empty(PERIOD, dtype=np.int64)
+        for source, share in enumerate(shares):
+            earlier[of_slot == source] = np.arange(share)
+        chosen = periods == period
+        sources[chosen] = of_slot[slots[chosen]]
+        before[chosen] = (int(period) * shares[sources[chosen]] + earlier[slots[chosen]]).astype(np.uint64)
+    return sources, before
 
 
 def _mix(value: UInt64Array) -> UInt64Array:

@@ -6,6 +6,7 @@ byte for byte through a tokenizer trained here, because its alphabet is the 256 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -46,14 +47,8 @@ class Tokenizer:
         Raises:
             TokenizerError: the vocabulary could not hold every byte.
         """
-        if vocab_size < _SMALLEST_VOCABULARY:
-            raise TokenizerError(
-                f"A byte-level vocabulary needs at least {_SMALLEST_VOCABULARY} tokens, one a byte and one for the end of "
-                f"a document: --vocab-size {vocab_size} is too small."
-            )
-        inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = decoders.ByteLevel()
+        require_bytes(vocab_size)
+        inner = _byte_level()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
@@ -61,6 +56,23 @@ class Tokenizer:
             show_progress=False,
         )
         inner.train_from_iterator(texts, trainer)
+        return cls(inner)
+
+    @classmethod
+    def of_merges(cls, merges: Iterable[tuple[bytes, bytes]], vocab_size: int) -> Tokenizer:
+        """What :meth:`train` gives, from the merges that training finds, in order."""
+        inner = _byte_level()
+        vocabulary = {END_OF_TEXT: 0}
+        for character in sorted(_characters()):
+            vocabulary[character] = len(vocabulary)
+        pairs: list[tuple[str, str]] = []
+        for left, right in merges:
+            if len(vocabulary) >= vocab_size:
+                break
+            pairs.append((_as_text(left), _as_text(right)))
+            vocabulary.setdefault("".join(pairs[-1]), len(vocabulary))
+        inner.model = models.BPE(vocabulary, pairs)
+        inner.add_special_tokens([END_OF_TEXT])
         return cls(inner)
 
     @classmethod
@@ -127,6 +139,34 @@ class Tokenizer:
                 yield piece
         if rest := self.decode(seen)[written:]:  # an end inside a character
             yield rest
+
+
+def require_bytes(vocab_size: int) -> None:
+    """Raise a TokenizerError where a vocabulary could not hold every byte."""
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise TokenizerError(
+            f"A byte-level vocabulary needs at least {_SMALLEST_VOCABULARY} tokens, one a byte and one for the end of "
+            f"a document: --vocab-size {vocab_size} is too small."
+        )
+
+
+def _byte_level() -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+@functools.cache
+def _characters() -> list[str]:
+    """The character that stands for each byte in a tokenizer.json, as GPT-2 chose them."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _as_text(token: bytes) -> str:
+    return "".join(_characters()[byte] for byte in token)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from onym.checkpoint.checkpointer import Checkpointer
 from onym.data.batches import TrainingBatches
 from onym.data.prefetch import Prefetcher
+from onym.data.sources import Source, Sources
+from onym.data.survey import Survey, survey
+from onym.data.token_files import is_token_data, link_tokens, tokenizer_of
+from onym.data.tokenise import tokenise
 from onym.data.tokenizer import Tokenizer
-from onym.data.tokens import TokenData, cached_tokenizer, survey, tokenise
+from onym.data.train_tokenizer import cached_tokenizer
 from onym.errors import CheckpointError, ConfigError, RunError
 from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
@@ -29,21 +35,30 @@ from onym.train.saving import CheckpointSaver
 from onym.train.schedule import make_schedule
 from onym.train.state import TrainState
 from onym.train.step import Stepper
-from onym.units import format_size
+from onym.units import format_size, parse_size
 
 
-def prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: Display) -> tuple[Tokenizer, TokenData]:
+def prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: Display) -> tuple[Tokenizer, Sources]:
     """Text -> tokenizer and token streams, from the caches where they are known already.
 
     Args:
         checkpoint: whose tokenizer is taken.
     """
-    data, corpus = options.data, options.data.corpus
+    data = options.data
+    specs = data.sources
+    texts: dict[str, Survey] = {}
     with display.activity("Text") as activity:
-        found = survey(corpus, data.held_out, activity)
-        activity.result = f"{found.documents:,} documents, {format_size(found.text_bytes)} of {corpus.description}"
+        for spec in specs:
+            if not is_token_data(spec.data):
+                corpus = data.corpus(spec, activity.bytes)
+                texts[spec.name] = survey(corpus, data.held_out, activity.bytes, skip_bad_files=data.on_bad_file == "skip")
+        activity.result = _described(texts.values(), data.description) if texts else f"token files of {data.description}"
+    for found in texts.values():
+        for _, reason in found.skipped:
+            display.warn(f"Skipped: {reason}")
     with display.activity("Tokenizer") as activity:
-        name = "byte-level BPE"
+        name = data.tokenizer or "byte-level BPE"
+        linked = [spec.data for spec in specs if spec.name not in texts]
         if checkpoint is not None:
             text = checkpoint.text(TOKENIZER)
             if text is None:
@@ -51,13 +66,31 @@ def prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: 
             tokenizer = Tokenizer.from_json(text)
         elif data.tokenizer is not None:
             tokenizer = Tokenizer.load(data.tokenizer)
+        elif linked:
+            tokenizer, name = tokenizer_of([entry for entries in linked for entry in entries]), "that of the token files"
         else:
-            tokenizer = cached_tokenizer(corpus, found, data.vocab_size, data.cache_dir, activity)
-        activity.result = f"{data.tokenizer or name}, {tokenizer.vocab_size:,} tokens"
+            sample = parse_size(data.tokenizer_sample, "--tokenizer-sample")
+            surveys = list(texts.values())
+            tokenizer = cached_tokenizer(
+                surveys, data.vocab_size, data.cache_dir, activity.bytes, sample_bytes=sample, warn=display.warn
+            )
+        activity.result = f"{name}, {tokenizer.vocab_size:,} tokens"
     with display.activity("Tokens") as activity:
-        tokens = tokenise(corpus, found, tokenizer, data.cache_dir, activity)
-        activity.result = f"{len(tokens.train):,} to train on, {len(tokens.held_out):,} held out"
-    return tokenizer, tokens
+        made = []
+        for spec in specs:
+            if spec.name in texts:
+                tokens = tokenise(texts[spec.name], tokenizer, data.cache_dir, activity.bytes, display.warn)
+            else:
+                tokens = link_tokens(spec.data, tokenizer, data.held_out, data.cache_dir)
+            made.append(Source(spec.name, spec.weight, tokens))
+        sources = Sources(tuple(made))
+        activity.result = f"{sources.training_tokens:,} to train on, {sources.held_out_tokens:,} held out"
+    return tokenizer, sources
+
+
+def _described(texts: Iterable[Survey], name: str) -> str:
+    documents, text_bytes = (sum(getattr(found, what) for found in texts) for what in ("documents", "text_bytes"))
+    return f"{documents:,} documents, {format_size(text_bytes)} of {name}"
 
 
 def build_trainer(
@@ -76,19 +109,17 @@ def build_trainer(
         tokenizer_of: a checkpoint whose tokenizer is taken.
     """
     sharding = make_sharding(options.run, ranks, compute)
-    tokenizer, tokens = ranks.local_rank0_first(lambda: prepare_data(options, tokenizer_of, display))
+    tokenizer, sources = ranks.local_rank0_first(lambda: prepare_data(options, tokenizer_of, display))
     run, optimization = options.run, options.optimization
     config = options.model.config(tokenizer.vocab_size)
-    schedule = make_schedule(optimization, config.context_length, len(tokens.train))
+    schedule = make_schedule(optimization, config.context_length, sources.training_tokens)
     micro_batches = schedule.micro_batches(optimization.micro_batch, ranks.world_size)
-    batches = TrainingBatches(
-        tokens.train,
-        config.context_length,
-        schedule.batch_size,
-        optimization.seed,
-        options.data.corpus.description,
-        (ranks.rank, ranks.world_size),
-    )
+    windows = sources.windows(config.context_length, schedule.batch_size, options.data.description)
+    batches = TrainingBatches(windows, schedule.batch_size, optimization.seed, sources.weights, (ranks.rank, ranks.world_size))
+    if sources.mixed:
+        epochs = sources.epochs(schedule.steps * schedule.batch_size, windows)
+        parts = [f"{name} {share:.1%}, {epochs[name]:.2f} epochs" for name, share in sources.shares.items()]
+        display.note(f"Mixture: {'; '.join(parts)}")
     seed_all(optimization.seed)
     model = sharding.make(config) if sharding else GPT(config).to(compute.device)
     stepper = Stepper(model, optimization, compute, ranks, sharding)
@@ -100,18 +131,16 @@ def build_trainer(
         options=options,
         folder=folder,
         schedule=schedule,
-        tokens=tokens,
+        sources=sources,
         display=display,
         checkpointer=checkpointer,
         stepper=stepper,
         batches=Prefetcher(batches.__getitem__, compute.device),
-        evaluator=Evaluator(tokenizer, tokens.held_out, compute, ranks, gathers_bf16, sequences),
+        evaluator=Evaluator(tokenizer, sources, compute, ranks, gathers_bf16, sequences),
         saver=saver,
         log=log,
         recovery=Recovery(stepper, saver, log, schedule, display),
-        state=TrainState(
-            tokens=tokens.path.name, environment=_environment(compute, ranks, sharding), micro_batch=micro_batches[0]
-        ),
+        state=TrainState(tokens=sources.key, environment=_environment(compute, ranks, sharding), micro_batch=micro_batches[0]),
         micro_batches=micro_batches,
     )
 

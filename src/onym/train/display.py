@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _SAMPLE_LINES = 3
 _BARS = "▁▂▃▄▅▆▇█"
+_PIPE_SECONDS = 30  # between two lines about something that takes a while, where no terminal shows it
 _WIDE = 132  # columns from which the sample goes beside the figures
 
 
@@ -250,5 +251,24 @@ class Activity:
         )
         self._task = self.progress.add_task(title, total=None)
 
+        self._console = console
+        self._what, self._began_at, self._began_with, self._told_at = "", 0.0, 0, time.monotonic()
+
     def __call__(self, what: str, done: int, total: int) -> None:
         self.progress.update(self._task, description=what, completed=done, total=total or None)
+
+    def bytes(self, what: str, done: int, total: int) -> None:
+        """The same with bytes, and how fast they go; in a pipe, a line every half minute."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._began_at, self._began_with = what, now, done
+        parts = [format_size(done) + (f" of {format_size(total)}" if total else "")] if done or total else []
+        seconds, read = now - self._began_at, done - self._began_with
+        if seconds > 0.5 and read > 0:
+            parts.append(f"{format_size(read / seconds)}/s")
+            if total > done:
+                parts.append(f"ETA {format_clock((total - done) * seconds / read)}")
+        self(what + (f": {', '.join(parts)}" if parts else ""), done, total)
+        if not self._console.is_terminal and now - self._told_at > _PIPE_SECONDS:
+            self._told_at = now
+            self._console.print(escape(f"{what}: {', '.join(parts)}"))

@@ -10,6 +10,7 @@ import numpy as np
 
 from onym.compile.in_place import without_compilation
 from onym.data.batches import IGNORED_TARGET, evaluation_batches
+from onym.data.sources import Sources
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TokenStream
 from onym.errors import CheckpointError
@@ -22,6 +23,8 @@ from onym.train.precision import Compute
 
 _PROMPT_TOKENS = 16
 _NEW_TOKENS = 80
+MAIN = "val_loss"
+"""The held-out loss, in metrics.jsonl."""
 _SEED = 0  # the same each time, so that samples of different steps differ by what was learned
 
 
@@ -62,6 +65,26 @@ def held_out_loss(
     return total / tokens if tokens else float("nan")
 
 
+def held_out_losses(
+    model: GPT,
+    sources: Sources,
+    batch_size: int,
+    limit: int,
+    compute: Compute,
+    ranks: DistContext = DistContext(),  # noqa: B008
+) -> dict[str, float]:
+    """The held-out loss of each source of a mixture, and as :data:`MAIN` their mean, weighted as they are trained on.
+
+    A collective. ``limit`` is divided among the sources.
+    """
+    limit = max(1, limit // len(sources.sources))
+    losses = [held_out_loss(model, each.tokens.held_out, batch_size, limit, compute, ranks) for each in sources.sources]
+    if not sources.mixed:
+        return {MAIN: losses[0]}
+    mean = sum(loss * weight for loss, weight in zip(losses, sources.weights, strict=True))
+    return {MAIN: mean, **{f"{MAIN}/{each.name}": loss for each, loss in zip(sources.sources, losses, strict=True)}}
+
+
 def write_sample(model: GPT, tokenizer: Tokenizer, held_out: TokenStream) -> str:
     """The beginning of a held-out document in brackets, and what the model makes of it."""
     prompt = _beginning(held_out)
@@ -79,7 +102,7 @@ def _beginning(held_out: TokenStream) -> list[int]:
     ends = np.append(held_out.document_starts[1:], len(held_out))
     long_enough = np.flatnonzero(ends - held_out.document_starts > 3 * _PROMPT_TOKENS)
     start = int(held_out.document_starts[long_enough[0]]) if len(long_enough) else 0
-    tokens: list[int] = held_out.tokens[start : start + _PROMPT_TOKENS].tolist()
+    tokens: list[int] = held_out.read(start, start + _PROMPT_TOKENS).tolist()
     return tokens if len(long_enough) else []
 
 
@@ -88,7 +111,7 @@ class Evaluator:
     """Evaluates the models of a run."""
 
     tokenizer: Tokenizer
-    held_out: TokenStream
+    sources: Sources
     compute: Compute
     ranks: DistContext
     gathers_bf16: bool
@@ -96,9 +119,9 @@ class Evaluator:
     sequences: int
     """The most in an evaluation: the same text, however a batch is split."""
 
-    def loss(self, model: GPT, micro_batch: int) -> float:
-        """Held-out loss. A collective."""
-        return held_out_loss(model, self.held_out, micro_batch, self.sequences // micro_batch, self.compute, self.ranks)
+    def losses(self, model: GPT, micro_batch: int) -> dict[str, float]:
+        """Held-out losses by their names in metrics.jsonl. A collective."""
+        return held_out_losses(model, self.sources, micro_batch, self.sequences // micro_batch, self.compute, self.ranks)
 
     def sample(self, model: GPT) -> str | None:
         """A held-out document continued by the model, on rank 0; None on other ranks, and of weights that are not finite.
@@ -110,7 +133,7 @@ class Evaluator:
         try:
             # Weights that are all-gathered in bf16 can be multiplied with bf16 alone.
             with self.compute.autocast() if self.gathers_bf16 else nullcontext():
-                text = write_sample(model, self.tokenizer, self.held_out)
+                text = write_sample(model, self.tokenizer, self.sources.sources[0].tokens.held_out)
         except CheckpointError:  # non-finite weights, which are reported elsewhere
             return None
         return text if self.ranks.is_rank0 else None

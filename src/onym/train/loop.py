@@ -19,11 +19,11 @@ from onym.compile.cache import warm_start
 from onym.compile.in_place import Compilation, How
 from onym.data.batches import Batch
 from onym.data.prefetch import Prefetcher
-from onym.data.tokens import TokenData, relink_cache
+from onym.data.sources import Sources
 from onym.errors import CheckpointError, RunError
 from onym.train.display import Display
 from onym.train.dry_run import prepare
-from onym.train.evaluate import Evaluator
+from onym.train.evaluate import MAIN, Evaluator
 from onym.train.log import TrainLog
 from onym.train.options import TrainOptions
 from onym.train.planned_kill import planned_kill
@@ -72,7 +72,7 @@ class Trainer:
     options: TrainOptions
     folder: RunFolder
     schedule: Schedule
-    tokens: TokenData
+    sources: Sources
     display: Display
     checkpointer: Checkpointer
     stepper: Stepper
@@ -169,15 +169,17 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Evaluate the model, and write a sample; returns the losses by their names in metrics.jsonl."""
         state, model, average = self.state, self.stepper.model, self.stepper.average
-        state.record_evaluation(self.evaluator.loss(model, state.micro_batch))
+        losses = self.evaluator.losses(model, state.micro_batch)
+        state.record_evaluation(losses[MAIN])
         self.evaluated_step = state.step
         if math.isnan(state.held_out):
             self.display.warn(f"The held-out loss after step {state.step} is not a number; training continues.")
         if (text := self.evaluator.sample(model)) is not None:
             self.log.sample(state, text)
         self.checkpoint_due |= self.options.run.keep_best and state.best_step == state.step > 0
-        values = {"val_loss": state.held_out}
-        return values if average is None else {**values, "ema_val_loss": self.evaluator.loss(average.model, state.micro_batch)}
+        if average is None:
+            return losses
+        return {**losses, "ema_val_loss": self.evaluator.losses(average.model, state.micro_batch)[MAIN]}
 
     def save(self, *, durably: bool = False) -> None:
         """Save a checkpoint in the background; ``durably`` waits for it, and raises where it fails."""
@@ -237,16 +239,17 @@ class Trainer:
         if not math.isfinite(state.held_out):
             raise RunError(
                 f"The held-out loss is not a number, so nothing shows that '{checkpoint}' is what was trained; its weights are "
-                f"finite. Either the held-out text has nothing to predict ({len(self.tokens.held_out)} tokens; --held-out), or "
-                f"the model leaves the range of {compute.precision} (try --precision fp32): run the same command again."
+                f"finite. Either the held-out text has nothing to predict ({self.sources.held_out_tokens} tokens; --held-out), "
+                f"or the model leaves the range of {compute.precision} (try --precision fp32): run the same command again."
             )
-        relink_cache(self.tokens)  # somebody may have deleted the cache, which stays mapped in this process alone
+        # Somebody may have deleted the token cache, which stays mapped in this process alone.
+        self.sources.relink(self.evaluator.tokenizer.to_json())
         with self.display.activity("Proof") as activity:
             try:
                 proof = prove(
                     checkpoint,
                     state.held_out,
-                    self.tokens.path,
+                    self.sources,
                     batch_size=state.micro_batch,
                     eval_batches=self.evaluator.sequences // state.micro_batch,
                     device=str(compute.device),
@@ -270,7 +273,8 @@ class Trainer:
             "parameters": self.parameters,
             "compiled": self.compiled,
             "model": self.stepper.model.config.to_dict(),
-            "token_cache": str(self.tokens.path),
+            "sources": self.sources.to_list(),
+            "skipped_files": self.sources.skipped_files,
         }
 
     @property

@@ -16,9 +16,12 @@ import platformdirs
 from tyro.conf import arg
 
 from onym.data.corpus import Corpus
+from onym.data.remote import is_remote, local_path
+from onym.data.sources import SourceSpec
+from onym.data.survey import Progress
 from onym.errors import ConfigError
 from onym.gpt.config import GPTConfig
-from onym.units import parse_count, parse_duration
+from onym.units import parse_count, parse_duration, parse_size
 
 _NOT_OF_THE_SHAPE = ("preset", "start_from")
 
@@ -44,15 +47,24 @@ class DataOptions:
     """What to train on."""
 
     data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
-    """Files, folders or globs: .txt, .md, .py, .jsonl, .parquet. Without it: the documentation that Python carries."""
+    """Files, folders, globs or addresses (s3://, https://, hf://datasets/) of text, JSON lines, .parquet, .arrow, datasets that
+    Hugging Face saved, or token files (.bin). Without it: the documentation that Python carries."""
+    mix: Annotated[tuple[str, ...], arg(metavar="NAME:WEIGHT:PATH [...]", help_behavior_hint="(default: none)")] = ()
+    """Several sources instead of --data, with their shares of the tokens that are trained on: web:0.7:data/web code:0.3:src."""
     text_field: str = "text"
-    """Field of .jsonl lines, or column of .parquet files, that holds the text."""
+    """Field of JSON lines, or column of tables, that holds the text."""
+    suffix: Annotated[tuple[str, ...], arg(metavar="SUFFIX [SUFFIX ...]", help_behavior_hint="(default: none)")] = ()
+    """Further suffixes of text files that a folder is searched for: .rst .c"""
     held_out: float = 0.05
     """Share of the text that is held out of training, to evaluate the loss on."""
     tokenizer: Annotated[str | None, arg(metavar="FILE|NAME", help_behavior_hint="(default: train one)")] = None
     """An existing tokenizer: a tokenizer.json, a folder with one, or a name on the Hugging Face hub (gpt2)."""
     vocab_size: int = 1024
     """Vocabulary of the byte-level BPE that is trained on the text, where no tokenizer is given."""
+    tokenizer_sample: str = "1GB"
+    """Most text that the tokenizer is trained on, spread over all of it."""
+    on_bad_file: Literal["fail", "skip"] = "fail"
+    """What to do with a file that cannot be read: fail, or skip it and list it in the log and in run.json."""
     cache_dir: Path = field(
         default_factory=lambda: Path(os.environ.get("ONYM_CACHE_DIR") or platformdirs.user_cache_dir("onym"))
     )
@@ -63,11 +75,33 @@ class DataOptions:
         if not 0 < self.held_out < 1:
             raise ConfigError(f"--held-out must be between 0 and 1, not {self.held_out}.")
         _require_positive(self, "vocab_size")
+        parse_size(self.tokenizer_sample, "--tokenizer-sample")
+        if self.mix and self.data:
+            raise ConfigError("--mix and --data are two ways to name the text: give one of them.")
+        names = [source.name for source in self.sources]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"--mix has two sources that are called '{twice}': give each its own name.")
 
     @property
-    def corpus(self) -> Corpus:
+    def sources(self) -> tuple[SourceSpec, ...]:
         """The text these options name."""
-        return Corpus(self.data, self.text_field)
+        if self.mix:
+            return tuple(SourceSpec.parse(text) for text in self.mix)
+        return (SourceSpec("data", 1.0, self.data),)
+
+    def corpus(self, source: SourceSpec, progress: Progress | None = None) -> Corpus:
+        """The text of one of the sources; ``progress`` is told of files that are fetched."""
+        return Corpus(source.data, self.text_field, self.suffix, self.cache_dir, progress)
+
+    @property
+    def name(self) -> str:
+        """What to call a run on this text."""
+        return "-".join(source.name for source in self.sources) if self.mix else Corpus(self.data).name
+
+    @property
+    def description(self) -> str:
+        """What an error or a summary calls this text."""
+        return " and ".join(source.name for source in self.sources) if self.mix else Corpus(self.data).description
 
 
 @dataclass(frozen=True)
@@ -269,7 +303,7 @@ class TrainOptions:
     @property
     def run_path(self) -> Path:
         """The run's folder."""
-        return self.run.runs_dir / (self.run.name or self.data.corpus.name)
+        return self.run.runs_dir / (self.run.name or self.data.name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> TrainOptions:
@@ -290,11 +324,16 @@ class TrainOptions:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """JSON values, by subject; the text by absolute paths, so that a run continues from another folder too."""
         values = dataclasses.asdict(self)
-        values["data"]["data"] = [str(Path(entry).expanduser().absolute()) for entry in self.data.data]
+        values["data"]["data"] = [_absolute(entry) for entry in self.data.data]
+        values["data"]["mix"] = [f"{s.name}:{s.weight!r}:{_absolute(s.data[0])}" for s in self.data.sources if self.data.mix]
         return {
             subject: {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
             for subject, fields in values.items()
         }
+
+
+def _absolute(entry: str) -> str:
+    return entry if is_remote(entry) else str(Path(local_path(entry)).expanduser().absolute())
 
 
 def flag(name: str) -> str:

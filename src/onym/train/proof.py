@@ -10,9 +10,13 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from onym.errors import CheckpointError, is_out_of_memory
 from onym.train.fresh_process import FreshProcess, ProcessFailed, answering, command_of
+
+if TYPE_CHECKING:
+    from onym.data.sources import Sources
 
 _NO_MEMORY = 3  # exit code
 _TOLERANCE = 1e-4  # nats; the same machine gives the same bits, another thread count rounds otherwise
@@ -37,7 +41,7 @@ class Proof:
 def prove(
     checkpoint: Path,
     expected: float,
-    token_cache: Path,
+    sources: Sources,
     *,
     batch_size: int,
     eval_batches: int,
@@ -50,7 +54,7 @@ def prove(
     Args:
         checkpoint: of the run.
         expected: what the trained model's held-out loss is.
-        token_cache: the folder with the run's tokens.
+        sources: the run's tokens.
         batch_size, eval_batches, device, precision: as the training process measures.
         rounded: whether it computed with block weights rounded to bf16, unlike those in the checkpoint.
 
@@ -60,7 +64,7 @@ def prove(
     """
     request = {
         "checkpoint": str(checkpoint),
-        "token_cache": str(token_cache),
+        "sources": sources.to_list(),
         "batch_size": batch_size,
         "eval_batches": eval_batches,
         "device": device,
@@ -80,17 +84,17 @@ def prove(
     return Proof(answer["held_out"], expected, answer["sample"])
 
 
-def _open_and_measure(request: dict[str, object]) -> tuple[float, str]:
+def _open_and_measure(request: dict[str, Any]) -> tuple[float, str]:
     """What the fresh process does: the held-out loss and a sample of the model in the checkpoint."""
     import torch
 
     from onym.api import load_checkpoint
+    from onym.data.sources import Sources
     from onym.data.tokenizer import Tokenizer
-    from onym.data.tokens import open_tokens
     from onym.format.manifest import TOKENIZER
     from onym.format.reader import read_checkpoint
     from onym.gpt.gpt2 import GPT
-    from onym.train.evaluate import held_out_loss, write_sample
+    from onym.train.evaluate import MAIN, held_out_losses, write_sample
     from onym.train.precision import choose_compute
 
     compute = choose_compute(str(request["device"]), str(request["precision"]))
@@ -101,14 +105,13 @@ def _open_and_measure(request: dict[str, object]) -> tuple[float, str]:
         with torch.no_grad():
             for parameter in model.trf_blocks.parameters():
                 parameter.copy_(parameter.bfloat16())
-    tokens = open_tokens(Path(str(request["token_cache"])))
-    assert tokens is not None, "the token cache is gone"
+    sources = Sources.open(request["sources"])
     batch_size, limit = int(str(request["batch_size"])), int(str(request["eval_batches"]))
-    loss = held_out_loss(model, tokens.held_out, batch_size, limit, compute)
+    loss = held_out_losses(model, sources, batch_size, limit, compute)[MAIN]
     text = checkpoint.text(TOKENIZER)
     assert text is not None
     tokenizer = Tokenizer.from_json(text)
-    return loss, write_sample(model, tokenizer, tokens.held_out)
+    return loss, write_sample(model, tokenizer, sources.sources[0].tokens.held_out)
 
 
 def main(request: str) -> int:

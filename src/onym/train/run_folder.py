@@ -28,7 +28,8 @@ DESCRIPTION, METRICS = "run.json", "metrics.jsonl"
 RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 
 CHANGEABLE = {
-    *("data", "text_field"),  # how it is spelled; whether it is the same text is seen by the tokens
+    # How the text is named; whether it is the same is seen by the tokens.
+    *("data", "text_field", "mix", "suffix", "tokenizer_sample", "on_bad_file"),
     *("cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "keep_every", "keep_best"),
     *("log_every", "compile", "precision", "deterministic", "device", "processes", "time_limit", "data_changed", "track"),
     "peer_timeout",

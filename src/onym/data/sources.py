@@ -1,0 +1,154 @@
+"""What a run is trained on: one tokenised corpus, or several in fixed shares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from onym.data.batches import StreamWindows, Windows
+from onym.data.tokens import TokenData, open_tokens, relink_cache
+from onym.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source as it was asked for.
+
+    >>> SourceSpec.parse("code:0.3:data/code")
+    SourceSpec(name='code', weight=0.3, data=('data/code',))
+    """
+
+    name: str
+    weight: float
+    data: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> SourceSpec:
+        """A source of ``--mix``, ``NAME:WEIGHT:PATH``.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        name, weight, path = (*text.split(":", 2), "", "")[:3]
+        try:
+            share = float(weight)
+        except ValueError:
+            share = 0.0
+        if not name or "/" in name or not path or not 0 < share < float("inf"):
+            raise ConfigError(
+                f"--mix '{text}' is no source: give its name, its weight (more than 0) and its path, as in web:0.7:data/web."
+            )
+        return cls(name, share, (path,))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tokenised corpus, and how much of a run comes from it."""
+
+    name: str
+    weight: float
+    tokens: TokenData
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All of a run, in order."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are several."""
+        return len(self.sources) > 1
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the text, the tokenizer and the shares."""
+        if not self.mixed:
+            return self.sources[0].tokens.path.name
+        parts = [[source.name, weight, source.tokens.path.name] for source, weight in self._shared()]
+        return blake3(json.dumps(parts).encode()).hexdigest()[:32]
+
+    @property
+    def training_tokens(self) -> int:
+        """Of all sources together."""
+        return sum(len(source.tokens.train) for source in self.sources)
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Of all sources together."""
+        return sum(len(source.tokens.held_out) for source in self.sources)
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the sources; together 1."""
+        return [weight for _, weight in self._shared()]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the tokens that are trained on, by the names of the sources."""
+        return {source.name: weight for source, weight in self._shared()}
+
+    def windows(self, context_length: int, batch_size: int, description: str) -> list[Windows]:
+        """What to train on.
+
+        Raises:
+            DataError: a source is too short.
+        """
+        windows: list[Windows] = []
+        for source in self.sources:
+            windows.append(StreamWindows(source.tokens.train, context_length))
+            needed = 1 if self.mixed else batch_size
+            if len(windows[-1]) < needed:
+                name = f"The source '{source.name}' of --mix" if self.mixed else description
+                size = f"one window of {context_length}" if self.mixed else f"one batch of {batch_size} x {context_length}"
+                raise DataError(
+                    f"{name} has {len(source.tokens.train):,} tokens to train on, fewer than {size} (and one more): add text "
+                    f"to {'it' if self.mixed else '--data'}, or lower --batch-size or --context-length."
+                )
+        return windows
+
+    def epochs(self, sequences: int, windows: Sequence[Windows]) -> dict[str, float]:
+        """How often a run of so many sequences goes through each source."""
+        return {
+            source.name: sequences * weight / len(its_windows)
+            for (source, weight), its_windows in zip(self._shared(), windows, strict=True)
+        }
+
+    @property
+    def skipped_files(self) -> list[dict[str, str]]:
+        """Those that could not be read, each with its name and the reason."""
+        return [skipped for source in self.sources for skipped in source.tokens.description.get("skipped", [])]
+
+    def relink(self, tokenizer_json: str) -> None:
+        """Write tokens again that were deleted while they are mapped.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        for source in self.sources:
+            relink_cache(source.tokens, tokenizer_json)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """JSON values, for run.json and for another process."""
+        return [{"name": s.name, "weight": s.weight, "token_cache": str(s.tokens.path)} for s in self.sources]
+
+    @classmethod
+    def open(cls, values: Sequence[Mapping[str, Any]]) -> Sources:
+        """What :meth:`to_list` gave; the tokens are there."""
+        sources = []
+        for value in values:
+            tokens = open_tokens(Path(value["token_cache"]))
+            assert tokens is not None, "the token cache is gone"
+            sources.append(Source(value["name"], value["weight"], tokens))
+        return cls(tuple(sources))
+
+    def _shared(self) -> list[tuple[Source, float]]:
+        total = sum(source.weight for source in self.sources)
+        return [(source, source.weight / total) for source in self.sources]

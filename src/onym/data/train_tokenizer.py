@@ -1,0 +1,142 @@
+"""A tokenizer trained on a corpus, from the cache or new."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from blake3 import blake3
+
+from onym.data.fast_bpe import SEPARATOR, Encoder, Warn, some_of, train_merges
+from onym.data.survey import Progress, Survey
+from onym.data.tokenizer import Tokenizer, require_bytes
+from onym.errors import TokenizerError, storage_error
+from onym.storage.paths import replace_file
+
+_BATCH_BYTES = 16 << 20
+_SMALL = 4 << 20  # bytes of text that `tokenizers` trains on in a second, and from which it knows best when no merge is left
+_COMPARED_VOCABULARY = 1000
+_BEGINNINGS, _BEGINNING = 1000, 8192  # of texts, to compare two libraries on
+
+
+def cached_tokenizer(
+    surveys: Sequence[Survey],
+    vocab_size: int,
+    cache: Path,
+    progress: Progress | None = None,
+    *,
+    sample_bytes: int = 1 << 30,
+    warn: Warn | None = None,
+) -> Tokenizer:
+    """The tokenizer trained on the training part of this text, from the cache or new.
+
+    Args:
+        surveys: of the corpora.
+        vocab_size: tokens, fewer where the text is too short for so many.
+        cache: where it is kept.
+        progress: told of bytes.
+        sample_bytes: of the text that it is trained on, spread over all of it.
+        warn: told where the fast library cannot be used.
+
+    Raises:
+        TokenizerError: the vocabulary could not hold every byte.
+        StorageError: the cache cannot be written.
+    """
+    require_bytes(vocab_size)
+    total = sum(found.text_bytes for found in surveys)
+    sampled = f"-{sample_bytes}" if sample_bytes < total else ""
+    fingerprint = surveys[0].fingerprint
+    if len(surveys) > 1:
+        fingerprint = blake3("".join(found.fingerprint for found in surveys).encode()).hexdigest()
+    path = cache / "tokenizers" / f"{fingerprint[:32]}-{surveys[0].train_share:g}-{vocab_size}{sampled}.json"
+    with suppress(TokenizerError):  # a damaged one is made again
+        if path.exists():
+            return Tokenizer.load(path)
+
+    def training_text() -> Iterator[bytes]:
+        share, done = min(1.0, sample_bytes / total), 0
+        for found in surveys:
+            for number in range(found.file_count):
+                for piece in found.pieces(number):
+                    done += len(piece.text)
+                    if piece.split == "train" and (share == 1 or _drawn(piece.text) < share):
+                        yield piece.text
+                if progress:
+                    progress("Reading text for the tokenizer", done, total)
+
+    if total <= _SMALL:
+        tokenizer = Tokenizer.train((text.decode() for text in training_text()), vocab_size)
+    else:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=cache) as folder:
+                tokenizer = _train(Path(folder), training_text(), vocab_size, progress, warn)
+        except OSError as error:
+            raise storage_error("write text for the tokenizer", cache, error) from error
+    replace_file(path, tokenizer.to_json())
+    return tokenizer
+
+
+def _drawn(text: bytes) -> float:
+    """A number from 0 to 1 that depends on the text alone, on other bits than what is held out does."""
+    return int.from_bytes(blake3(text).digest()[8:16], "big") / 2**64
+
+
+def _train(folder: Path, texts: Iterator[bytes], vocab_size: int, progress: Progress | None, warn: Warn | None) -> Tokenizer:
+    sample, part = folder / "text", folder / "part"
+    beginnings: list[bytes] = []
+    with sample.open("wb") as file:
+        for number, text in enumerate(texts):
+            file.write(SEPARATOR + text if number else text)
+            beginnings.append(text[:_BEGINNING])
+            if len(beginnings) == 2 * _BEGINNINGS:  # every second one: they stay spread over the text
+                beginnings = beginnings[::2]
+    compared = some_of(beginnings)
+    part.write_bytes(SEPARATOR.join(compared))
+    if progress:
+        progress("Training the tokenizer", 0, 0)
+    small = min(vocab_size, _COMPARED_VOCABULARY)
+    merges = train_merges([(part, small - 1), (sample, vocab_size - 1)])
+    if merges is None:
+        why = "could not train"
+    elif Tokenizer.of_merges(merges[0], small).to_json() != Tokenizer.train((t.decode() for t in compared), small).to_json():
+        why = "finds other merges than tokenizers in this text"
+    else:
+        tokenizer = Tokenizer.of_merges(merges[1], vocab_size)
+        if _uses_last_token(tokenizer, sample):
+            return tokenizer
+        why = ""  # where no pair is left it goes on to merge what never occurs; tokenizers stops
+    if warn and why:
+        warn(f"gigatoken {why}: tokenizers does the work, more slowly, with the right result.")
+    return Tokenizer.train((text.decode() for text in _separated(sample)), vocab_size)
+
+
+def _uses_last_token(tokenizer: Tokenizer, sample: Path) -> bool:
+    """Whether the last merge occurs in the text: then so do all before it."""
+    encode, last = Encoder(tokenizer, []), tokenizer.vocab_size - 1
+    return any(last in encode(texts)[0] for texts in _batches(_separated(sample)))
+
+
+def _separated(sample: Path) -> Iterator[bytes]:
+    """The texts of a file, :data:`SEPARATOR` between two."""
+    with sample.open("rb") as file:
+        rest = b""
+        while block := file.read(_BATCH_BYTES):
+            *texts, rest = (rest + block).split(SEPARATOR)
+            yield from texts
+        if rest:
+            yield rest
+
+
+def _batches(texts: Iterator[bytes]) -> Iterator[list[bytes]]:
+    batch, size = list[bytes](), 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
