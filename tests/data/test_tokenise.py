@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onym.data import readers
 from onym.data import survey as survey_module
 from onym.data import tokenise as tokenise_module
 from onym.data.corpus import Corpus
@@ -272,3 +274,85 @@ def test_of_millions_of_documents_the_share_is_held_out(monkeypatch: pytest.Monk
         return seen.threshold()
 
     assert threshold(1000) == threshold(10**9)
+
+
+@pytest.mark.parametrize("held_out", [0.001, 0.05, 0.4])
+@pytest.mark.parametrize("lines", ["many", "one", "two"])
+def test_a_file_that_is_read_in_blocks_gives_the_tokens_of_one_that_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: float, lines: str
+) -> None:
+    """Whether it is split (it is longer than what is held out) or not, wherever its blocks end."""
+    words = [f"wörd{n}é漢 " for n in range(6000)]
+    cut = {"many": 7, "one": 10**9, "two": 5000}[lines]
+    text = "".join(word + "\n" * (n % cut == cut - 1) for n, word in enumerate(words))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "text/b.txt").write_text(text[:9000] * 2, encoding="utf-8")
+    for number in range(30):
+        (tmp_path / f"text/c{number}.txt").write_text(f"note {number}\n" * 90)
+    corpus = Corpus((str(tmp_path / "text"),))
+    monkeypatch.setattr(survey_module, "PIECE", 1_000)
+    right = tokenise(survey(corpus, held_out), TOKENIZER, tmp_path / "whole")
+    monkeypatch.setattr(readers, "LONG_TEXT", 5_000)
+    for block in (997, 100_000):
+        monkeypatch.setattr(readers, "BLOCK", block)
+        found = survey(corpus, held_out)
+        assert found._long
+        data = tokenise(found, TOKENIZER, tmp_path / f"{block}")
+        assert data.path.name == right.path.name
+        assert content(data) == content(right)
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from onym.data.corpus import Corpus
+from onym.data.survey import survey
+from onym.data import tokenise as module
+from onym.data.tokenise import tokenise
+from onym.data.train_tokenizer import cached_tokenizer
+text, cache = sys.argv[1:]
+corpus = Corpus((text,))
+small = Path(text).with_suffix(".small.md")
+small.write_text("some text to begin with\\n" * 300_000)
+first = survey(Corpus((str(small),)), 0.1)
+cached_tokenizer([first], 400, Path(cache))
+tokenise(first, cached_tokenizer([first], 400, Path(cache)), Path(cache))  # all libraries are loaded, all threads are there
+def pages():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+def opened(folder, plain=module.open_tokens):
+    if folder.exists():  # the tokens are complete: they are mapped, which takes address space and no memory
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    return plain(folder)
+module.open_tokens = opened
+resource.setrlimit(resource.RLIMIT_AS, (pages() + int(1e9), hard))
+found = survey(corpus, 0.05)
+tokenizer = cached_tokenizer([found], 1000, Path(cache), sample_bytes=20_000_000)
+data = tokenise(found, tokenizer, Path(cache))
+print(found.text_bytes, len(data.train) + len(data.held_out), len(data.train.shards))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not tell of address space in /proc")
+def test_a_file_larger_than_memory_is_tokenised(tmp_path: Path) -> None:
+    """With less address space than the file has bytes; in full, of 20 GB, under ``make prove``."""
+    size = int(20e9) if os.environ.get("ONYM_PROVE") else int(1.5e9)
+    block = b"".join(b"%d: the words of a file that does not fit\n" % number for number in range(200_000))
+    with (tmp_path / "long.txt").open("wb") as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, str(tmp_path / "long.txt"), str(tmp_path / "cache")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        text_bytes, tokens, shards = map(int, done.stdout.split()[-3:])
+        assert text_bytes == size // len(block) * len(block)
+        assert tokens > text_bytes / 10
+        assert shards > 5
+    finally:  # pytest keeps the folders of three runs
+        (tmp_path / "long.txt").unlink()
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)

@@ -104,9 +104,11 @@ def link_tokens(data: Sequence[str], tokenizer: Tokenizer, held_out: float, cach
         with new_folder(folder) as temporary:
             (temporary / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
             write_description(temporary, description)
+            tokens = open_tokens(temporary)
+            assert tokens is not None, "the token folder just written does not open"
+            _require_vocabulary(tokens, tokenizer, _named(data))
         tokens = open_tokens(folder)
-    assert tokens is not None, "the token folder just written does not open"
-    _require_vocabulary(tokens, tokenizer, _named(data))
+        assert tokens is not None, "the token folder just written does not open"
     return tokens
 
 
