@@ -258,8 +258,9 @@ def test_bad_files_are_skipped_where_that_is_asked_for(corpus: Corpus, tmp_path:
 
 
 def test_a_corpus_of_bad_files_alone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match=r"no text in .*1 of its files cannot be read; the first: .*not UTF-8"):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"no text in .*2 of its files cannot be read; the first: .*not UTF-8"):
         survey(Corpus((str(tmp_path),)), 0.1, skip_bad_files=True)
 
 

@@ -27,7 +27,7 @@ _TRAIN = """
 import json, sys
 import gigatoken
 for sample, vocab_size, result in zip(*[iter(sys.argv[1:])] * 3):
-    _, merges = gigatoken.train_bpe(gigatoken.TextFileSource([sample], separator=b"\\xff"), int(vocab_size), [])
+    _, merges = gigatoken.train_bpe(gigatoken.TextFileSource([sample], b"\\xff"), int(vocab_size), [])
     with open(result, "w") as file:
         json.dump([[left.hex(), right.hex()] for left, right in merges], file)
 """

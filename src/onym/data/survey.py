@@ -161,8 +161,10 @@ def survey(corpus: Corpus, held_out: float, progress: Progress | None = None, *,
                 if progress and not seen.documents % 1000:
                     _tell(progress, done, total, min(seen.text_bytes - text_bytes, size))
         except DataError as error:
-            if not skip_bad_files or source is None:
+            if source is None or len(sources) == 1:
                 raise
+            if not skip_bad_files:
+                raise DataError(f"{error} To leave out what cannot be read: --on-bad-file skip.") from error
             seen = before
             skipped.append((source.name, str(error)))
         else:
