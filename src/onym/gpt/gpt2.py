@@ -21,14 +21,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from onym.gpt.config import GPTConfig
+from onym.gpt.documents import causal_in_documents, flex_attend, kernel_for, positions_of
 from onym.gpt.head_loss import IGNORED_TARGET, chunk_rows, head_loss
 from onym.gpt.meta import no_values
 
 # Matrix units work on tiles: on an A100 a head of 50304 rows instead of 50257 trains 14 % faster (the book's ladder).
 HEAD_MULTIPLE = 64
-# Tokens up to which compiled attention on a CPU multiplies whole squares: PyTorch's flash attention works through tiles there,
-# on the way back at a quarter of the machine's speed. At 256 tokens a step takes 10 % less.
-_WHOLE_SQUARES = 256
 
 
 class KVCache:
@@ -65,7 +63,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim, bias=config.qkv_bias)
         self.proj = nn.Linear(config.emb_dim, config.emb_dim, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # [batch, time, emb] -> the same
+    def forward(  # [batch, time, emb] -> the same
+        self, x: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         batch, time, emb = x.shape
         # [batch, time, 3 * emb] -> three of [batch, heads, time, head_dim]
         q, k, v = self.qkv(x).view(batch, time, 3, self.n_heads, emb // self.n_heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -76,18 +76,28 @@ class Attention(nn.Module):
             if 1 < time < k.shape[2]:  # several new tokens behind cached ones: each sees all up to itself
                 mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - time)
         dropout = self.drop_rate if self.training else 0.0
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and cache is None and time <= _WHOLE_SQUARES:
-            x = _attend(q, k, v, dropout)
+        compiling, masked = torch.compiler.is_compiling() and cache is None, documents is not None
+        kernel = kernel_for(x.device.type, time, q.shape[-1], dropout, compiling=compiling, documents=masked)
+        if kernel == "squares":
+            x = _attend(q, k, v, dropout, documents)
+        elif kernel == "flex":
+            assert documents is not None
+            x = flex_attend(q, k, v, documents)
+        elif documents is not None:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_in_documents(documents), dropout_p=dropout)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=time == k.shape[2], dropout_p=dropout)
         return self.proj(x.transpose(1, 2).reshape(batch, time, emb))  # type: ignore[no-any-return]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, documents: Tensor | None = None) -> Tensor:
     """Causal attention by its formula; each of [batch, heads, time, head_dim], the softmax in fp32."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [batch, heads, time, time]
     positions = torch.arange(q.shape[2], device=q.device)
-    weights = scores.float().masked_fill(positions[None, :] > positions[:, None], -torch.inf).softmax(dim=-1)
+    hidden = positions[None, :] > positions[:, None]
+    if documents is not None:
+        hidden = hidden | (documents[:, None, None, :] != documents[:, None, :, None])
+    weights = scores.float().masked_fill(hidden, -torch.inf).softmax(dim=-1)
     return F.dropout(weights.to(v.dtype), dropout, training=dropout > 0) @ v
 
 
@@ -117,8 +127,10 @@ class Block(nn.Module):
         self.ff = FeedForward(config)
         self.drop_resid = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # [batch, time, emb] -> the same
-        x = x + self.drop_resid(self.att(self.norm1(x), cache))
+    def forward(  # [batch, time, emb] -> the same
+        self, x: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.drop_resid(self.att(self.norm1(x), cache, documents))
         return x + self.drop_resid(self.ff(self.norm2(x)))  # type: ignore[no-any-return]
 
 
@@ -193,13 +205,22 @@ class GPT(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Logits, or the loss where targets are given.
 
         Args:
             tokens: [batch, time] int64, time at most ``context_length`` (with a cache: less what it already holds).
             targets: [batch, time] int64, the token that follows each; -100 where it does not count.
             cache: keys and values of the tokens before these; extended in place.
+            documents: [batch, time] int64, the number of the document that each token belongs to within its row,
+                non-decreasing (:func:`onym.gpt.documents.documents_of`): a token attends to its own document alone, at its
+                position in that. Not together with a cache, which holds one document.
 
         Returns:
             Logits [batch, time, vocab] in the compute dtype; with targets, the mean cross-entropy in nats, a 0-d fp32
@@ -212,13 +233,18 @@ class GPT(nn.Module):
                 f"{end} tokens do not fit a context of {self.config.context_length}: "
                 "pass the last ones only, or use onym.generate.engine, which slides."
             )
-        positions = torch.arange(start, end, device=tokens.device)
+        if documents is None:
+            positions = torch.arange(start, end, device=tokens.device)
+        elif cache is None:
+            positions = positions_of(documents)
+        else:
+            raise ValueError("A cache holds one document: pass documents, or a cache, not both.")
         x = self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions))  # [batch, time, emb]
         for block in self.trf_blocks:
             if self.recompute_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, None, documents, use_reentrant=False)
             else:
-                x = block(x, cache)
+                x = block(x, cache, documents)
         x = self.final_norm(x)
         if cache is not None:
             cache.length = end
