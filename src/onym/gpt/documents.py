@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onym.gpt.head_loss import IGNORED_TARGET
@@ -50,6 +50,28 @@ def targets_within(tokens: Tensor, targets: Tensor, end_of_text: int) -> Tensor:
         tokens, targets: [batch, time] int64.
     """
     return targets.masked_fill(tokens == end_of_text, IGNORED_TARGET)
+
+
+def counted(tokens: Tensor, targets: Tensor, end_of_text: int | None) -> Tensor:
+    """How many targets count, a 0-d int64 tensor; arguments as of :func:`loss_of`."""
+    counts = targets != IGNORED_TARGET
+    return (counts if end_of_text is None else counts & (tokens != end_of_text)).sum()
+
+
+def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, end_of_text: int | None) -> Tensor:
+    """The mean loss of a batch, a 0-d fp32 tensor.
+
+    Args:
+        model: called as a :class:`onym.GPT`.
+        tokens, targets: [batch, time] int64.
+        end_of_text: keeps the documents of a row apart, which end with it; None where they see each other.
+    """
+    if end_of_text is None:
+        loss: Tensor = model(tokens, targets)
+    else:
+        documents = documents_of(tokens, end_of_text)
+        loss = model(tokens, targets_within(tokens, targets, end_of_text), documents=documents)
+    return loss
 
 
 def positions_of(documents: Tensor) -> Tensor:

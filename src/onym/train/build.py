@@ -122,7 +122,8 @@ def build_trainer(
         display.note(f"Mixture: {'; '.join(parts)}")
     seed_all(optimization.seed)
     model = sharding.make(config) if sharding else GPT(config).to(compute.device)
-    stepper = Stepper(model, optimization, compute, ranks, sharding)
+    masked = optimization.document_mask
+    stepper = Stepper(model, optimization, compute, ranks, sharding, tokenizer.end_of_text if masked else None)
     saver = CheckpointSaver(checkpointer, folder.checkpoints, display, stepper, tokenizer.to_json())
     log = TrainLog(options, folder, display, ranks, saver, schedule=schedule, config=config, compute=compute)
     gathers_bf16 = sharding is not None and sharding.gather_bf16
@@ -136,7 +137,7 @@ def build_trainer(
         checkpointer=checkpointer,
         stepper=stepper,
         batches=Prefetcher(batches.__getitem__, compute.device),
-        evaluator=Evaluator(tokenizer, sources, compute, ranks, gathers_bf16, sequences),
+        evaluator=Evaluator(tokenizer, sources, compute, ranks, gathers_bf16, sequences, masked),
         saver=saver,
         log=log,
         recovery=Recovery(stepper, saver, log, schedule, display),

@@ -152,6 +152,7 @@ def _shape(stepper: Stepper) -> dict[str, Any]:
         "gradient_checkpointing": model.recompute_activations,
         "micro_batch": stepper.micro_batch,
         **({"parallel": str(sharding)} if sharding is not None else {}),
+        **({"document_mask": True} if stepper.end_of_text is not None else {}),
         "compute": str(stepper.compute),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),

@@ -9,12 +9,13 @@ from itertools import zip_longest
 import numpy as np
 
 from onym.compile.in_place import without_compilation
-from onym.data.batches import IGNORED_TARGET, evaluation_batches
+from onym.data.batches import evaluation_batches
 from onym.data.sources import Sources
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TokenStream
 from onym.errors import CheckpointError
 from onym.generate.engine import generate
+from onym.gpt.documents import counted, loss_of
 from onym.gpt.gpt2 import GPT
 from onym.state.collectives import all_gather_object
 from onym.state.dtensor import any_sharded, reshard, without_gradients
@@ -35,8 +36,12 @@ def held_out_loss(
     limit: int,
     compute: Compute,
     ranks: DistContext = DistContext(),  # noqa: B008
+    end_of_text: int | None = None,
 ) -> float:
     """Mean cross-entropy in nats a token over at most ``limit`` batches; NaN where the stream has nothing to predict.
+
+    With ``end_of_text`` documents are kept apart (:func:`onym.gpt.documents.loss_of`). That is another loss than without: the
+    first token of a document is not in it, and the others have less before them.
 
     A collective: each rank computes its own batches. Forward passes of a sharded model are collective too, so evaluation is
     padded to equal batch counts on all ranks.
@@ -50,11 +55,12 @@ def held_out_loss(
         for number, (inputs, targets) in enumerate(batches):
             if number % ranks.world_size != ranks.rank:
                 continue
-            counted = int((targets != IGNORED_TARGET).sum())
-            loss = model(inputs.to(compute.device), targets.to(compute.device))
-            sums.append((float(loss) * counted, counted))
+            number_counted = int(counted(inputs, targets, end_of_text))
+            loss = loss_of(model, inputs.to(compute.device), targets.to(compute.device), end_of_text)
+            # The mean of nothing is not a number.
+            sums.append((float(loss) * number_counted if number_counted else 0.0, number_counted))
         if sharded and ranks.rank > number % ranks.world_size:  # lower ranks have one batch more; this pass does not count
-            model(inputs.to(compute.device), targets.to(compute.device))
+            loss_of(model, inputs.to(compute.device), targets.to(compute.device), end_of_text)
     if sharded:
         reshard(model)
     model.train(was_training)
@@ -72,26 +78,33 @@ def held_out_losses(
     limit: int,
     compute: Compute,
     ranks: DistContext = DistContext(),  # noqa: B008
+    end_of_text: int | None = None,
 ) -> dict[str, float]:
     """The held-out loss of each source of a mixture, and as :data:`MAIN` their mean, weighted as they are trained on.
 
     A collective. ``limit`` is divided among the sources.
     """
     limit = max(1, limit // len(sources.sources))
-    losses = [held_out_loss(model, each.tokens.held_out, batch_size, limit, compute, ranks) for each in sources.sources]
+    losses = [
+        held_out_loss(model, each.tokens.held_out, batch_size, limit, compute, ranks, end_of_text) for each in sources.sources
+    ]
     if not sources.mixed:
         return {MAIN: losses[0]}
     mean = sum(loss * weight for loss, weight in zip(losses, sources.weights, strict=True))
     return {MAIN: mean, **{f"{MAIN}/{each.name}": loss for each, loss in zip(sources.sources, losses, strict=True)}}
 
 
-def write_sample(model: GPT, tokenizer: Tokenizer, held_out: TokenStream) -> str:
-    """The beginning of a held-out document in brackets, and what the model makes of it."""
+def write_sample(model: GPT, tokenizer: Tokenizer, held_out: TokenStream, *, document_mask: bool = False) -> str:
+    """The beginning of a held-out document in brackets, and what the model makes of it.
+
+    Args:
+        document_mask: whether the model was trained on documents kept apart, so that nothing goes before a document.
+    """
     prompt = _beginning(held_out)
     was_training = model.training
     model.eval()
     # After the end of a document a new one begins, so that token goes before the prompt, as it did in training.
-    tokens = [tokenizer.end_of_text, *prompt]
+    tokens = prompt if document_mask and prompt else [tokenizer.end_of_text, *prompt]
     written = tokenizer.decode(generate(model, tokens, _NEW_TOKENS, seed=_SEED, end_of_text=tokenizer.end_of_text))
     model.train(was_training)
     return f"[{tokenizer.decode(prompt)}]{written}"
@@ -118,10 +131,14 @@ class Evaluator:
     """Whether a sharded model's blocks are all-gathered in bf16."""
     sequences: int
     """The most in an evaluation: the same text, however a batch is split."""
+    document_mask: bool = False
+    """Whether documents are kept apart."""
 
     def losses(self, model: GPT, micro_batch: int) -> dict[str, float]:
         """Held-out losses by their names in metrics.jsonl. A collective."""
-        return held_out_losses(model, self.sources, micro_batch, self.sequences // micro_batch, self.compute, self.ranks)
+        limit = self.sequences // micro_batch
+        end_of_text = self.tokenizer.end_of_text if self.document_mask else None
+        return held_out_losses(model, self.sources, micro_batch, limit, self.compute, self.ranks, end_of_text)
 
     def sample(self, model: GPT) -> str | None:
         """A held-out document continued by the model, on rank 0; None on other ranks, and of weights that are not finite.
@@ -133,7 +150,8 @@ class Evaluator:
         try:
             # Weights that are all-gathered in bf16 can be multiplied with bf16 alone.
             with self.compute.autocast() if self.gathers_bf16 else nullcontext():
-                text = write_sample(model, self.tokenizer, self.sources.sources[0].tokens.held_out)
+                held_out = self.sources.sources[0].tokens.held_out
+                text = write_sample(model, self.tokenizer, held_out, document_mask=self.document_mask)
         except CheckpointError:  # non-finite weights, which are reported elsewhere
             return None
         return text if self.ranks.is_rank0 else None

@@ -255,6 +255,7 @@ class Trainer:
                     device=str(compute.device),
                     precision=compute.precision,
                     rounded=self.evaluator.gathers_bf16,
+                    document_mask=self.evaluator.document_mask,
                 )
             except MemoryError:
                 activity.result = "skipped: a fresh process has no memory for all of the model beside the training"

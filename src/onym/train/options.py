@@ -187,6 +187,8 @@ class OptimizationOptions:
     """Stop after so many evaluations without a better held-out loss; 0 never."""
     gradient_checkpointing: bool = False
     """Compute each block's activations again on the way back: less memory, a third more work."""
+    document_mask: bool = False
+    """Keep the documents of a window apart: attention does not cross their boundaries, and positions restart at each."""
     seed: int = 0
     """Of the weights, the order of the data, and dropout."""
 

@@ -48,6 +48,7 @@ def prove(
     device: str,
     precision: str,
     rounded: bool = False,
+    document_mask: bool = False,
 ) -> Proof:
     """Run the proof in a fresh process.
 
@@ -57,6 +58,7 @@ def prove(
         sources: the run's tokens.
         batch_size, eval_batches, device, precision: as the training process measures.
         rounded: whether it computed with block weights rounded to bf16, unlike those in the checkpoint.
+        document_mask: whether it kept documents apart.
 
     Raises:
         CheckpointError: the process failed; its last line gives the reason.
@@ -70,6 +72,7 @@ def prove(
         "device": device,
         "precision": precision,
         "rounded": rounded,
+        "document_mask": document_mask,
     }
     with FreshProcess(command_of("onym.train.proof", request)) as process:
         try:
@@ -107,11 +110,12 @@ def _open_and_measure(request: dict[str, Any]) -> tuple[float, str]:
                 parameter.copy_(parameter.bfloat16())
     sources = Sources.open(request["sources"])
     batch_size, limit = int(str(request["batch_size"])), int(str(request["eval_batches"]))
-    loss = held_out_losses(model, sources, batch_size, limit, compute)[MAIN]
     text = checkpoint.text(TOKENIZER)
     assert text is not None
-    tokenizer = Tokenizer.from_json(text)
-    return loss, write_sample(model, tokenizer, sources.sources[0].tokens.held_out)
+    tokenizer, masked = Tokenizer.from_json(text), bool(request["document_mask"])
+    end_of_text = tokenizer.end_of_text if masked else None
+    loss = held_out_losses(model, sources, batch_size, limit, compute, end_of_text=end_of_text)[MAIN]
+    return loss, write_sample(model, tokenizer, sources.sources[0].tokens.held_out, document_mask=masked)
 
 
 def main(request: str) -> int:

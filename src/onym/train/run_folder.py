@@ -39,6 +39,9 @@ CHANGEABLE = {
 }
 """Options that may differ when a run is continued."""
 
+_LATER = {"document_mask": False}
+"""Options that change the arithmetic and came later, with what runs did before there were these."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -182,7 +185,7 @@ def require_same_run(stored: Mapping[str, Mapping[str, Any]], options: TrainOpti
     refused: list[str] = []
     for subject, fields in options.to_dict().items():
         for name, value in fields.items():
-            before = stored.get(subject, {}).get(name, value)
+            before = stored.get(subject, {}).get(name, _LATER.get(name, value))
             if before == value:
                 continue
             change = f"{flag(name)} was {_shown(before)}, is {_shown(value)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from onym.data.batches import Batch
 from onym.data.order import epoch_key
+from onym.gpt.documents import counted, loss_of
 from onym.gpt.gpt2 import GPT
 from onym.state.dtensor import local
 from onym.train.distributed import DistContext, GradientAllReduce
@@ -40,6 +42,7 @@ class Stepper:
         model: on the device that computes; a model to be sharded, on any.
         ranks: this process among those that share each batch.
         sharding: how the model is sharded; None where each process has all of it.
+        end_of_text: ends each document, and keeps the documents of a row apart; None where they see each other.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class Stepper:
         compute: Compute,
         ranks: DistContext = DistContext(),  # noqa: B008
         sharding: Sharding | None = None,
+        end_of_text: int | None = None,
     ) -> None:
         self.model, self.compute, self.ranks, self.sharding = model, compute, ranks, sharding
+        self.end_of_text = end_of_text
         self._options = options
         self._gradients = GradientAllReduce(model, ranks if sharding is None else DistContext())
         copy_model = sharding.copy if sharding is not None else copy.deepcopy
@@ -113,19 +118,31 @@ class Stepper:
     def _backward(self, batch: Batch) -> Tensor:
         """Accumulate the gradients of all micro-batches; returns the mean loss of all ranks."""
         parts = list(zip(batch[0].split(self.micro_batch), batch[1].split(self.micro_batch), strict=True))
+        shares = self._shares(parts)
         losses = []
-        for part in parts:
+        for part, share in zip(parts, shares, strict=True):
             loss = self._loss(part)
             if part is parts[-1]:
                 self._gradients.begin()
             if self.sharding is not None:
                 self.sharding.last_of_step(self.model, part is parts[-1])
+            if share is not None:
+                loss = loss * share
             self._scaler.scale(loss / len(parts) if len(parts) > 1 else loss).backward()
             losses.append(loss.detach())
         self._gradients.finish()
         return self.ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).mean())
 
+    def _shares(self, parts: list[Batch]) -> Sequence[Tensor | None]:
+        """Factors of the micro-batches' mean losses, with which each target of the step counts the same on all ranks.
+
+        None where all targets count, so that micro-batches have equal numbers of them. A collective.
+        """
+        if self.end_of_text is None:
+            return [None] * len(parts)
+        counts = torch.stack([counted(*part, self.end_of_text) for part in parts]).float()
+        return (counts / self.ranks.mean(counts.mean())).unbind()
+
     def _loss(self, batch: Batch) -> Tensor:
         with self.compute.autocast():
-            loss: Tensor = self.model(*batch)
-        return loss
+            return loss_of(self.model, *batch, self.end_of_text)
