@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from onym.data.batches import StreamWindows, Windows
 from onym.data.tokens import TokenData, open_tokens, relink_cache
 from onym.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # torch, which the command line's options must not import
+    from onym.data.batches import Windows
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Sources:
         Raises:
             DataError: a source is too short.
         """
+        from onym.data.batches import StreamWindows
+
         windows: list[Windows] = []
         for source in self.sources:
             windows.append(StreamWindows(source.tokens.train, context_length))
