@@ -89,7 +89,8 @@ class RunsArguments:
 
 @dataclass(frozen=True)
 class InspectArguments:
-    """Print what a file or folder is: a run, a checkpoint, a model folder, a .safetensors or .pth file. Reads headers only."""
+    """Print what a file or folder is: a run, a checkpoint, a model folder, a .safetensors or .pth file, a folder of tokens.
+    Reads headers only."""
 
     path: _Path
     """A path, or a remote one (s3://…)."""
@@ -235,12 +236,17 @@ class CheckResumeArguments:
 
 @dataclass(frozen=True)
 class CacheArguments:
-    """List compiled code that is cached; move it to an equal machine (it is code), or delete it."""
+    """List what is cached: compiled code and tokenised text. Move compiled code to an equal machine (it is code), or delete it.
+    Prune tokenised text, fetched files and tokenizers: delete what was used longest ago, but nothing that is in use."""
 
-    action: Annotated[Positional[Literal["list", "export", "import", "clear"]], _arg(default="list")] = "list"
-    """list what is there; export this machine's into a file; import such a file; clear all of it."""
+    action: Annotated[Positional[Literal["list", "export", "import", "clear", "prune"]], _arg(default="list")] = "list"
+    """list what is there; export this machine's compiled code; import it; clear all of it; prune tokenised text, not compiled."""
     file: Annotated[Positional[str], _arg("FILE.tar.gz")] = ""
     """The file to export into, or to import."""
+    limit: Annotated[str, _arg("SIZE", "50GB")] = ""
+    """With prune, most that stays: 20GB, say. What was used within an hour stays in any case; with 0 that is deleted too."""
+    cache_dir: Path = field(default_factory=lambda: DataOptions().cache_dir)
+    """Where tokenised text is cached, as for train. Compiled code is elsewhere, whatever this says."""
     i_trust_it: bool = False
     """Import the file, which is code that will run with your rights."""
     json: _Json = False

@@ -1,4 +1,4 @@
-"""``onym tools cache``: compiled code, cached for the next start."""
+"""``onym tools cache``: what is cached for the next start, compiled code and tokenised text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from onym.cli.arguments import CacheArguments
 from onym.cli.report import print_facts, print_heading, print_json, print_table, utc
+from onym.cli.text_cache import describe_text, print_text, prune_text
 from onym.compile import cache
 from onym.compile.archive import export_cache, import_cache
 from onym.compile.cache_key import facts, key_of
@@ -20,6 +21,8 @@ def run(given: CacheArguments) -> int:
         wanted = "needs a file, as in" if moves else "takes no file; to move compiled code there are"
         example = "onym tools cache export FILE.tar.gz, onym tools cache import FILE.tar.gz"
         raise ConfigError(f"onym tools cache {given.action} {wanted} {example}.")
+    if given.limit and given.action != "prune":
+        raise ConfigError(f"onym tools cache {given.action} takes no --limit; onym tools cache prune does.")
     file = Path(given.file)
     if given.action == "export":
         count = export_cache(file)
@@ -36,16 +39,21 @@ def run(given: CacheArguments) -> int:
     elif given.action == "clear":
         freed, busy = cache.clear()
         left = f" Left alone, because another process is compiling: {', '.join(busy)}." if busy else ""
-        print_json({"bytes": freed, "in_use": busy}) if given.json else print(f"{format_size(freed)} freed.{left}")
+        stays = "Tokenised text stays: onym tools cache prune --limit 0 deletes it."
+        message = f"{format_size(freed)} of compiled code freed.{left} {stays}"
+        print_json({"bytes": freed, "in_use": busy}) if given.json else print(message)
+    elif given.action == "prune":
+        done = prune_text(given.cache_dir.expanduser(), given.limit)
+        print_json(done) if given.json else print(done["message"])
     else:
-        _list(as_json=given.json)
+        _list(given.cache_dir.expanduser(), as_json=given.json)
     return 0
 
 
-def _list(*, as_json: bool) -> None:
+def _list(cache_dir: Path, *, as_json: bool) -> None:
     here = facts()
     key, there = key_of(here), cache.entries()
-    total = sum(entry.size for entry in there)
+    total, text = sum(entry.size for entry in there), describe_text(cache_dir)
     if as_json:
         print_json(
             {
@@ -57,6 +65,7 @@ def _list(*, as_json: bool) -> None:
                     {"key": k.key, "bytes": k.size, "used": utc(k.used_at), "this_machine": k.key == key, "about": k.facts}
                     for k in there
                 ],
+                "text": text,
             }
         )
         return
@@ -69,3 +78,4 @@ def _list(*, as_json: bool) -> None:
             ("*" if entry.key == key else "", entry.key, format_size(entry.size), format_age(utc(entry.used_at)), about)
         )
     print_table(rows) if there else print("Nothing is there yet: onym train caches what it compiles.")
+    print_text(text)

@@ -12,6 +12,7 @@ from typing import Any
 
 from onym.checkpoint.steps import find_checkpoint, is_ours, pins, step_folder, steps
 from onym.cli.arguments import InspectArguments
+from onym.cli.inspect_tokens import describe_text, describe_tokens, is_token_folder, print_text, print_tokens
 from onym.cli.report import (
     as_step,
     bytes_of,
@@ -42,6 +43,10 @@ def run(given: InspectArguments) -> int:
     if directory is not None and not given.step:
         report = describe_run(path, directory)
         print_json(report) if given.json else _print_run(report)
+        return 0
+    if is_local(path) and is_token_folder(path):
+        tokens = describe_tokens(path)
+        print_json(tokens) if given.json else print_tokens(tokens)
         return 0
     checkpoint = _open(path, given)
     report = describe(checkpoint)
@@ -83,7 +88,8 @@ def describe_run(path: Path, directory: Path) -> dict[str, Any]:
                 continue
             row["damaged"] = str(error)
         listed.append(row)
-    return {"kind": "run", "path": path, "steps": listed, "writer": _writer(directory)}
+    text = describe_text(path) if is_local(path) else None
+    return {"kind": "run", "path": path, "steps": listed, "writer": _writer(directory), "text": text}
 
 
 def _writer(directory: Path) -> dict[str, Any] | None:
@@ -176,6 +182,8 @@ def _print_run(report: Mapping[str, Any]) -> None:
         rows.append((str(step["step"]), *about, ", ".join(notes)))
     if report["steps"]:
         print_table(rows)
+    if report["text"]:
+        print_text(report["text"])
     writer = report["writer"]
     if writer:
         lives = {True: "Being written by {}.", False: "Left by {}, which is gone.", None: "Written by {}, or left by it."}

@@ -26,19 +26,19 @@ _COMMANDS = {
     "train": "train a GPT on text",
     "generate": "continue a text with a trained GPT",
     "runs": "list runs: how far each is, and how well it does; draw their losses",
-    "inspect": "show what a file or folder is: steps, tensors, configuration, origin",
+    "inspect": "show what a file or folder is: steps, tensors, configuration, origin, tokens",
     "verify": "read and check every byte of a run, a checkpoint or a file",
     "diff": "compare two models: equal, or what differs and by how much",
     "convert": "write a checkpoint in another format, or repair one in place",
     "prune": "delete checkpoints that are no longer needed, or pin one",
-    "tools": "examine this machine, measure techniques, prove exact resume, manage compiled code",
+    "tools": "examine this machine, measure techniques, prove exact resume, manage caches",
 }
 
 _TOOLS = {
     "doctor": "examine this machine: what it can do, the best settings, what is wrong",
     "ladder": "measure what each technique for faster training gains on this machine",
     "check-resume": "kill a run at random moments, resume it, and compare every bit",
-    "cache": "list, move or delete compiled code that is cached for the next start",
+    "cache": "list, move, prune or delete what is cached: compiled code, tokenised text",
 }
 
 _COMPLETION = "--install-completion"

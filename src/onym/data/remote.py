@@ -146,6 +146,8 @@ def fetch(file: RemoteFile, folder: Path, progress: Progress | None = None) -> P
     target = folder / f"{key}-{re.sub(r'[^A-Za-z0-9_.-]', '_', file.name)[-100:]}"
     partial = target.with_name(f"{target.name}.part")
     if target.is_file():
+        with contextlib.suppress(OSError):
+            os.utime(target)  # says when it was last used
         return target
     with _only_one(partial, target):
         if not target.is_file():

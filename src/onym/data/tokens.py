@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,12 +30,14 @@ from numpy.typing import NDArray
 from onym.data.survey import SPLITS, Split
 from onym.errors import storage_error
 from onym.storage.local import can_be_mapped
+from onym.storage.lock import lock
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 """Token ids, uint16 or uint32."""
 
 TOKENIZER = "tokenizer.json"
-USED = ".used"  # its time says when a folder was last opened
+USED = ".used"
+"""Its time says when a folder was last opened; it is locked, shared, while a process has the folder open."""
 FORMAT = 2
 
 
@@ -108,7 +111,10 @@ class TokenData:
 
 
 def open_tokens(folder: Path) -> TokenData | None:
-    """The tokens in this folder, or None where there are none or they are not whole."""
+    """The tokens in this folder, or None where there are none or they are not whole.
+
+    They are in use, and :mod:`.cache` does not delete them, as long as what is returned lives.
+    """
     try:
         description = json.loads((folder / "tokens.json").read_text())
         streams: dict[Split, TokenStream] = {}
@@ -129,8 +135,10 @@ def open_tokens(folder: Path) -> TokenData | None:
         data = TokenData(folder, streams["train"], streams["held_out"], description["documents"], description)
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    with suppress(OSError):
+    with suppress(OSError):  # a folder of somebody else's, or a file system without locks
         (folder / USED).touch()
+        if (descriptor := lock(folder / USED, os.O_RDWR, shared=True)) is not None:
+            weakref.finalize(data, os.close, descriptor)
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -53,6 +54,8 @@ def cached_tokenizer(
     path = cache / "tokenizers" / f"{fingerprint[:32]}-{surveys[0].train_share:g}-{vocab_size}{sampled}.json"
     with suppress(TokenizerError):  # a damaged one is made again
         if path.exists():
+            with suppress(OSError):
+                os.utime(path)  # says when it was last used
             return Tokenizer.load(path)
 
     def training_text() -> Iterator[bytes]:
