@@ -42,7 +42,7 @@ encode = time.perf_counter() - trained + surveyed - start
 Path("tokenizer.json").write_text(tokenizer.to_json())
 answer(train=trained - surveyed, encode=encode, tokens=len(data.train) + len(data.held_out))
 """
-# Onym before 0.3, from the folder that --before names.
+# Onym as it was before this, from the folder that --before names.
 BEFORE = """
 from onym.data.corpus import Corpus
 from onym.data.tokens import cached_tokenizer, survey, tokenise
@@ -132,7 +132,7 @@ VARIANTS = {
     "tokenizers' trainer": TRAIN,
     "tiktoken and np.memmap, as nanoGPT": NANOGPT,
     "datasets' map, a fast tokenizer": DATASETS,
-    "onym 0.2": BEFORE,
+    "onym before": BEFORE,
 }
 NEEDS_TRAINER = ("tiktoken and np.memmap, as nanoGPT", "datasets' map, a fast tokenizer")
 
@@ -164,7 +164,7 @@ def measure(variant: str, folder: Path, before: Path | None) -> dict[str, float]
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "true",
     }
-    if variant == "onym 0.2":
+    if variant == "onym before":
         environment["PYTHONPATH"] = str(before)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
@@ -182,9 +182,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--before", type=Path, default=None, help="the src of a checkout before version 0.3, to compare with")
+    parser.add_argument(
+        "--before", type=Path, default=None, help="the src of a checkout of 1c99582 or earlier, to compare with"
+    )
     given = parser.parse_args()
-    variants = [name for name in VARIANTS if given.before is not None or name != "onym 0.2"]
+    variants = [name for name in VARIANTS if given.before is not None or name != "onym before"]
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     with tempfile.TemporaryDirectory(dir=given.folder or Path.cwd(), prefix=".bench-") as name:
         folder = Path(name)

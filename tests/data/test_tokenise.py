@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_nothing_that_is_taken_for_tokens(
     assert len(tokenise(survey(corpus, 0.1), TOKENIZER, tmp_path / "cache").train) > 1000
 
 
-def test_a_cache_of_version_0_2_is_read(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_cache_of_format_1_is_read(corpus: Corpus, tmp_path: Path) -> None:
     found = survey(corpus, 0.1)
     data = tokenise(found, TOKENIZER, tmp_path / "cache")
     expected = content(data)

@@ -124,7 +124,7 @@ def test_token_files_of_nanogpt_and_of_our_own(onym: Run, two: tuple[str, str], 
     assert mixed.returncode == 0, mixed.stdout + mixed.stderr
 
 
-def test_a_run_of_version_0_2_continues(onym: Run, book: Path, tmp_path: Path) -> None:
+def test_a_run_from_before_mixtures_continues(onym: Run, book: Path, tmp_path: Path) -> None:
     """Its run.json names one token cache, and its options know nothing of what is new."""
     arguments = ("train", "--data", book, *TINY_RUN, *SHORT, "--schedule", "constant")
     assert onym(*arguments, "--name", "book").returncode == 0

@@ -7,7 +7,7 @@
                          tokens.json                              what made them, and how many there are; written last
 
 A folder is there as a whole or not at all: :mod:`.tokenise` writes it beside its place and renames it. Deleting it costs the
-time to tokenise again and nothing else. Before version 0.3 a stream was one file, ``train.bin``; those are read as well.
+time to tokenise again and nothing else. Folders of format 1, where a stream is one file (``train.bin``), are read as well.
 """
 
 from __future__ import annotations
