@@ -240,7 +240,7 @@ class CacheArguments:
     Prune tokenised text, fetched files and tokenizers: delete what was used longest ago, but nothing that is in use."""
 
     action: Annotated[Positional[Literal["list", "export", "import", "clear", "prune"]], _arg(default="list")] = "list"
-    """list what is there; export this machine's compiled code; import it; clear all of it; prune tokenised text, not compiled."""
+    """list what is there; export this machine's compiled code; import it; clear all of it; prune what is not compiled code."""
     file: Annotated[Positional[str], _arg("FILE.tar.gz")] = ""
     """The file to export into, or to import."""
     limit: Annotated[str, _arg("SIZE", "50GB")] = ""

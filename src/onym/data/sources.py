@@ -7,46 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blake3 import blake3
 
+from onym.data.batches import StreamWindows, Windows
 from onym.data.tokens import TokenData, open_tokens, relink_cache
-from onym.errors import ConfigError, DataError
-
-if TYPE_CHECKING:  # torch, which the command line's options must not import
-    from onym.data.batches import Windows
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """One source as it was asked for.
-
-    >>> SourceSpec.parse("code:0.3:data/code")
-    SourceSpec(name='code', weight=0.3, data=('data/code',))
-    """
-
-    name: str
-    weight: float
-    data: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> SourceSpec:
-        """A source of ``--mix``, ``NAME:WEIGHT:PATH``.
-
-        Raises:
-            ConfigError: it is none.
-        """
-        name, weight, path = (*text.split(":", 2), "", "")[:3]
-        try:
-            share = float(weight)
-        except ValueError:
-            share = 0.0
-        if not name or "/" in name or not path or not 0 < share < float("inf"):
-            raise ConfigError(
-                f"--mix '{text}' is no source: give its name, its weight (more than 0) and its path, as in web:0.7:data/web."
-            )
-        return cls(name, share, (path,))
+from onym.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -103,8 +70,6 @@ class Sources:
         Raises:
             DataError: a source is too short.
         """
-        from onym.data.batches import StreamWindows
-
         windows: list[Windows] = []
         for source in self.sources:
             windows.append(StreamWindows(source.tokens.train, context_length))

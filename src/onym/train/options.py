@@ -16,9 +16,8 @@ import platformdirs
 from tyro.conf import arg
 
 from onym.data.corpus import Corpus
-from onym.data.remote import is_remote, local_path
-from onym.data.sources import SourceSpec
-from onym.data.survey import Progress
+from onym.data.remote import Progress, is_remote, local_path
+from onym.data.source_spec import SourceSpec
 from onym.errors import ConfigError
 from onym.gpt.config import GPTConfig
 from onym.units import parse_count, parse_duration, parse_size
