@@ -1,4 +1,7 @@
-"""cache: what is kept is listed, moved on purpose, deleted; and an archive that is not one of ours changes nothing."""
+"""cache: compiled code is listed, moved on purpose, deleted; and an archive that is not one of ours changes nothing.
+
+Tokenised text is in test_text_cache.py.
+"""
 
 from __future__ import annotations
 
@@ -178,6 +181,9 @@ def test_an_archive_that_was_cut_off_changes_nothing(onym: Run, folder: Path, tm
         (("import",), "onym tools cache import needs a file"),
         (("list", "x"), "onym tools cache list takes no file"),
         (("clear", "x"), "onym tools cache clear takes no file"),
+        (("prune", "x"), "onym tools cache prune takes no file"),
+        (("clear", "--limit", "1GB"), "onym tools cache clear takes no --limit"),
+        (("prune", "--limit", "much"), "--limit 'much' is no size"),
         (("import", "absent.tar.gz", "--i-trust-it"), "read the archive"),
         (("export", "absent/x.tar.gz"), "write the compiled code"),
     ],

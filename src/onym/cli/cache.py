@@ -43,8 +43,8 @@ def run(given: CacheArguments) -> int:
         message = f"{format_size(freed)} of compiled code freed.{left} {stays}"
         print_json({"bytes": freed, "in_use": busy}) if given.json else print(message)
     elif given.action == "prune":
-        done = prune_text(given.cache_dir.expanduser(), given.limit)
-        print_json(done) if given.json else print(done["message"])
+        report, message = prune_text(given.cache_dir.expanduser(), given.limit)
+        print_json(report) if given.json else print(message)
     else:
         _list(given.cache_dir.expanduser(), as_json=given.json)
     return 0

@@ -125,6 +125,8 @@ def describe_text(run: Path) -> dict[str, Any] | None:
         skipped = [{"name": str(each["name"]), "reason": str(each["reason"])} for each in about.get("skipped_files", ())]
     except (*_WRONG, ZeroDivisionError):  # no run of onym train, one of an earlier version, or a file that is damaged
         return None
+    if not sources:
+        return None
     return {"sources": sources, "skipped_files": skipped}
 
 

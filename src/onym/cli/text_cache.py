@@ -74,8 +74,8 @@ def print_text(report: dict[str, Any]) -> None:
         print_table(rows)
 
 
-def prune_text(cache: Path, limit: str) -> dict[str, Any]:
-    """Prune, and what was done, for JSON.
+def prune_text(cache: Path, limit: str) -> tuple[dict[str, Any], str]:
+    """Prune, and what was done: for JSON, and for people.
 
     Args:
         cache: the cache folder.
@@ -87,26 +87,28 @@ def prune_text(cache: Path, limit: str) -> dict[str, Any]:
     everything = limit.strip() == "0"
     most = 0 if everything else parse_size(limit, "--limit") if limit else LIMIT_BYTES
     done = prune(cache, most, 0.0 if everything else HOUR)
-    return {
+    report = {
         "path": cache,
         "limit_bytes": most,
         "bytes": done.bytes_freed,
         "bytes_left": done.bytes_left,
         "deleted": [{"kind": entry.kind, **_about(entry)} for entry in done.deleted],
         "in_use": [{"kind": entry.kind, **_about(entry)} for entry in done.in_use],
-        "message": _message(done, most),
     }
+    return report, _message(done, most)
 
 
 def _message(done: Pruned, limit: int) -> str:
     counts = {kind: sum(entry.kind == kind for entry in done.deleted) for kind in _NOUNS}
     what = ", ".join(plural(count, _NOUNS[kind]) for kind, count in counts.items() if count)
     freed = f"{format_size(done.bytes_freed)} freed{f': {what}' if what else ''}. {format_size(done.bytes_left)} left."
-    if done.bytes_left > limit and done.in_use:
-        freed += f" Left alone, because another process uses it: {', '.join(some([e.path.name for e in done.in_use]))}."
-    elif done.bytes_left > limit:
-        freed += " It was used within the last hour, or written within the last day; --limit 0 deletes that too."
-    return freed
+    if done.bytes_left <= limit:
+        return freed
+    if done.in_use:
+        return f"{freed} Left alone, because another process uses it: {', '.join(some([e.path.name for e in done.in_use]))}."
+    if limit:
+        return f"{freed} It was used within the last hour, or written within the last day; --limit 0 deletes that too."
+    return f"{freed} It is being written, or was within the last hour."
 
 
 def _about(entry: Entry) -> dict[str, Any]:
