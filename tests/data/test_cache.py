@@ -15,7 +15,9 @@ from onym.data import cache as text_cache
 from onym.data.cache import DAY, HOUR, WEEK, Entry, bound, entries, prune
 from onym.data.corpus import Corpus
 from onym.data.survey import survey
+from onym.data.token_files import link_tokens
 from onym.data.tokenise import tokenise
+from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import USED, open_tokens
 from onym.data.train_tokenizer import cached_tokenizer
 from onym.storage.lock import NoLocks
@@ -153,6 +155,18 @@ def test_in_one_process_too(cache: Path) -> None:
     del data
     prune(cache, limit=0, idle_seconds=0)
     assert corpora(cache) == []
+
+
+def test_folders_that_another_one_names_are_in_use_with_it(cache: Path, tmp_path: Path) -> None:
+    new, middle, old = (entry.path for entry in of_kind(cache, "tokens"))
+    tokenizer = Tokenizer.from_json((middle / "tokenizer.json").read_text())
+    data = link_tokens((str(middle), str(old)), tokenizer, 0.1, cache)
+    prune(cache, limit=0, idle_seconds=0)
+    assert {entry.path for entry in of_kind(cache, "tokens")} == {middle, old, data.path}
+    assert not new.exists()
+    del data
+    prune(cache, limit=0, idle_seconds=0)
+    assert entries(cache) == []
 
 
 def test_without_locks_the_time_decides_and_mapped_tokens_can_still_be_read(

@@ -118,6 +118,7 @@ def open_tokens(folder: Path) -> TokenData | None:
     try:
         description = json.loads((folder / "tokens.json").read_text())
         streams: dict[Split, TokenStream] = {}
+        folders = {folder}
         for split in SPLITS:
             shards: list[Tokens] = []
             starts: list[NDArray[np.uint64] | None] = []
@@ -126,6 +127,7 @@ def open_tokens(folder: Path) -> TokenData | None:
                 size, end = shard.file.stat().st_size, shard.offset + shard.tokens * dtype.itemsize
                 if size < end or (size != end and shard.file.parent == folder):
                     return None
+                folders.add(shard.file.parent)
                 if is_mapped := can_be_mapped(shard.file):
                     shards.append(np.memmap(shard.file, dtype, "r", shard.offset, (shard.tokens,)))
                 else:
@@ -135,10 +137,12 @@ def open_tokens(folder: Path) -> TokenData | None:
         data = TokenData(folder, streams["train"], streams["held_out"], description["documents"], description)
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    with suppress(OSError):  # a folder of somebody else's, or a file system without locks
-        (folder / USED).touch()
-        if (descriptor := lock(folder / USED, os.O_RDWR, shared=True)) is not None:
-            weakref.finalize(data, os.close, descriptor)
+    for used in folders:
+        with suppress(OSError):  # a folder of somebody else's, or a file system without locks
+            if used == folder or (used / "tokens.json").exists():
+                (used / USED).touch()
+                if (descriptor := lock(used / USED, os.O_RDWR, shared=True)) is not None:
+                    weakref.finalize(data, os.close, descriptor)
     return data
 
 
