@@ -8,6 +8,7 @@ import torch
 
 from onym.checkpoint.checkpointer import Checkpointer
 from onym.data.batches import TrainingBatches
+from onym.data.cache import LIMIT_BYTES, bound
 from onym.data.prefetch import Prefetcher
 from onym.data.sources import Source, Sources
 from onym.data.survey import Survey, survey
@@ -85,6 +86,9 @@ def prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: 
             made.append(Source(spec.name, spec.weight, tokens))
         sources = Sources(tuple(made))
         activity.result = f"{sources.training_tokens:,} to train on, {sources.held_out_tokens:,} held out"
+    if freed := bound(data.cache_dir):
+        limit = format_size(LIMIT_BYTES)
+        display.note(f"Text cache: {format_size(freed)} deleted that nobody had used for a week (limit {limit}).")
     return tokenizer, sources
 
 
