@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -137,19 +139,41 @@ def test_a_run_does_not_continue_with_another_mask(onym: Run, notes: Path, tmp_p
     succeeded(onym(*command, "--steps", 6))
 
 
+def test_windows_of_whole_documents_imply_the_mask(onym: Run, notes: Path, tmp_path: Path) -> None:
+    command = ("train", "--data", notes, *EAGER, *LENGTH, "--packing", "documents", "--name")
+    said = succeeded(onym(*command, "run"))
+    assert "Packing: " in said
+    assert "windows of whole documents" in said
+    assert rows(tmp_path / "runs/run")[-1] < rows(tmp_path / "runs/run")[0] - 0.3
+    succeeded(onym(*command, "both", "--document-mask"))
+    assert rows(tmp_path / "runs/both") == rows(tmp_path / "runs/run")
+    done = onym("train", "--data", notes, *EAGER, "--steps", 20, "--packing", "stream", "--name", "run")
+    assert done.returncode == 2
+    assert "--packing was documents, is stream" in done.stderr
+
+
+def test_an_epoch_is_all_windows(onym: Run, notes: Path, tmp_path: Path) -> None:
+    said = succeeded(onym("train", "--data", notes, *EAGER, "--epochs", 1, "--packing", "documents", "--name", "run"))
+    found = re.search(r"Packing: ([\d,]+) windows", said)
+    assert found, said
+    described = json.loads((tmp_path / "runs/run/run.json").read_text())
+    assert described["steps"] == math.ceil(int(found[1].replace(",", "")) / 4)
+
+
 @pytest.mark.slow
-def test_kills_change_nothing(onym_process: Run, notes: Path, tmp_path: Path) -> None:
-    options = ("--document-mask", "--micro-batch", 2, "--drop-rate", 0.1, "--gradient-checkpointing", "--save-every", 5)
+@pytest.mark.parametrize("option", [("--document-mask",), ("--packing", "documents")], ids=["mask", "packing"])
+def test_kills_change_nothing(onym_process: Run, notes: Path, tmp_path: Path, option: tuple[str, ...]) -> None:
+    options = (*option, "--micro-batch", 2, "--drop-rate", 0.1, "--gradient-checkpointing", "--save-every", 5)
     command = ("tools", "check-resume", "--kills", 2, "--folder", tmp_path / "both", "--data", notes)
     said = succeeded(onym_process(*command, *EAGER, "--steps", 40, "--eval-every", 20, *options))
     assert "Bitwise identical" in said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_as_one_does(onym_process: Run, notes: Path, tmp_path: Path, parallel: str) -> None:
+@pytest.mark.parametrize(("parallel", "packing"), [("ddp", "stream"), ("fsdp", "stream"), ("ddp", "documents")])
+def test_two_processes_train_as_one_does(onym_process: Run, notes: Path, tmp_path: Path, parallel: str, packing: str) -> None:
     """Each has other numbers of targets; a mean of means would not be the mean."""
-    command = ("train", "--data", notes, *EAGER, *LENGTH, "--document-mask", "--precision", "fp32")
+    command = ("train", "--data", notes, *EAGER, *LENGTH, "--document-mask", "--packing", packing, "--precision", "fp32")
     succeeded(onym_process(*command, "--name", "one"))
     succeeded(onym_process(*command, "--name", "two", "--processes", 2, "--parallel", parallel))
     for name in ("train_loss", "val_loss"):

@@ -12,6 +12,7 @@ from typing import Any
 from blake3 import blake3
 
 from onym.data.batches import StreamWindows, Windows
+from onym.data.packing import PackedWindows
 from onym.data.tokens import TokenData, open_tokens, relink_cache
 from onym.errors import DataError
 
@@ -64,15 +65,24 @@ class Sources:
         """Of the tokens that are trained on, by the names of the sources."""
         return {source.name: weight for source, weight in self._shared()}
 
-    def windows(self, context_length: int, batch_size: int, description: str) -> list[Windows]:
+    def windows(self, context_length: int, batch_size: int, description: str, padding: int | None = None) -> list[Windows]:
         """What to train on.
+
+        Args:
+            context_length: tokens in a window.
+            batch_size: the fewest windows that are of use.
+            description: what an error calls the text.
+            padding: the token that pads windows of whole documents; None for windows cut from the stream.
 
         Raises:
             DataError: a source is too short.
         """
         windows: list[Windows] = []
         for source in self.sources:
-            windows.append(StreamWindows(source.tokens.train, context_length))
+            stream = source.tokens.train
+            windows.append(
+                StreamWindows(stream, context_length) if padding is None else PackedWindows(stream, context_length, padding)
+            )
             needed = 1 if self.mixed else batch_size
             if len(windows[-1]) < needed:
                 name = f"The source '{source.name}' of --mix" if self.mixed else description

@@ -9,6 +9,7 @@ import torch
 from onym.checkpoint.checkpointer import Checkpointer
 from onym.data.batches import TrainingBatches
 from onym.data.cache import LIMIT_BYTES, bound
+from onym.data.packing import describe
 from onym.data.prefetch import Prefetcher
 from onym.data.sources import Source, Sources
 from onym.data.survey import Survey, survey
@@ -118,7 +119,11 @@ def build_trainer(
     config = options.model.config(tokenizer.vocab_size)
     schedule = make_schedule(optimization, config.context_length, sources.training_tokens)
     micro_batches = schedule.micro_batches(optimization.micro_batch, ranks.world_size)
-    windows = sources.windows(config.context_length, schedule.batch_size, options.data.description)
+    padding = tokenizer.end_of_text if optimization.packing == "documents" else None
+    windows = sources.windows(config.context_length, schedule.batch_size, options.data.description, padding)
+    if padding is not None:  # an epoch is all windows, and padding is in them
+        schedule = make_schedule(optimization, config.context_length, sum(map(len, windows)) * config.context_length + 1)
+        display.note(f"Packing: {describe(windows)}")
     batches = TrainingBatches(windows, schedule.batch_size, optimization.seed, sources.weights, (ranks.rank, ranks.world_size))
     if sources.mixed:
         epochs = sources.epochs(schedule.steps * schedule.batch_size, windows)
@@ -126,7 +131,7 @@ def build_trainer(
         display.note(f"Mixture: {'; '.join(parts)}")
     seed_all(optimization.seed)
     model = sharding.make(config) if sharding else GPT(config).to(compute.device)
-    masked = optimization.document_mask
+    masked = optimization.separates_documents
     stepper = Stepper(model, optimization, compute, ranks, sharding, tokenizer.end_of_text if masked else None)
     saver = CheckpointSaver(checkpointer, folder.checkpoints, display, stepper, tokenizer.to_json())
     log = TrainLog(options, folder, display, ranks, saver, schedule=schedule, config=config, compute=compute)

@@ -186,10 +186,18 @@ class OptimizationOptions:
     """Stop after so many evaluations without a better held-out loss; 0 never."""
     gradient_checkpointing: bool = False
     """Compute each block's activations again on the way back: less memory, a third more work."""
+    packing: Literal["stream", "documents"] = "stream"
+    """What a window holds. stream: the text as it follows, documents cut where a window ends; documents: whole documents, those
+    that fill it best, kept apart as by --document-mask, and padding."""
     document_mask: bool = False
     """Keep the documents of a window apart: attention does not cross their boundaries, and positions restart at each."""
     seed: int = 0
     """Of the weights, the order of the data, and dropout."""
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether the documents of a window do not see each other."""
+        return self.document_mask or self.packing == "documents"
 
     def check(self) -> None:
         """Raise a ConfigError for a value that cannot work."""

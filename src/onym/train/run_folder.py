@@ -39,7 +39,7 @@ CHANGEABLE = {
 }
 """Options that may differ when a run is continued."""
 
-_LATER = {"document_mask": False}
+_LATER = {"document_mask": False, "packing": "stream"}
 """Options that change the arithmetic and came later, with what runs did before there were these."""
 
 
