@@ -78,8 +78,7 @@ def test_shards_together_are_what_one_is(corpus: Corpus, tmp_path: Path, monkeyp
 def test_text_is_the_same_from_memory_and_from_files(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    monkeypatch.setattr(survey_module, "_KEPT", kept)
-    found = survey(corpus, 0.1)
+    found = survey(corpus, 0.1, kept=kept)
     assert (found._texts is None) == (kept == 0)
     right = tokenise(survey(corpus, 0.1), TOKENIZER, tmp_path / "right")
     assert content(tokenise(found, TOKENIZER, tmp_path / "cache")) == content(right)
@@ -195,8 +194,7 @@ def test_two_at_once_write_one_cache(corpus: Corpus, tmp_path: Path, monkeypatch
 def test_text_that_changes_while_it_is_read_is_named(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    monkeypatch.setattr(survey_module, "_KEPT", 0)
-    found = survey(corpus, 0.1)
+    found = survey(corpus, 0.1, kept=0)
     file = Path(corpus.data[0]) / "07.jsonl"
     text = file.read_text()
     if change == "gone":
@@ -357,3 +355,24 @@ def test_a_file_larger_than_memory_is_tokenised(tmp_path: Path) -> None:
     finally:  # pytest keeps the folders of three runs
         (tmp_path / "long.txt").unlink()
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+def test_a_bad_file_leaves_no_trace_among_millions_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though hashes were forgotten in the middle of it."""
+
+    def threshold(*, bad: bool) -> tuple[object, ...]:
+        monkeypatch.setattr(survey_module, "_MOST_HASHES", 1_000)
+        seen = survey_module._Seen(0.1)
+        for number in range(2_500):
+            seen.add(b"%d" % number)
+        seen.begin_file()
+        if bad:
+            for number in range(4_321):
+                seen.add(b"bad %d" % number)
+            seen.forget_file()
+            seen.begin_file()
+        for number in range(2_500, 5_000):
+            seen.add(b"%d" % number)
+        return (*seen.threshold(), seen.fingerprint, seen.documents, seen.text_bytes, seen.file_digest.digest())
+
+    assert threshold(bad=True) == threshold(bad=False)

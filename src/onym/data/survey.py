@@ -7,7 +7,6 @@ is split instead: its last part is held out.
 
 from __future__ import annotations
 
-import copy
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,8 @@ Progress = Callable[[str, int, int], None]
 
 PIECE = 1 << 20
 """Characters encoded at a time, so that a long document does not need twenty times its size in memory."""
-_KEPT = 256 << 20  # bytes of text that stay in memory, so that a corpus of that size is read once
+KEPT = 256 << 20
+"""Bytes of text that stay in memory, so that a corpus of that size is read once."""
 _MOST_HASHES = 4_000_000  # of new documents in memory, until those that are far from being held out are forgotten
 
 
@@ -124,7 +124,9 @@ class Survey:
         yield from _cut("held_out", _slice(document.blocks(), cut, known.characters))
 
 
-def survey(corpus: Corpus, held_out: float, progress: Progress | None = None, *, skip_bad_files: bool = False) -> Survey:
+def survey(
+    corpus: Corpus, held_out: float, progress: Progress | None = None, *, skip_bad_files: bool = False, kept: int = KEPT
+) -> Survey:
     """Read the corpus once.
 
     Args:
@@ -132,6 +134,7 @@ def survey(corpus: Corpus, held_out: float, progress: Progress | None = None, *,
         held_out: share of the text that is not trained on.
         progress: told of bytes of files.
         skip_bad_files: leave out a file that cannot be read, instead of raising.
+        kept: bytes of text that may stay in memory.
 
     Raises:
         DataError: nothing is in it; or a file cannot be read.
@@ -139,25 +142,23 @@ def survey(corpus: Corpus, held_out: float, progress: Progress | None = None, *,
     sources: list[SourceFile | None] = [*corpus.files()] if corpus.data else [None]
     total = sum(source.size for source in sources if source)
     seen, done = _Seen(held_out), 0
-    kept: list[tuple[bytes, ...]] | None = []
+    texts_of_files: list[tuple[bytes, ...]] | None = []
     read, digests = list[SourceFile | None](), list[bytes]()
     files, skipped = list[FileSummary](), list[tuple[str, str]]()
     for source in sources:
-        before = seen.copy() if skip_bad_files else seen
-        seen.file_digest = blake3()
+        seen.begin_file()
         documents, text_bytes, texts = seen.documents, seen.text_bytes, list[bytes]()
-
         size = source.size if source else 0
         try:
             for text in _texts_of(corpus, source):
                 if isinstance(text, LongDocument):
                     seen.add_long(text, progress and partial(_tell, progress, done, total))
-                    kept = None
+                    texts_of_files = None
                 else:
                     seen.add(text)
-                    if kept is not None:
+                    if texts_of_files is not None:
                         texts.append(text)
-                        kept = kept if seen.text_bytes <= _KEPT else None
+                        texts_of_files = texts_of_files if seen.text_bytes <= kept else None
                 if progress and not seen.documents % 1000:
                     _tell(progress, done, total, min(seen.text_bytes - text_bytes, size))
         except DataError as error:
@@ -165,13 +166,13 @@ def survey(corpus: Corpus, held_out: float, progress: Progress | None = None, *,
                 raise
             if not skip_bad_files:
                 raise DataError(f"{error} To leave out what cannot be read: --on-bad-file skip.") from error
-            seen = before
+            seen.forget_file()
             skipped.append((source.name, str(error)))
         else:
             read.append(source)
             digests.append(seen.file_digest.digest())
-            if kept is not None:
-                kept.append(tuple(texts))
+            if texts_of_files is not None:
+                texts_of_files.append(tuple(texts))
             if source is not None:
                 files.append(FileSummary(source.name, seen.text_bytes - text_bytes, seen.documents - documents))
         done += size
@@ -181,7 +182,8 @@ def survey(corpus: Corpus, held_out: float, progress: Progress | None = None, *,
     longest_whole, below = seen.threshold()
     return Survey(
         corpus, seen.fingerprint, seen.documents, seen.text_bytes, longest_whole, below, 1 - held_out, tuple(files),
-        tuple(skipped), tuple(read), tuple(digests), seen.long, None if kept is None else tuple(kept),
+        tuple(skipped), tuple(read), tuple(digests), seen.long,
+        None if texts_of_files is None else tuple(texts_of_files),
     )  # fmt: skip
 
 
@@ -196,17 +198,24 @@ class _Seen:
         self.documents = self.text_bytes = 0
         self.long: dict[str, _Long] = {}
         self._held_out = held_out
-        self._digest = self.file_digest = blake3()
+        self._digest = blake3()
         self._hashes, self._sizes = array("Q"), array("Q")
+        self.begin_file()
         self._forgotten_from: int | None = None
         """Documents with this hash or a higher one may have been forgotten."""
 
-    def copy(self) -> _Seen:
-        """The same, to go back to."""
-        other = copy.copy(self)
-        other.long, other._digest = dict(self.long), self._digest.copy()
-        other._hashes, other._sizes = self._hashes[:], self._sizes[:]
-        return other
+    def begin_file(self) -> None:
+        """What is added from here on is of a file that may turn out to be bad."""
+        self._before = self.documents, self.text_bytes, self._digest.copy()
+        self._file_starts, self._file_long = len(self._hashes), list[str]()
+        self.file_digest = blake3()
+
+    def forget_file(self) -> None:
+        """It is bad: as if it had not been read."""
+        self.documents, self.text_bytes, self._digest = self._before
+        del self._hashes[self._file_starts :], self._sizes[self._file_starts :]
+        for source in self._file_long:
+            del self.long[source]
 
     @property
     def fingerprint(self) -> str:
@@ -229,6 +238,7 @@ class _Seen:
             if tell:
                 tell(size)
         self._add(digest.digest(), size)
+        self._file_long.append(document.source)
         self.long[document.source] = _Long(_hash(digest.digest()), characters, size)
 
     def _add(self, digest: bytes, size: int) -> None:
@@ -247,6 +257,7 @@ class _Seen:
             self._forgotten_from = bound
             hashes, sizes = np.array(self._hashes), np.array(self._sizes)
             kept = (hashes < np.uint64(bound)) | (sizes > int(self._held_out * self.text_bytes))  # the longest may be split
+            self._file_starts = int(kept[: self._file_starts].sum())
             self._hashes, self._sizes = array("Q", hashes[kept].tobytes()), array("Q", sizes[kept].tobytes())
 
     def threshold(self) -> tuple[int, int]:

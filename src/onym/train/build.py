@@ -12,7 +12,7 @@ from onym.data.cache import LIMIT_BYTES, bound
 from onym.data.packing import describe
 from onym.data.prefetch import Prefetcher
 from onym.data.sources import Source, Sources
-from onym.data.survey import Survey, survey
+from onym.data.survey import KEPT, Survey, survey
 from onym.data.token_files import is_token_data, link_tokens, tokenizer_of
 from onym.data.tokenise import tokenise
 from onym.data.tokenizer import Tokenizer
@@ -53,7 +53,8 @@ def prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: 
         for spec in specs:
             if not is_token_data(spec.data):
                 corpus = data.corpus(spec, activity.bytes)
-                texts[spec.name] = survey(corpus, data.held_out, activity.bytes, skip_bad_files=data.on_bad_file == "skip")
+                skips, kept = data.on_bad_file == "skip", KEPT // len(specs)
+                texts[spec.name] = survey(corpus, data.held_out, activity.bytes, skip_bad_files=skips, kept=kept)
         activity.result = _described(texts.values(), data.description) if texts else f"token files of {data.description}"
     for found in texts.values():
         for _, reason in found.skipped:
