@@ -151,8 +151,8 @@ def test_where_no_pair_is_left_the_vocabulary_is_as_tokenizers_makes_it(corpus: 
 def test_a_library_that_trains_otherwise_is_not_used(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    def reversed_merges(samples: list[tuple[Path, int]]) -> list[fast_bpe.Merges] | None:
-        merges = train_merges(samples)
+    def reversed_merges(samples: list[tuple[Path, int]], meanwhile: Callable[[], None]) -> list[fast_bpe.Merges] | None:
+        merges = train_merges(samples, meanwhile)
         assert merges is not None
         return None if fault == "none" else [each[::-1] for each in merges]
 
@@ -205,3 +205,27 @@ def test_tokens_that_are_added_and_not_special_are_found_in_text() -> None:
     assert json.loads(inner.to_str())["added_tokens"][-1]["special"] is False
     text = [b"import functools, json"]
     assert encoder(text)[0].tolist() == encoder._slow(text)[0].tolist()
+
+
+def test_a_sample_is_spread_over_the_whole_text_and_has_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one long document too, and whatever characters its parts are cut in."""
+    text = "".join(f"wörd{n}é漢 of {n * n}\n" for n in range(60_000))
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    for number in range(500):
+        (tmp_path / f"{number}.txt").write_text(f"note {number}\n" * 100)
+    seen: list[str] = []
+    tokenizer = KINDS["gpt2"]()
+    monkeypatch.setattr(train_tokenizer, "_SMALL", 10**9)
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, size: (seen.extend(texts), tokenizer)[1])
+    found = survey(Corpus((str(tmp_path),)), 0.1)
+    cached_tokenizer([found], 500, tmp_path / "cache", sample_bytes=300_000)
+    assert 200_000 < sum(len(each.encode()) for each in seen) < 400_000
+    places = sorted(text.find(each[:40]) / len(text) for each in seen if "wörd" in each)
+    assert places[0] < 0.2
+    assert places[-1] > 0.6
+    assert any(each.startswith("note") for each in seen)
+    before = list(seen)
+    seen.clear()
+    cached_tokenizer([found], 500, tmp_path / "again", sample_bytes=300_000)
+    assert seen == before
+    assert next((tmp_path / "cache/tokenizers").iterdir()).name.endswith("-500-300000.json")

@@ -67,9 +67,8 @@ class Encoder:
         if self._fast is not None:
             try:
                 return self._encode_fast(texts)
-            except BaseException as error:  # a panic of Rust's is no Exception
-                if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-                    raise
+            except BaseException as error:
+                _raise_if_ours(error)
                 self._give_up(f"failed ({type(error).__name__})")
         return self._slow(texts)
 
@@ -99,26 +98,39 @@ def _open(tokenizer_json: str):  # type: ignore[no-untyped-def]  # -> gigatoken.
     content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token["special"]]
     try:
         return gigatoken.Tokenizer.from_json(json.dumps(content))
-    except Exception:  # whatever it raises says that it does not know this tokenizer
+    except BaseException as error:  # whatever it raises says that it does not know this tokenizer
+        _raise_if_ours(error)
         return None
 
 
-def train_merges(samples: Sequence[tuple[Path, int]]) -> list[Merges] | None:
+def _raise_if_ours(error: BaseException) -> None:
+    """Raise what is not the library's; a panic of Rust's is no Exception."""
+    if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+        raise error
+
+
+def train_merges(samples: Sequence[tuple[Path, int]], meanwhile: Callable[[], None] = lambda: None) -> list[Merges] | None:
     """The merges of byte-level BPEs with GPT-2's pre-tokenizer, in order; None where gigatoken is not there or fails.
 
     In a process of its own, as gigatoken writes to the terminal while it trains, and so that its memory is given back.
 
     Args:
         samples: of each a file with its texts, UTF-8, :data:`SEPARATOR` between two; and how many tokens, bytes included.
+        meanwhile: called while it trains, on one core for most of the time.
     """
     results = [path.with_name(path.name + ".merges") for path, _ in samples]
     arguments = [str(each) for (path, size), result in zip(samples, results, strict=True) for each in (path, size, result)]
     try:
-        done = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, "-c", _TRAIN, *arguments],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        if done.returncode:
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            try:
+                meanwhile()
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
             return None
         pairs = [json.loads(result.read_bytes()) for result in results]
     finally:

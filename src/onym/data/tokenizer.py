@@ -115,6 +115,11 @@ class Tokenizer:
         """The text of a ``tokenizer.json``, equal for equal tokenizers."""
         return json.dumps(json.loads(self._inner.to_str()), ensure_ascii=False, indent=2, sort_keys=True) + "\n"
 
+    def bytes_of(self, token: int) -> bytes:
+        """What a token of a byte-level vocabulary stands for."""
+        byte_of = {character: byte for byte, character in enumerate(_characters())}
+        return bytes(byte_of[character] for character in self._inner.id_to_token(token) or "")
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without any special token."""
         return self._inner.encode(text, add_special_tokens=False).ids

@@ -19,6 +19,7 @@ from onym.storage.paths import replace_file
 _BATCH_BYTES = 16 << 20
 _SMALL = 4 << 20  # bytes of text that `tokenizers` trains on in a second, and from which it knows best when no merge is left
 _COMPARED_VOCABULARY = 1000
+_DRAWN = 1 << 14  # bytes of a part that is in the sample or not
 _BEGINNINGS, _BEGINNING = 1000, 8192  # of texts, to compare two libraries on
 
 
@@ -64,8 +65,8 @@ def cached_tokenizer(
             for number in range(found.file_count):
                 for piece in found.pieces(number):
                     done += len(piece.text)
-                    if piece.split == "train" and (share == 1 or _drawn(piece.text) < share):
-                        yield piece.text
+                    if piece.split == "train":
+                        yield from [piece.text] if share == 1 else _drawn(piece.text, share)
                 if progress:
                     progress("Reading text for the tokenizer", done, total)
 
@@ -82,9 +83,13 @@ def cached_tokenizer(
     return tokenizer
 
 
-def _drawn(text: bytes) -> float:
-    """A number from 0 to 1 that depends on the text alone, on other bits than what is held out does."""
-    return int.from_bytes(blake3(text).digest()[8:16], "big") / 2**64
+def _drawn(text: bytes, share: float) -> Iterator[bytes]:
+    """Parts of a text that have this share of all text; which they are depends on them alone."""
+    for start in range(0, len(text), _DRAWN):
+        part = text[start : start + _DRAWN]
+        # Other bits than those that say what is held out.
+        if int.from_bytes(blake3(part).digest()[8:16], "big") < share * 2**64 and (whole := part.decode(errors="ignore")):
+            yield whole.encode()
 
 
 def _train(folder: Path, texts: Iterator[bytes], vocab_size: int, progress: Progress | None, warn: Warn | None) -> Tokenizer:
@@ -100,11 +105,14 @@ def _train(folder: Path, texts: Iterator[bytes], vocab_size: int, progress: Prog
     part.write_bytes(SEPARATOR.join(compared))
     if progress:
         progress("Training the tokenizer", 0, 0)
-    small = min(vocab_size, _COMPARED_VOCABULARY)
-    merges = train_merges([(part, small - 1), (sample, vocab_size - 1)])
+    small, right = min(vocab_size, _COMPARED_VOCABULARY), list[Tokenizer]()
+    merges = train_merges(
+        [(part, small - 1), (sample, vocab_size - 1)],
+        meanwhile=lambda: right.append(Tokenizer.train((text.decode() for text in compared), small)),
+    )
     if merges is None:
         why = "could not train"
-    elif Tokenizer.of_merges(merges[0], small).to_json() != Tokenizer.train((t.decode() for t in compared), small).to_json():
+    elif Tokenizer.of_merges(merges[0], small).to_json() != right[0].to_json():
         why = "finds other merges than tokenizers in this text"
     else:
         tokenizer = Tokenizer.of_merges(merges[1], vocab_size)
@@ -119,7 +127,8 @@ def _train(folder: Path, texts: Iterator[bytes], vocab_size: int, progress: Prog
 def _uses_last_token(tokenizer: Tokenizer, sample: Path) -> bool:
     """Whether the last merge occurs in the text: then so do all before it."""
     encode, last = Encoder(tokenizer, []), tokenizer.vocab_size - 1
-    return any(last in encode(texts)[0] for texts in _batches(_separated(sample)))
+    token = tokenizer.bytes_of(last)
+    return any(last in encode([text])[0] for text in _separated(sample) if token in text)
 
 
 def _separated(sample: Path) -> Iterator[bytes]:
@@ -131,15 +140,3 @@ def _separated(sample: Path) -> Iterator[bytes]:
             yield from texts
         if rest:
             yield rest
-
-
-def _batches(texts: Iterator[bytes]) -> Iterator[list[bytes]]:
-    batch, size = list[bytes](), 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -27,6 +27,8 @@ _NOT_OF_THE_SHAPE = ("preset", "start_from")
 # How a value that may be left out is shown on the help page.
 _PRESETS = "(default: the preset's)"
 DEFAULT_STEPS = 800
+SMALLEST_SAMPLE = 10**6
+"""Bytes of text that a tokenizer is trained on, at least."""
 LENGTHS = ("steps", "epochs", "tokens")
 """The options that say how long to train, each in its own unit."""
 SIZES = ("batch_size", "tokens_per_step")
@@ -74,7 +76,8 @@ class DataOptions:
         if not 0 < self.held_out < 1:
             raise ConfigError(f"--held-out must be between 0 and 1, not {self.held_out}.")
         _require_positive(self, "vocab_size")
-        parse_size(self.tokenizer_sample, "--tokenizer-sample")
+        if parse_size(self.tokenizer_sample, "--tokenizer-sample") < SMALLEST_SAMPLE:
+            raise ConfigError(f"--tokenizer-sample {self.tokenizer_sample} is too little to train a tokenizer on: 1MB or more.")
         if self.mix and self.data:
             raise ConfigError("--mix and --data are two ways to name the text: give one of them.")
         names = [source.name for source in self.sources]
