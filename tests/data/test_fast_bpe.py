@@ -116,7 +116,7 @@ def merges_of(texts: list[str], vocab_size: int) -> fast_bpe.Merges:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "text")
         path.write_bytes(SEPARATOR.join(text.encode() for text in texts))
-        merges = train_merges([(path, vocab_size - 1)])
+        merges = train_merges([([path], vocab_size - 1)])
     assert merges is not None
     return merges[0]
 
@@ -151,7 +151,7 @@ def test_where_no_pair_is_left_the_vocabulary_is_as_tokenizers_makes_it(corpus: 
 def test_a_library_that_trains_otherwise_is_not_used(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    def reversed_merges(samples: list[tuple[Path, int]], meanwhile: Callable[[], None]) -> list[fast_bpe.Merges] | None:
+    def reversed_merges(samples: list[tuple[list[Path], int]], meanwhile: Callable[[], None]) -> list[fast_bpe.Merges] | None:
         merges = train_merges(samples, meanwhile)
         assert merges is not None
         return None if fault == "none" else [each[::-1] for each in merges]

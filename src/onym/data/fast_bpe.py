@@ -26,8 +26,8 @@ SEPARATOR = b"\xff"  # no byte of UTF-8, so it is in no text
 _TRAIN = """
 import json, sys
 import gigatoken
-for sample, vocab_size, result in zip(*[iter(sys.argv[1:])] * 3):
-    _, merges = gigatoken.train_bpe(gigatoken.TextFileSource([sample], b"\\xff"), int(vocab_size), [])
+for samples, vocab_size, result in json.loads(sys.argv[1]):
+    _, merges = gigatoken.train_bpe(gigatoken.TextFileSource(samples, b"\\xff"), vocab_size, [])
     with open(result, "w") as file:
         json.dump([[left.hex(), right.hex()] for left, right in merges], file)
 """
@@ -109,20 +109,23 @@ def _raise_if_ours(error: BaseException) -> None:
         raise error
 
 
-def train_merges(samples: Sequence[tuple[Path, int]], meanwhile: Callable[[], None] = lambda: None) -> list[Merges] | None:
+def train_merges(
+    samples: Sequence[tuple[Sequence[Path], int]], meanwhile: Callable[[], None] = lambda: None
+) -> list[Merges] | None:
     """The merges of byte-level BPEs with GPT-2's pre-tokenizer, in order; None where gigatoken is not there or fails.
 
     In a process of its own, as gigatoken writes to the terminal while it trains, and so that its memory is given back.
 
     Args:
-        samples: of each a file with its texts, UTF-8, :data:`SEPARATOR` between two; and how many tokens, bytes included.
+        samples: of each the files with its texts, UTF-8, :data:`SEPARATOR` between two, of which two are mapped at a time; and
+            how many tokens, bytes included.
         meanwhile: called while it trains, on one core for most of the time.
     """
-    results = [path.with_name(path.name + ".merges") for path, _ in samples]
-    arguments = [str(each) for (path, size), result in zip(samples, results, strict=True) for each in (path, size, result)]
+    results = [paths[0].with_name(paths[0].name + ".merges") for paths, _ in samples]
+    request = [[list(map(str, each[0])), each[1], str(result)] for each, result in zip(samples, results, strict=True)]
     try:
         with subprocess.Popen(
-            [sys.executable, "-c", _TRAIN, *arguments],
+            [sys.executable, "-c", _TRAIN, json.dumps(request)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         ) as process:  # fmt: skip
             try:

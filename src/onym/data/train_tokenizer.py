@@ -16,7 +16,7 @@ from onym.data.tokenizer import Tokenizer, require_bytes
 from onym.errors import TokenizerError, storage_error
 from onym.storage.paths import replace_file
 
-_BATCH_BYTES = 16 << 20
+_FILE_BYTES = 32 << 20  # of the text that gigatoken trains on, which it maps
 _SMALL = 4 << 20  # bytes of text that `tokenizers` trains on in a second, and from which it knows best when no merge is left
 _COMPARED_VOCABULARY = 1000
 _DRAWN = 1 << 14  # bytes of a part that is in the sample or not
@@ -93,21 +93,21 @@ def _drawn(text: bytes, share: float) -> Iterator[bytes]:
 
 
 def _train(folder: Path, texts: Iterator[bytes], vocab_size: int, progress: Progress | None, warn: Warn | None) -> Tokenizer:
-    sample, part = folder / "text", folder / "part"
-    beginnings: list[bytes] = []
-    with sample.open("wb") as file:
-        for number, text in enumerate(texts):
-            file.write(SEPARATOR + text if number else text)
-            beginnings.append(text[:_BEGINNING])
-            if len(beginnings) == 2 * _BEGINNINGS:  # every second one: they stay spread over the text
-                beginnings = beginnings[::2]
+    part = folder / "part"
+    sample, beginnings = list[Path](), list[bytes]()
+    for number, some in enumerate(_batches(texts, _FILE_BYTES)):
+        sample.append(folder / f"text-{number:05}")
+        sample[-1].write_bytes(SEPARATOR.join(some))
+        beginnings.extend(text[:_BEGINNING] for text in some)
+        while len(beginnings) > 2 * _BEGINNINGS:  # every second one: they stay spread over the text
+            beginnings = beginnings[::2]
     compared = some_of(beginnings)
     part.write_bytes(SEPARATOR.join(compared))
     if progress:
         progress("Training the tokenizer", 0, 0)
     small, right = min(vocab_size, _COMPARED_VOCABULARY), list[Tokenizer]()
     merges = train_merges(
-        [(part, small - 1), (sample, vocab_size - 1)],
+        [([part], small - 1), (sample, vocab_size - 1)],
         meanwhile=lambda: right.append(Tokenizer.train((text.decode() for text in compared), small)),
     )
     if merges is None:
@@ -124,19 +124,26 @@ def _train(folder: Path, texts: Iterator[bytes], vocab_size: int, progress: Prog
     return Tokenizer.train((text.decode() for text in _separated(sample)), vocab_size)
 
 
-def _uses_last_token(tokenizer: Tokenizer, sample: Path) -> bool:
+def _uses_last_token(tokenizer: Tokenizer, sample: Sequence[Path]) -> bool:
     """Whether the last merge occurs in the text: then so do all before it."""
     encode, last = Encoder(tokenizer, []), tokenizer.vocab_size - 1
     token = tokenizer.bytes_of(last)
     return any(last in encode([text])[0] for text in _separated(sample) if token in text)
 
 
-def _separated(sample: Path) -> Iterator[bytes]:
-    """The texts of a file, :data:`SEPARATOR` between two."""
-    with sample.open("rb") as file:
-        rest = b""
-        while block := file.read(_BATCH_BYTES):
-            *texts, rest = (rest + block).split(SEPARATOR)
-            yield from texts
-        if rest:
-            yield rest
+def _separated(sample: Sequence[Path]) -> Iterator[bytes]:
+    """The texts of files, :data:`SEPARATOR` between two."""
+    return (text for path in sample for text in path.read_bytes().split(SEPARATOR))
+
+
+def _batches(texts: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    """The texts in lists of that many bytes or a little more."""
+    batch, left = list[bytes](), size
+    for text in texts:
+        batch.append(text)
+        left -= len(text)
+        if left <= 0:
+            yield batch
+            batch, left = [], size
+    if batch:
+        yield batch
