@@ -376,3 +376,16 @@ def test_a_bad_file_leaves_no_trace_among_millions_of_documents(monkeypatch: pyt
         return (*seen.threshold(), seen.fingerprint, seen.documents, seen.text_bytes, seen.file_digest.digest())
 
     assert threshold(bad=True) == threshold(bad=False)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_files_without_documents_have_no_tokens_wherever_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:02}.txt").write_text(f"document {number}\n" * 90 if number % 5 == 2 else " \n" * (number % 2))
+    data = tokenise(survey(Corpus((str(folder),)), 0.1), TOKENIZER, tmp_path / "cache")
+    lines = [json.loads(line) for line in (data.path / "files.jsonl").read_text().splitlines()]
+    assert [line["documents"] for line in lines] == [int(number % 5 == 2) for number in range(60)]
+    assert [bool(line["tokens"]) for line in lines] == [number % 5 == 2 for number in range(60)]
+    assert sum(line["tokens"] for line in lines) == len(data.train) + len(data.held_out)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,8 @@ class _Writer:
             raise changed(found.corpus.description)
         names = found.files or (("Python's own documentation", found.text_bytes, found.documents),)
         with (self._folder / "files.jsonl").open("w", encoding="utf-8") as files:
-            for (name, text_bytes, documents), tokens in zip(names, state.file_tokens, strict=True):
+            # Files without documents have no tokens; the last ones are not in the list.
+            for (name, text_bytes, documents), tokens in zip_longest(names, state.file_tokens, fillvalue=0):  # type: ignore[misc]
                 about = {"name": name, "bytes": text_bytes, "documents": documents, "tokens": tokens}
                 files.write(json.dumps(about, ensure_ascii=False) + "\n")
         (self._folder / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")

@@ -113,6 +113,10 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The text of a ``tokenizer.json``, equal for equal tokenizers."""
+        return self._json
+
+    @functools.cached_property
+    def _json(self) -> str:
         return json.dumps(json.loads(self._inner.to_str()), ensure_ascii=False, indent=2, sort_keys=True) + "\n"
 
     def bytes_of(self, token: int) -> bytes:
