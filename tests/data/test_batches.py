@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onym.data.batches import IGNORED_TARGET, StreamWindows, TrainingBatches, evaluation_batches
-from onym.data.order import PERIOD, shares_of, source_at
+from onym.data.order import shares_of, source_at
+from onym.data.source_spec import PERIOD
 from onym.data.sources import Source, Sources
 from onym.data.tokens import TokenData, TokenStream
 from onym.errors import DataError

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,41 @@ def test_a_folder_whose_name_looks_like_a_file_is_searched_and_not_read(tmp_path
 )
 def test_a_run_is_called_after_its_data(data: str, name: str) -> None:
     assert Corpus((data,)).name == name
+
+
+def test_a_file_is_read_once_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "t"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"text {number}")
+    (folder / "loop").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    data = ("t", "t/../t", "./t", str(folder), "t/**/*.txt")
+    assert [document.text for document in Corpus(data).documents()] == [f"text {number}" for number in range(6)]
+
+
+def test_a_link_that_leads_nowhere_is_a_bad_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "c.txt")
+    corpus = Corpus((str(tmp_path),))
+    good, *bad = corpus.files()
+    assert [document.text for document in corpus.read(good)] == ["text"]
+    for file in bad:
+        with pytest.raises(DataError, match="cannot be read"):
+            list(corpus.read(file))
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "secret").mkdir()
+    plain = os.scandir
+
+    def scandir(path: str) -> object:  # as for everybody but root, who may read every folder
+        if path.endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"secret' cannot be read: Permission denied"):
+        Corpus((str(tmp_path),)).files()

@@ -13,7 +13,7 @@ from onym.data.survey import survey
 from onym.data.token_files import is_token_data, link_tokens, tokenizer_of
 from onym.data.tokenise import tokenise
 from onym.data.tokenizer import Tokenizer
-from onym.data.tokens import open_tokens
+from onym.data.tokens import open_tokens, relink_cache, shards_of
 from onym.errors import DataError
 
 TOKENIZER = Tokenizer.train([f"document {n} of {n * n} lines\n" for n in range(300)], 300)
@@ -131,3 +131,97 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"hold tokens of uint16 and uint32: they are not of one tokenizer"):
         link_tokens((str(folder),), TOKENIZER, 0.1, cache)
     assert not list(cache.rglob("tokens.json"))
+
+
+def of_its_own(folder: Path, cache: Path, tokenizer: Tokenizer, name: str) -> Path:
+    """A token folder that somebody has moved out of the cache."""
+    (folder / name).mkdir(parents=True)
+    for number in range(50):
+        (folder / name / f"{number}.txt").write_text(f"document {name} {number} of lines\n")
+    made = tokenise(survey(Corpus((str(folder / name),)), 0.2), tokenizer, cache)
+    made.path.rename(folder / f"{name}-tokens")
+    return folder / f"{name}-tokens"
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    """Of the same size: each of their ids is one of it."""
+    other = Tokenizer.train(["other words entirely, none of them the same, and numbers too: 17, 19, 23\n" * 9], 300)
+    folder = of_its_own(tmp_path, tmp_path / "cache", TOKENIZER, "a")
+    with pytest.raises(DataError, match=r"tokenizer\.json' made these tokens, and it is not the tokenizer"):
+        link_tokens((str(folder),), other, 0.1, tmp_path / "cache")
+    bins = nanogpt(tmp_path / "bins")
+    (bins / "tokenizer.json").write_text(TOKENIZER.to_json())
+    with pytest.raises(DataError, match=r"tokenizer\.json' made these tokens"):
+        link_tokens((str(bins / "*.bin"),), other, 0.1, tmp_path / "cache")
+    link_tokens((str(bins),), TOKENIZER, 0.1, tmp_path / "cache")
+
+
+def test_a_token_folder_elsewhere_is_known_by_what_is_in_it_and_is_never_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    one, two = (of_its_own(tmp_path / name, cache, TOKENIZER, name) for name in ("one", "two"))
+    two = two.rename(tmp_path / "two" / one.name)
+    first, second = (link_tokens((str(each),), TOKENIZER, 0.1, cache) for each in (one, two))
+    assert first.path.name != second.path.name
+    assert first.path.parent == second.path.parent == cache / "tokens"
+    monkeypatch.chdir(one)
+    assert link_tokens((".",), TOKENIZER, 0.1, cache).path == first.path
+    (one / "my_notes.txt").write_text("mine")
+    moved = one.rename(tmp_path / "elsewhere")
+    again = link_tokens((str(moved),), TOKENIZER, 0.1, cache)
+    assert again.path.name == first.path.name, "the same tokens"
+    assert shards_of(again.path, again.description, "train")[0].file.parent == moved
+    os.truncate(moved / "train-00000.bin", 8)
+    relink_cache(again, TOKENIZER.to_json())
+    assert (moved / "my_notes.txt").read_text() == "mine"
+    assert (moved / "files.jsonl").exists()
+
+
+def test_of_two_files_that_differ_in_the_middle_each_is_itself(tmp_path: Path) -> None:
+    one, two = nanogpt(tmp_path / "one"), nanogpt(tmp_path / "two")
+    many = documents(0, 300) * 40
+    np.array(many, dtype=np.uint16).tofile(one / "train.bin")
+    many[len(many) // 2] = 7
+    np.array(many, dtype=np.uint16).tofile(two / "train.bin")
+    for folder in (one, two):
+        data = link_tokens((str(folder),), TOKENIZER, 0.1, tmp_path / "cache")
+        assert shards_of(data.path, data.description, "train")[0].file.parent == folder
+
+
+@pytest.mark.parametrize(("name", "held_out"), [("val", True), ("fineweb_val_000000", True), ("validation-1", True)])
+@pytest.mark.parametrize("other", ["retrieval", "medieval_train", "interval"])
+def test_a_name_that_merely_contains_val_is_trained_on(tmp_path: Path, name: str, held_out: bool, other: str) -> None:
+    np.array(documents(0, 100), dtype=np.uint16).tofile(tmp_path / f"{other}.bin")
+    np.array(documents(200, 10), dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
+    data = link_tokens((str(tmp_path),), TOKENIZER, 0.1, tmp_path / "cache")
+    assert data.train.read(0, 10**6).tolist() == documents(0, 100)
+    assert data.held_out.read(0, 10**6).tolist() == documents(200, 10)
+
+
+def test_files_that_are_named_twice_are_trained_on_once(tmp_path: Path) -> None:
+    folder = nanogpt(tmp_path / "a", val=False)
+    (tmp_path / "link.bin").symlink_to(folder / "train.bin")
+    data = (str(folder / "*.bin"), str(folder / "train.bin"), str(tmp_path / "link.bin"))
+    tokens = link_tokens(data, TOKENIZER, 0.1, tmp_path / "cache")
+    assert len(tokens.train) + len(tokens.held_out) == len(documents(0, 300))
+
+
+@pytest.mark.parametrize("pattern", ["", "/*"])
+def test_token_files_and_text_in_one_folder_are_named(tmp_path: Path, pattern: str) -> None:
+    folder = nanogpt(tmp_path / "a")
+    (folder / "notes.txt").write_text("text")
+    with pytest.raises(DataError, match=r"holds token files \('train\.bin'\) and text \('notes\.txt'\): name the ones"):
+        is_token_data((f"{folder}{pattern}",))
+
+
+@pytest.mark.parametrize("entry", ["~nosuchuser/x", "x" * 300, "a\0b"])
+def test_a_path_that_cannot_be_followed_is_no_token_data(entry: str) -> None:
+    assert not is_token_data((entry,))
+
+
+def test_a_stream_without_the_end_of_a_document_is_one(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    np.full(5000, 7, dtype=np.uint16).tofile(tmp_path / "a/train.bin")
+    tokens = link_tokens((str(tmp_path / "a"),), TOKENIZER, 0.1, tmp_path / "cache")
+    assert tokens.train.document_starts.tolist() == tokens.held_out.document_starts.tolist() == [0]

@@ -389,3 +389,40 @@ def test_files_without_documents_have_no_tokens_wherever_they_are(tmp_path: Path
     assert [line["documents"] for line in lines] == [int(number % 5 == 2) for number in range(60)]
     assert [bool(line["tokens"]) for line in lines] == [number % 5 == 2 for number in range(60)]
     assert sum(line["tokens"] for line in lines) == len(data.train) + len(data.held_out)
+
+
+def test_a_long_file_that_is_overwritten_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many bytes, whether it is split or not."""
+    monkeypatch.setattr(readers, "LONG_TEXT", 5_000)
+    for held_out, others in ((0.1, 0), (0.4, 900)):
+        folder = tmp_path / f"{others}"
+        folder.mkdir()
+        text = "".join(f"line {n} of a long document\n" for n in range(500))
+        (folder / "long.txt").write_text(text)
+        for number in range(others):
+            (folder / f"{number}.txt").write_text(f"note {number} of many\n" * 4)
+        found = survey(Corpus((str(folder),)), held_out)
+        (folder / "long.txt").write_text(text.replace("line 250 ", "LINE 250 "))
+        with pytest.raises(DataError, match=r"long\.txt' changed while the text was read"):
+            tokenise(found, TOKENIZER, tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_an_interrupted_shard_without_its_documents_is_made_anew(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = content(tokenise(survey(corpus, 0.1), TOKENIZER, tmp_path / "right"))
+    plain, calls = tokenise_module.replace_file, list[Path]()
+
+    def stops(path: Path, text: str) -> None:
+        plain(path, text)
+        calls.append(path)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenise_module, "replace_file", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tokenise(survey(corpus, 0.1), TOKENIZER, tmp_path / "cache")
+    (calls[-1].parent / "train-00002.documents.npy").write_bytes(b"")
+    monkeypatch.undo()
+    assert content(tokenise(survey(corpus, 0.1), TOKENIZER, tmp_path / "cache")) == right

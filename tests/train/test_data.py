@@ -65,6 +65,11 @@ def test_a_mixture_has_a_held_out_loss_for_each_source_and_resumes_bit_for_bit(
         (["web:-1:WEB"], "is no source: give its name, its weight"),
         (["web:nan:WEB"], "is no source: give its name, its weight"),
         (["WEB"], "is no source: give its name, its weight"),
+        (["..:1:WEB"], "is no source: give its name, its weight"),
+        (["a\nb:1:WEB"], "is no source: give its name, its weight"),
+        (["a:1e308:WEB", "b:1e308:WEB"], "less than one in 4,096 tokens"),
+        (["a:1:WEB", "b:1e-9:WEB"], "--mix gives 'b' less than one in 4,096 tokens"),
+        (["web:1:WEB", "--suffix", "*.rst"], "--suffix '*.rst' is no suffix"),
         (["web:0.5:WEB", "web:0.5:WEB"], "two sources that are called 'web'"),
         (["web:0.5:WEB", "x:0.5:nowhere"], "There is no file or folder 'nowhere'"),
         (["web:0.5:WEB", "dry:0.5:DRY"], "The source 'dry' of --mix has"),
@@ -95,6 +100,9 @@ def test_a_bad_file_fails_or_is_skipped_and_listed(onym: Run, two: tuple[str, st
     (skipped,) = json.loads((tmp_path / "runs/web/run.json").read_text())["skipped_files"]
     assert skipped["name"].endswith("bad.txt")
     assert "not UTF-8" in skipped["reason"]
+    (tmp_path / "web/bad.txt").unlink()
+    assert onym("train", "--data", tmp_path / "web", *TINY_RUN, *SHORT, "--name", "whole").returncode == 0
+    assert json.loads((tmp_path / "runs/whole/run.json").read_text())["skipped_files"] == [], "though the tokens are the same"
 
 
 def test_token_files_of_nanogpt_and_of_our_own(onym: Run, two: tuple[str, str], tmp_path: Path) -> None:

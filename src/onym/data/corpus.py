@@ -89,14 +89,15 @@ class Corpus:
             DataError: an entry leads nowhere, or to nothing that can be read.
         """
         suffixes = tuple(f".{suffix.removeprefix('.')}" for suffix in self.suffixes)
-        found: dict[Path | str, SourceFile] = {}
+        found: dict[object, SourceFile] = {}  # by what is the same however it is spelled
         for entry in self.data:
             if remote.is_remote(entry):
                 for file in remote.find(entry, lambda name: is_known(name, suffixes)):
                     found.setdefault(file.address, SourceFile(file.url, file.size, file))
             else:
-                for path, size in _find_local(remote.local_path(entry), suffixes):
-                    found.setdefault(path, SourceFile(str(path), size, path))
+                for path, status in _find_local(remote.local_path(entry), suffixes):
+                    same = (status.st_dev, status.st_ino) if status and status.st_ino else path
+                    found.setdefault(same, SourceFile(str(path), status.st_size if status else 0, path))
         return list(found.values())
 
     def read(self, file: SourceFile) -> Iterator[Document | LongDocument]:
@@ -127,8 +128,12 @@ class Corpus:
             yield from self.read(file)
 
 
-def _find_local(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, int]]:
-    """The files that a path or a pattern names, and their bytes."""
+_Found = list[tuple[Path, os.stat_result | None]]
+"""Files, and what the system says of them; None where it cannot be asked, which reading will complain of."""
+
+
+def _find_local(entry: str, suffixes: tuple[str, ...]) -> _Found:
+    """The files that a path or a pattern names."""
     try:
         path = Path(entry).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
@@ -139,23 +144,27 @@ def _find_local(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, int]]
             kinds = ", ".join((*SUFFIXES, *suffixes))
             raise DataError(f"The folder '{entry}' holds no {kinds} files: name another, or the files.")
     elif exists:
-        files = [(path, path.stat().st_size)]
+        files = [(path, path.stat())]
     elif has_magic(entry):
-        matches = sorted(Path(match) for match in glob(str(path), recursive=True) if Path(match).is_file())  # noqa: PTH207
-        if not matches:
+        matches = sorted(Path(match) for match in glob(str(path), recursive=True))  # noqa: PTH207
+        files = [(match, status) for match in matches if (status := _status(match)) and stat.S_ISREG(status.st_mode)]
+        if not files:
             raise DataError(f"No file matches '{entry}': check the pattern and the folder you are in.")
-        files = [(match, match.stat().st_size) for match in matches]
     else:
         raise DataError(f"There is no file or folder '{entry}': check the path given to --data.")
     return files
 
 
-def _search(folder: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, int]]:
+def _search(folder: Path, suffixes: tuple[str, ...]) -> _Found:
     """A folder's files of known kinds, sorted; of a dataset in it, or that it is, those that the dataset consists of."""
-    found: list[tuple[Path, int]] = []
-    for place, folders, names in os.walk(folder):
+
+    def cannot_look(error: OSError) -> None:
+        raise DataError(f"The folder '{error.filename}' cannot be read: {error.strerror}.") from error
+
+    found: _Found = []
+    for place, folders, names in os.walk(folder, onerror=cannot_look):
         if MARKERS.intersection(names) and (dataset := saved_dataset(Path(place))) is not None:
-            files = [(path, path.stat().st_size) for path in dataset]
+            files: _Found = [(path, path.stat()) for path in dataset]
             if place == str(folder):
                 return files
             found += files
@@ -165,13 +174,18 @@ def _search(folder: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, int]]:
         for name in names:
             if name.startswith(".") or not is_known(name, suffixes):
                 continue
-            try:
-                status = (path := Path(place, name)).stat()
-            except OSError:  # a link that leads nowhere
-                continue
-            if stat.S_ISREG(status.st_mode):
-                found.append((path, status.st_size))
-    return sorted(found)
+            status = _status(path := Path(place, name))
+            if status is None or stat.S_ISREG(status.st_mode):
+                found.append((path, status))
+    return sorted(found, key=lambda file: file[0])
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None of a link that leads nowhere."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from onym.data.source_spec import PERIOD
+
 UInt64Array = NDArray[np.uint64]
 
 _ROUNDS = 6  # four make a good permutation in theory; small domains are better mixed with more
@@ -70,10 +72,6 @@ def windows_at(positions: UInt64Array, windows: int, seed: int) -> NDArray[np.in
         chosen = epochs == epoch
         numbers[chosen] = permute(within[chosen], windows, epoch_key(seed, int(epoch))).astype(np.int64)
     return numbers
-
-
-PERIOD = 4096
-"""Sequences in which each source has its exact share, to one in 4096."""
 
 
 def shares_of(weights: Sequence[float]) -> NDArray[np.int64]:

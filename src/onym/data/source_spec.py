@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from onym.errors import ConfigError
 
+PERIOD = 4096
+"""Sequences in which each source of a mixture has its exact share."""
+
 
 @dataclass(frozen=True)
 class SourceSpec:
@@ -34,7 +37,8 @@ class SourceSpec:
             share = float(weight)
         except ValueError:
             share = 0.0
-        if not name or "/" in name or not path or not 0 < share < float("inf"):
+        plain = name and name.isprintable() and not name.startswith(".") and not set(name) & set("/\\")
+        if not plain or not path or not 0 < share < float("inf"):
             raise ConfigError(
                 f"--mix '{text}' is no source: give its name, its weight (more than 0) and its path, as in web:0.7:data/web."
             )

@@ -24,6 +24,8 @@ class Source:
     name: str
     weight: float
     tokens: TokenData
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Files that could not be read, and why."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Sources:
             if len(windows[-1]) < needed:
                 name = f"The source '{source.name}' of --mix" if self.mixed else description
                 size = f"one window of {context_length}" if self.mixed else f"one batch of {batch_size} x {context_length}"
+                if padding is not None:
+                    size += f", packed as {len(windows[-1]):,} windows of whole documents"
                 raise DataError(
                     f"{name} has {len(source.tokens.train):,} tokens to train on, fewer than {size} (and one more): add text "
                     f"to {'it' if self.mixed else '--data'}, or lower --batch-size or --context-length."
@@ -103,7 +107,7 @@ class Sources:
     @property
     def skipped_files(self) -> list[dict[str, str]]:
         """Those that could not be read, each with its name and the reason."""
-        return [skipped for source in self.sources for skipped in source.tokens.description.get("skipped", [])]
+        return [{"name": name, "reason": reason} for source in self.sources for name, reason in source.skipped]
 
     def relink(self, tokenizer_json: str) -> None:
         """Write tokens again that were deleted while they are mapped.

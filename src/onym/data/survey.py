@@ -116,12 +116,13 @@ class Survey:
         if known is None:
             raise changed(f"'{document.source}'")
         if known.bytes <= self.longest_whole:
-            yield from _cut("held_out" if known.hash < self.held_out_below else "train", document.blocks())
+            split: Split = "held_out" if known.hash < self.held_out_below else "train"
+            yield from _cut(split, _unchanged(document, known))
             return
         cut = min(int(known.characters * self.train_share), known.characters - 1)
         cut = _after_last_newline(document, cut - known.characters // 10, cut) or cut
         yield from _cut("train", _slice(document.blocks(), 0, cut))
-        yield from _cut("held_out", _slice(document.blocks(), cut, known.characters))
+        yield from _cut("held_out", _slice(_unchanged(document, known), cut, known.characters))
 
 
 def survey(
@@ -280,6 +281,20 @@ def changed(source: str) -> DataError:
     return DataError(f"{source} changed while the text was read: run the same command again when it is complete.")
 
 
+def _unchanged(document: LongDocument, known: _Long) -> Iterator[str]:
+    """A document's blocks.
+
+    Raises:
+        DataError: behind the last one: they are not those of the first reading.
+    """
+    digest = blake3()
+    for block in document.blocks():
+        digest.update(block.encode())
+        yield block
+    if _hash(digest.digest()) != known.hash:
+        raise changed(f"'{document.source}'")
+
+
 def _hash(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "big")
 
@@ -311,7 +326,7 @@ def _slice(blocks: Iterator[str], start: int, stop: int) -> Iterator[str]:
         position += len(block)
         if part:
             yield part
-        if position >= stop:
+        if position > stop:
             return
 
 

@@ -8,7 +8,10 @@ files and makes a token folder of them, so that whatever opens one opens these.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from onym.data.readers import is_known
+from onym.data.remote import local_path
 from onym.data.survey import SPLITS, Split
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TOKENIZER, TokenData, new_folder, open_tokens, shards_of, write_description
@@ -24,7 +29,8 @@ from onym.errors import DataError
 _HEADER_BYTES = 1024
 # How llm.c's files begin, with GPT-2's tokens and with Llama 3's.
 _MAGIC: dict[int, np.dtype[Any]] = {20240520: np.dtype(np.uint16), 20240801: np.dtype(np.uint32)}
-_PROBED = 1 << 16  # bytes at both ends of a file by which it is recognised
+_PROBES, _PROBED = 256, 1 << 14  # blocks of a file by which it is recognised, and bytes of each
+_HELD_OUT = re.compile(r"(?<![a-z])(val|valid|validation|held_out)(?![a-z])")
 
 
 def is_token_data(data: Sequence[str]) -> bool:
@@ -34,6 +40,12 @@ def is_token_data(data: Sequence[str]) -> bool:
         DataError: some are, and some are text.
     """
     are = [bool(_own(entry) or _foreign(entry)) for entry in data]
+    for entry in data:
+        if not _own(entry) and (files := _foreign(entry)) and (among := _text_among(entry)):
+            raise DataError(
+                f"'{entry}' holds token files ('{files[0].name}') and text ('{among.name}'): name the ones to train on, as in "
+                f"'{files[0].parent / ('*' + among.suffix)}'."
+            )
     if any(are) and not all(are):
         text = next(entry for entry, is_tokens in zip(data, are, strict=True) if not is_tokens)
         raise DataError(f"--data names token files, and '{text}', which is text: give them as two sources, with --mix.")
@@ -46,12 +58,7 @@ def tokenizer_of(data: Sequence[str]) -> Tokenizer:
     Raises:
         DataError: there is none, or there are two.
     """
-    found: dict[str, Path] = {}
-    for entry in data:
-        path = Path(entry).expanduser()
-        file = (path if path.is_dir() else path.parent) / TOKENIZER
-        if file.is_file():
-            found.setdefault(Tokenizer.load(file).to_json(), file)
+    found = _stored_tokenizers(data)
     if not found:
         raise DataError(f"'{data[0]}' holds tokens, and no {TOKENIZER} says of which tokenizer: name it with --tokenizer.")
     if len(found) > 1:
@@ -72,18 +79,27 @@ def link_tokens(data: Sequence[str], tokenizer: Tokenizer, held_out: float, cach
     Raises:
         DataError: a file is damaged, or its tokens are not this tokenizer's.
     """
+    for stored, file in _stored_tokenizers(data).items():
+        if stored != tokenizer.to_json():
+            raise DataError(
+                f"'{file}' made these tokens, and it is not the tokenizer that they would be trained with: leave --tokenizer "
+                "and --from away, or tokenise the text itself with that one."
+            )
     if len(data) == 1 and _own(data[0]):
-        folder = Path(data[0]).expanduser()
-        if (tokens := open_tokens(folder)) is None:
-            raise _incomplete(folder)
-        _require_vocabulary(tokens, tokenizer, str(folder))
-        return tokens
+        folder = Path(local_path(data[0])).expanduser().resolve()
+        if folder.parent == (cache / "tokens").resolve():  # in the cache its name says what is in it
+            if (tokens := open_tokens(folder)) is None:
+                raise _incomplete(folder)
+            return tokens
     shards: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     dtypes = set[str]()
+    seen = set[tuple[str, int]]()
     for entry in data:
         for split, shard, dtype in _entries(entry):
-            shards[split].append(shard)
-            dtypes.add(dtype.name)
+            if (place := (str(Path(shard["file"]).resolve()), shard["offset"])) not in seen:  # however often it is named
+                seen.add(place)
+                shards[split].append(shard)
+                dtypes.add(dtype.name)
     if len(dtypes) > 1:
         raise DataError(f"{_named(data)} hold tokens of {' and '.join(sorted(dtypes))}: they are not of one tokenizer.")
     if not shards["held_out"]:
@@ -100,7 +116,8 @@ def link_tokens(data: Sequence[str], tokenizer: Tokenizer, held_out: float, cach
     what = [[Path(s["file"]).name, s["offset"], s["tokens"], _probe(s["file"])] for split in SPLITS for s in shards[split]]
     key = blake3(json.dumps([what, tokenizer.to_json()]).encode()).hexdigest()[:32]
     folder = cache / "tokens" / key
-    if (tokens := open_tokens(folder)) is None:
+    if (tokens := open_tokens(folder)) is None or tokens.description["shards"] != shards:  # or equal files lie elsewhere now
+        shutil.rmtree(folder, ignore_errors=True)
         with new_folder(folder) as temporary:
             (temporary / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
             write_description(temporary, description)
@@ -112,18 +129,42 @@ def link_tokens(data: Sequence[str], tokenizer: Tokenizer, held_out: float, cach
     return tokens
 
 
+def _stored_tokenizers(data: Sequence[str]) -> dict[str, Path]:
+    """The tokenizers that lie beside token files, each once, and a file that has it."""
+    found: dict[str, Path] = {}
+    for entry in data:
+        path = Path(local_path(entry)).expanduser()
+        file = (path if path.is_dir() else path.parent) / TOKENIZER
+        if file.is_file():
+            found.setdefault(Tokenizer.load(file).to_json(), file)
+    return found
+
+
 def _own(entry: str) -> bool:
-    return (Path(entry).expanduser() / "tokens.json").is_file()
+    with suppress(OSError, RuntimeError, ValueError):  # a path that cannot be followed is text's to complain of
+        return (Path(local_path(entry)).expanduser() / "tokens.json").is_file()
+    return False
 
 
 def _foreign(entry: str) -> list[Path]:
-    path = Path(entry).expanduser()
-    if path.is_dir():
-        return sorted(path.glob("*.bin"))
-    if path.is_file():
-        return [path] if path.suffix == ".bin" else []
-    if has_magic(entry):
-        return sorted(Path(match) for match in glob(str(path), recursive=True) if match.endswith(".bin"))  # noqa: PTH207
+    return [path for path in _files(entry) if path.suffix == ".bin"]
+
+
+def _text_among(entry: str) -> Path | None:
+    """A file of text that is named together with token files."""
+    return next((path for path in _files(entry) if is_known(path.name)), None)
+
+
+def _files(entry: str) -> list[Path]:
+    """The files that a path or a pattern names; of a folder those in it, not below it."""
+    with suppress(OSError, RuntimeError, ValueError):
+        path = Path(local_path(entry)).expanduser()
+        if path.is_dir():
+            return sorted(path.iterdir())
+        if path.is_file():
+            return [path]
+        if has_magic(entry):
+            return sorted(Path(match) for match in glob(str(path), recursive=True))  # noqa: PTH207
     return []
 
 
@@ -131,9 +172,9 @@ def _entries(entry: str) -> Iterator[tuple[Split, dict[str, Any], np.dtype[Any]]
     """The shards that a path leads to, as tokens.json names them."""
     if not _own(entry):
         for path in _foreign(entry):
-            yield "held_out" if "val" in path.stem or "held_out" in path.stem else "train", *_foreign_shard(path.absolute())
+            yield "held_out" if _HELD_OUT.search(path.stem) else "train", *_foreign_shard(path.absolute())
         return
-    folder = Path(entry).expanduser().absolute()
+    folder = Path(local_path(entry)).expanduser().absolute()
     tokens = open_tokens(folder)
     if tokens is None:
         raise _incomplete(folder)
@@ -181,11 +222,16 @@ def _cut(
 
 
 def _probe(name: str) -> str:
-    """A hash of a file's two ends."""
+    """A hash of blocks from all over a file."""
+    digest = blake3()
     with Path(name).open("rb") as file:
-        first = file.read(_PROBED)
-        file.seek(max(0, file.seek(0, 2) - _PROBED))
-        return blake3(first + file.read(_PROBED)).hexdigest()[:32]
+        size = file.seek(0, 2)
+        for start in range(0, size, max(_PROBED, size // _PROBES)):
+            file.seek(start)
+            digest.update(file.read(_PROBED))
+        file.seek(max(0, size - _PROBED))
+        digest.update(file.read(_PROBED))
+    return digest.hexdigest()[:32]
 
 
 def _require_vocabulary(tokens: TokenData, tokenizer: Tokenizer, name: str) -> None:

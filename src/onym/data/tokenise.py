@@ -164,13 +164,13 @@ class _Writer:
 
     def _earlier(self) -> _State:
         """What an interrupted process has left, if it can be used; else an empty folder."""
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, EOFError, ValueError, TypeError, KeyError):
             state = _State(**json.loads((self._folder / "progress.json").read_text()))
-            if all(
-                (self._folder / f"{shard_name(split, number)}.bin").stat().st_size == count * self._dtype.itemsize
-                for split, counts in state.shards.items()
-                for number, count in enumerate(counts)
-            ):
+            shards = [(shard_name(split, n), count) for split in SPLITS for n, count in enumerate(state.shards[split])]
+            for name, _ in shards:
+                np.load(self._folder / f"{name}.documents.npy", mmap_mode="r")
+            sizes = [(self._folder / f"{name}.bin").stat().st_size // self._dtype.itemsize for name, _ in shards]
+            if sizes == [count for _, count in shards]:
                 return state
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()

@@ -85,13 +85,13 @@ class TokenStream:
         """Where in the stream each document starts, uint64 [documents]."""
         known = zip(self.shards, self.document_shards, self._bounds[:-1], strict=True)
         parts = [(self._found(shard) if starts is None else starts) + bound for shard, starts, bound in known]
-        starts = np.concatenate([np.empty(0, dtype=np.uint64), *parts])
-        if len(starts) and starts[0]:  # what the first document begins with was cut off
-            starts = np.concatenate([np.zeros(1, dtype=np.uint64), starts])
-        return starts[starts < len(self)]
+        starts = np.concatenate([np.zeros(1 if len(self) else 0, dtype=np.uint64), *parts])
+        return np.unique(starts[starts < len(self)])
 
     def _found(self, shard: Tokens) -> NDArray[np.uint64]:
-        return np.flatnonzero(shard == self.end_of_text).astype(np.uint64) + np.uint64(1)
+        """Where documents start in a file of somebody else's: at its beginning, and behind each end of one."""
+        ends = np.flatnonzero(shard == self.end_of_text).astype(np.uint64) + np.uint64(1)
+        return np.concatenate([np.zeros(1, dtype=np.uint64), ends])
 
     @cached_property
     def _bounds(self) -> NDArray[np.uint64]:
@@ -179,11 +179,11 @@ def shard_name(split: Split, number: int) -> str:
 
 def write_shard(folder: Path, name: str, tokens: Tokens, document_starts: NDArray[np.uint64]) -> None:
     """Write a shard's two files."""
-    np.save(folder / f"{name}.documents.npy", document_starts)
-    with (folder / f"{name}.bin").open("wb") as file:
-        tokens.tofile(file)
-        file.flush()
-        os.fsync(file.fileno())  # a file of the right size is taken to be right
+    for suffix, write in (("documents.npy", lambda file: np.save(file, document_starts)), ("bin", tokens.tofile)):
+        with (folder / f"{name}.{suffix}").open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # a file of the right size is taken to be right
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:

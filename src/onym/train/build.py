@@ -17,10 +17,11 @@ from onym.data.token_files import is_token_data, link_tokens, tokenizer_of
 from onym.data.tokenise import tokenise
 from onym.data.tokenizer import Tokenizer
 from onym.data.train_tokenizer import cached_tokenizer
-from onym.errors import CheckpointError, ConfigError, RunError
+from onym.errors import CheckpointError, ConfigError, DataError, RunError
 from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
 from onym.gpt.gpt2 import GPT
+from onym.state.collectives import all_gather_object
 from onym.state.rng import seed_all
 from onym.train.display import Display
 from onym.train.distributed import DistContext
@@ -85,7 +86,8 @@ def prepare_data(options: TrainOptions, checkpoint: Checkpoint | None, display: 
                 tokens = tokenise(texts[spec.name], tokenizer, data.cache_dir, activity.bytes, display.warn)
             else:
                 tokens = link_tokens(spec.data, tokenizer, data.held_out, data.cache_dir)
-            made.append(Source(spec.name, spec.weight, tokens))
+            skipped = texts[spec.name].skipped if spec.name in texts else ()
+            made.append(Source(spec.name, spec.weight, tokens, skipped))
         sources = Sources(tuple(made))
         activity.result = f"{sources.training_tokens:,} to train on, {sources.held_out_tokens:,} held out"
     if freed := bound(data.cache_dir):
@@ -116,6 +118,8 @@ def build_trainer(
     """
     sharding = make_sharding(options.run, ranks, compute)
     tokenizer, sources = ranks.local_rank0_first(lambda: prepare_data(options, tokenizer_of, display))
+    if len(set(all_gather_object(sources.key, collective=ranks.world_size > 1))) > 1:
+        raise DataError(f"{options.data.description} changed while the processes read it: run the same command again.")
     run, optimization = options.run, options.optimization
     config = options.model.config(tokenizer.vocab_size)
     schedule = make_schedule(optimization, config.context_length, sources.training_tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from tyro.conf import arg
 
 from onym.data.corpus import Corpus
 from onym.data.remote import Progress, is_remote, local_path
-from onym.data.source_spec import SourceSpec
+from onym.data.source_spec import PERIOD, SourceSpec
 from onym.errors import ConfigError
 from onym.gpt.config import GPTConfig
 from onym.units import parse_count, parse_duration, parse_size
@@ -83,6 +84,12 @@ class DataOptions:
         names = [source.name for source in self.sources]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(f"--mix has two sources that are called '{twice}': give each its own name.")
+        total = sum(source.weight for source in self.sources)
+        if few := next((source for source in self.sources if not source.weight / total >= 1 / PERIOD), None):
+            raise ConfigError(f"--mix gives '{few.name}' less than one in {PERIOD:,} tokens: give it a larger weight, or none.")
+        for suffix in self.suffix:
+            if not re.fullmatch(r"\.?\w[\w.+-]*", suffix):
+                raise ConfigError(f"--suffix {suffix!r} is no suffix: give it as in --suffix .rst .c")
 
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
