@@ -147,3 +147,15 @@ def test_a_run_from_before_mixtures_continues(onym: Run, book: Path, tmp_path: P
     done = onym(*arguments, "--name", "book", "--steps", "20")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Continuing after step 10" in done.stdout
+
+
+def test_a_run_on_data_is_not_continued_with_a_mixture_unseen(onym: Run, two: tuple[str, str], tmp_path: Path) -> None:
+    web = tmp_path / "web"
+    assert onym("train", "--data", web, *TINY_RUN, *SHORT, "--name", "one").returncode == 0
+    other = onym("train", "--mix", *two, *TINY_RUN, *SHORT, "--name", "one", "--steps", "20")
+    assert other.returncode == 2
+    assert "has changed since it was started" in other.stderr
+    same = onym("train", "--mix", f"web:1:{web}", *TINY_RUN, *SHORT, "--name", "one", "--steps", "20")
+    assert same.returncode == 0, same.stdout + same.stderr
+    back = onym("train", "--data", web, *TINY_RUN, *SHORT, "--name", "one", "--steps", "30")
+    assert back.returncode == 0, back.stdout + back.stderr

@@ -49,6 +49,8 @@ def parse_options(arguments: list[str]) -> TrainOptions:
     if not typed.isdisjoint(SIZES):
         plain = OptimizationOptions().batch_size
         stored = replace(stored, optimization=replace(stored.optimization, batch_size=plain, tokens_per_step=None))
+    if options.data.data or options.data.mix:  # two ways to name the text, of which the new one holds
+        stored = replace(stored, data=replace(stored.data, data=(), mix=()))
     stored = replace(stored, run=replace(stored.run, data_changed="refuse", time_limit=None))  # each for one start only
     return _parse_train(arguments, stored).options
 
