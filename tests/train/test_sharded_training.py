@@ -417,6 +417,7 @@ assert stepper.finite
 class Stream:
     tokens = tokens.flatten().numpy()
     def __len__(self): return len(self.tokens)
+    def read(self, start, stop): return self.tokens[start:stop]
 for each in (model, stepper.average.model):  # five batches for two: one of them has nothing to measure in the last pass
     assert held_out_loss(each, Stream(), 1, 5, compute, ranks) > 0
 print(whole, *look(), sum(gradients) / 4)  # of two steps of two parts each

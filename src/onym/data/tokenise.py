@@ -31,6 +31,7 @@ from onym.errors import storage_error
 from onym.storage.lock import NoLocks, lock
 from onym.storage.paths import replace_file
 
+_PROGRESS = "progress.json"
 _RECIPE = 1  # how text becomes tokens: in the key, so another way looks elsewhere
 _BATCH_BYTES = 16 << 20  # of text that is encoded in one call
 _SHARD_BYTES = 128 << 20  # of text in a shard, which is what an interruption costs at most
@@ -63,7 +64,12 @@ def tokenise(
         with _alone(folder, progress) as temporary:
             if (data := open_tokens(folder)) is not None:  # another process was at it
                 return data
-            _Writer(temporary, found, tokenizer, progress, warn).write(tokenizer_json)
+            try:
+                _Writer(temporary, found, tokenizer, progress, warn).write(tokenizer_json)
+            except BaseException:
+                if not (temporary / _PROGRESS).exists():  # no shard is complete
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise
             put_in_place(temporary, folder)
     except OSError as error:
         raise storage_error("write the token cache", folder, error) from error
@@ -144,7 +150,7 @@ class _Writer:
                 about = {"name": name, "bytes": text_bytes, "documents": documents, "tokens": tokens}
                 files.write(json.dumps(about, ensure_ascii=False) + "\n")
         (self._folder / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-        (self._folder / "progress.json").unlink()
+        (self._folder / _PROGRESS).unlink()
         write_description(
             self._folder,
             {
@@ -165,7 +171,7 @@ class _Writer:
     def _earlier(self) -> _State:
         """What an interrupted process has left, if it can be used; else an empty folder."""
         with suppress(OSError, EOFError, ValueError, TypeError, KeyError):
-            state = _State(**json.loads((self._folder / "progress.json").read_text()))
+            state = _State(**json.loads((self._folder / _PROGRESS).read_text()))
             shards = [(shard_name(split, n), count) for split in SPLITS for n, count in enumerate(state.shards[split])]
             for name, _ in shards:
                 np.load(self._folder / f"{name}.documents.npy", mmap_mode="r")
@@ -224,7 +230,13 @@ class _Writer:
                 continue
             bounds = np.cumsum([0, *(len(part[split].tokens) for part in parts)], dtype=np.uint64)
             starts = [part[split].starts + bound for part, bound in zip(parts, bounds[:-1], strict=True)]
-            write_shard(self._folder, shard_name(split, len(state.shards[split])), tokens, np.concatenate(starts))
+            name = shard_name(split, len(state.shards[split]))
+            try:
+                write_shard(self._folder, name, tokens, np.concatenate(starts))
+            except OSError:  # on a full disk it would only take space
+                for file in self._folder.glob(f"{name}.*"):
+                    file.unlink()
+                raise
             state.shards[split].append(len(tokens))
         state.text_bytes += text_bytes
         replace_file(self._folder / "progress.json", json.dumps(asdict(state)))

@@ -12,6 +12,7 @@ time to tokenise again and nothing else. Folders of format 1, where a stream is 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -179,9 +180,11 @@ def shard_name(split: Split, number: int) -> str:
 
 def write_shard(folder: Path, name: str, tokens: Tokens, document_starts: NDArray[np.uint64]) -> None:
     """Write a shard's two files."""
-    for suffix, write in (("documents.npy", lambda file: np.save(file, document_starts)), ("bin", tokens.tofile)):
+    starts = io.BytesIO()
+    np.save(starts, document_starts)
+    for suffix, content in (("documents.npy", starts.getbuffer()), ("bin", np.ascontiguousarray(tokens).data)):
         with (folder / f"{name}.{suffix}").open("wb") as file:
-            write(file)
+            file.write(content)  # NumPy's own writing does not say why it failed
             file.flush()
             os.fsync(file.fileno())  # a file of the right size is taken to be right
 

@@ -344,6 +344,7 @@ class TrainOptions:
         """JSON values, by subject; the text by absolute paths, so that a run continues from another folder too."""
         values = dataclasses.asdict(self)
         values["data"]["data"] = [_absolute(entry) for entry in self.data.data]
+        values["data"]["suffix"] = list(self.data.suffix)
         values["data"]["mix"] = [f"{s.name}:{s.weight!r}:{_absolute(s.data[0])}" for s in self.data.sources if self.data.mix]
         return {
             subject: {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
