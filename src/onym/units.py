@@ -94,6 +94,6 @@ def parse_size(text: str, option: str) -> int:
     """
     parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
     unit = _SIZES.get(parts[2].upper()) if parts else None
-    if parts is None or unit is None or not float(parts[1]):
+    if parts is None or unit is None or float(parts[1]) * unit < 1:
         raise ConfigError(f"{option} {text!r} is no size: give a number with KB, MB or GB, as 5GB.")
     return int(float(parts[1]) * unit)

@@ -184,6 +184,7 @@ def test_an_archive_that_was_cut_off_changes_nothing(onym: Run, folder: Path, tm
         (("prune", "x"), "onym tools cache prune takes no file"),
         (("clear", "--limit", "1GB"), "onym tools cache clear takes no --limit"),
         (("prune", "--limit", "much"), "--limit 'much' is no size"),
+        (("prune", "--limit", "0.5"), "--limit '0.5' is no size"),
         (("import", "absent.tar.gz", "--i-trust-it"), "read the archive"),
         (("export", "absent/x.tar.gz"), "write the compiled code"),
     ],
