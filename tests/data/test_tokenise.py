@@ -426,3 +426,20 @@ def test_an_interrupted_shard_without_its_documents_is_made_anew(
     (calls[-1].parent / "train-00002.documents.npy").write_bytes(b"")
     monkeypatch.undo()
     assert content(tokenise(survey(corpus, 0.1), TOKENIZER, tmp_path / "cache")) == right
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_shards_of_text_that_changed_are_not_gone_on_from(tmp_path: Path) -> None:
+    """The change is seen at the file's end, when shards with it are complete; then the old text comes back."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rows = [json.dumps({"text": f"document {row} of {row**3} lines\n" * 5}) for row in range(400)]
+    (folder / "a.jsonl").write_text("\n".join(rows))
+    corpus = Corpus((str(folder),))
+    right = content(tokenise(survey(corpus, 0.1), TOKENIZER, tmp_path / "right"))
+    found = survey(corpus, 0.1, kept=0)
+    (folder / "a.jsonl").write_text("\n".join(rows).replace("document 7 ", "DOCUMENT 7 "))
+    with pytest.raises(DataError, match="changed while"):
+        tokenise(found, TOKENIZER, tmp_path / "cache")
+    (folder / "a.jsonl").write_text("\n".join(rows))
+    assert content(tokenise(survey(corpus, 0.1), TOKENIZER, tmp_path / "cache")) == right

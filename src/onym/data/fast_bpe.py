@@ -39,7 +39,7 @@ class Encoder:
     Args:
         tokenizer: whose ids.
         sample: texts of the corpus, to compare the two libraries with.
-        warn: told once where they differ.
+        warn: called once, where they differ.
     """
 
     def __init__(self, tokenizer: Tokenizer, sample: Sequence[bytes], warn: Warn | None = None) -> None:

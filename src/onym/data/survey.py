@@ -133,7 +133,7 @@ def survey(
     Args:
         corpus: whose files.
         held_out: share of the text that is not trained on.
-        progress: told of bytes of files.
+        progress: called with bytes of files.
         skip_bad_files: leave out a file that cannot be read, instead of raising.
         kept: bytes of text that may stay in memory.
 

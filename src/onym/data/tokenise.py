@@ -27,7 +27,7 @@ from onym.data.fast_bpe import Encoder, Warn, some_of
 from onym.data.survey import SPLITS, Piece, Progress, Split, Survey, changed
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TOKENIZER, TokenData, Tokens, open_tokens, put_in_place, shard_name, write_description, write_shard
-from onym.errors import storage_error
+from onym.errors import DataError, storage_error
 from onym.storage.lock import NoLocks, lock
 from onym.storage.paths import replace_file
 
@@ -48,8 +48,8 @@ def tokenise(
         found: the corpus.
         tokenizer: whose tokens.
         cache: where they are kept.
-        progress: told of bytes.
-        warn: told where the fast library cannot be used.
+        progress: called with bytes.
+        warn: called where the fast library cannot be used.
 
     Raises:
         DataError: a file changed since the survey.
@@ -66,8 +66,9 @@ def tokenise(
                 return data
             try:
                 _Writer(temporary, found, tokenizer, progress, warn).write(tokenizer_json)
-            except BaseException:
-                if not (temporary / _PROGRESS).exists():  # no shard is complete
+            except BaseException as error:
+                # Shards may have text that changed; or there are none.
+                if isinstance(error, DataError) or not (temporary / _PROGRESS).exists():
                     shutil.rmtree(temporary, ignore_errors=True)
                 raise
             put_in_place(temporary, folder)
@@ -141,7 +142,6 @@ class _Writer:
                 parts, size = [], 0
         self._commit(parts, state, size)
         if state.text_bytes != found.text_bytes:
-            shutil.rmtree(self._folder)
             raise changed(found.corpus.description)
         names = found.files or (("Python's own documentation", found.text_bytes, found.documents),)
         with (self._folder / "files.jsonl").open("w", encoding="utf-8") as files:
@@ -239,7 +239,7 @@ class _Writer:
                 raise
             state.shards[split].append(len(tokens))
         state.text_bytes += text_bytes
-        replace_file(self._folder / "progress.json", json.dumps(asdict(state)))
+        replace_file(self._folder / _PROGRESS, json.dumps(asdict(state)))
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def cached_tokenizer(
         surveys: of the corpora.
         vocab_size: tokens, fewer where the text is too short for so many.
         cache: where it is kept.
-        progress: told of bytes.
+        progress: called with bytes.
         sample_bytes: of the text that it is trained on, spread over all of it.
-        warn: told where the fast library cannot be used.
+        warn: called where the fast library cannot be used.
 
     Raises:
         TokenizerError: the vocabulary could not hold every byte.

@@ -99,7 +99,7 @@ class DataOptions:
         return (SourceSpec("data", 1.0, self.data),)
 
     def corpus(self, source: SourceSpec, progress: Progress | None = None) -> Corpus:
-        """The text of one of the sources; ``progress`` is told of files that are fetched."""
+        """The text of one of the sources; ``progress`` is called while files are fetched."""
         return Corpus(source.data, self.text_field, self.suffix, self.cache_dir, progress)
 
     @property
