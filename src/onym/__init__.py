@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from onym.convert.registry import register_format as register_format
     from onym.errors import OnymError as OnymError
     from onym.gpt.config import GPTConfig as GPTConfig
+    from onym.gpt.decoder import Decoder as Decoder
+    from onym.gpt.decoder_config import DecoderConfig as DecoderConfig
     from onym.gpt.gpt2 import GPT as GPT
     from onym.names.mismatch import MismatchError as MismatchError
     from onym.names.wrappers import register_wrapper as register_wrapper
@@ -42,6 +44,8 @@ _WHERE = {
     "convert.registry": ("register_format",),
     "errors": ("OnymError",),
     "gpt.config": ("GPTConfig",),
+    "gpt.decoder": ("Decoder",),
+    "gpt.decoder_config": ("DecoderConfig",),
     "gpt.gpt2": ("GPT",),
     "names.mismatch": ("MismatchError",),
     "names.wrappers": ("register_wrapper", "unwrap"),

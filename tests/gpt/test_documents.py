@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from onym import GPT, GPTConfig
-from onym.gpt import gpt2
+from onym.gpt import attention
 from onym.gpt.documents import (
     Kernel,
     _in_order,
@@ -220,7 +220,7 @@ def test_compiled_it_is_the_same_in_one_graph_for_all_batches(
         loss.backward()
         expected.append((loss.detach(), gradients(gpt)))
 
-    monkeypatch.setattr(gpt2, "kernel_for", lambda *_, **__: kernel)
+    monkeypatch.setattr(attention, "kernel_for", lambda *_, **__: kernel)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from onym import GPT, GPTConfig
-from onym.gpt.gpt2 import HEAD_MULTIPLE
+from onym.gpt.causal_lm import HEAD_MULTIPLE
 from tests.conftest import TINY
 
 

@@ -13,7 +13,7 @@ from onym.errors import CheckpointError, ConfigError, TokenizerError
 from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
 from onym.generate.engine import generate
-from onym.gpt.gpt2 import GPT
+from onym.gpt.causal_lm import CausalLM
 from onym.train.precision import choose_compute
 
 
@@ -29,7 +29,7 @@ def run(given: GenerateArguments) -> int:
             "with --tokenizer."
         )
     model = load_checkpoint(checkpoint, device=choose_compute(given.device, "fp32").device)
-    if not isinstance(model, GPT):
+    if not isinstance(model, CausalLM):
         raise CheckpointError(f"'{given.model}' is a {type(model).__name__}; only a GPT generates text here.")
     try:
         given.prompt.encode()

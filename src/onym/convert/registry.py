@@ -147,6 +147,8 @@ class Target:
     """A file of ``torch.save``, or a folder of .safetensors files."""
     settings: tuple[str, ...] = ()
     """Fields of the configuration that its files cannot state: they have to be given again when one is opened."""
+    refuses: Callable[[Config], str | None] = lambda config: None
+    """Why it cannot hold a model of this configuration at all, in words that follow "it cannot hold this model: "."""
     lacks: Callable[[Config], dict[str, str]] = lambda config: {}
     """What it cannot hold of a model: a word for ``--drop``, and a sentence."""
     without: Callable[[TensorFile, Config, Collection[str]], tuple[TensorFile, Config]] | None = None
@@ -178,6 +180,8 @@ class Format:
     """By what it is recognised, in words; None where it is another one."""
     architecture: str | None = None
     """The name given to :func:`onym.register_architecture`; None for models that are recognised and never built here."""
+    program: str = ""
+    """A word for ``--to`` that several formats of a program share: the one that holds the model is taken."""
     rules: tuple[Rule, ...] = ()
     """The table, read in both directions."""
     config: Callable[[NamedShapes], Config] = lambda named: {}
@@ -259,4 +263,5 @@ def family_of(architecture: str | None) -> Family | None:
 
 def targets() -> list[str]:
     """What can be written: registered formats, the tensors as they are in one of two files, and Onym's own folder."""
-    return [*(known.name for known in formats() if known.target is not None), *RESERVED]
+    named = [word for known in formats() if known.target is not None for word in (known.program or known.name, known.name)]
+    return [*dict.fromkeys(named), *RESERVED]

@@ -144,8 +144,17 @@ def convert(
     return report
 
 
-def _format(name: str) -> Format | None:
-    return next((known for known in formats() if known.name == name and known.target is not None), None)
+def _format(name: str, checkpoint: Checkpoint | None = None) -> Format | None:
+    """The format that ``--to`` names; of several of one program, the one that holds the checkpoint's model."""
+    named = [known for known in formats() if known.target is not None and name in (known.name, known.program)]
+    for known in named if checkpoint is not None and checkpoint.config is not None else ():
+        assert checkpoint is not None
+        assert checkpoint.config is not None
+        assert known.target is not None
+        if known.architecture == checkpoint.architecture and known.target.refuses(checkpoint.config) is None:
+            return known
+    fitting = (known for known in named if checkpoint is not None and known.architecture == checkpoint.architecture)
+    return next(fitting, named[0] if named else None)
 
 
 def _container(target: str) -> str:
@@ -192,8 +201,13 @@ def _require_used(target: str, path: Path, shard_bytes: int | None, tokenizer: s
 
 def _require_architecture(checkpoint: Checkpoint, target: str) -> None:
     """Refuse what cannot be written in a format of its architecture."""
-    known, origin = _format(target), checkpoint.origin
+    known, origin = _format(target, checkpoint), checkpoint.origin
     if checkpoint.config is not None and (known is None or known.architecture == checkpoint.architecture):
+        refused = known.target.refuses(checkpoint.config) if known is not None and known.target is not None else None
+        if refused is not None:
+            raise CheckpointError(
+                f"'{checkpoint.path}' cannot be written as {target}, which cannot hold this model: {refused}."
+            )
         return
     if origin is not None and origin.problem is not None:
         raise CheckpointError(origin.problem)
@@ -223,7 +237,7 @@ def _unused(checkpoint: Checkpoint, target: str, path: Path) -> list[str]:
     if checkpoint.origin is None:
         return []
     contents = checkpoint.origin.contents
-    if folder and checkpoint.origin.format is not None and checkpoint.origin.format is _format(target):
+    if folder and checkpoint.origin.format is not None and checkpoint.origin.format is _format(target, checkpoint):
         used |= contents.texts.keys()
     texts = [name for name in contents.texts if name not in used] if contents.path.is_dir() else []
     values = [key for key in contents.values if key not in contents.further]
@@ -285,7 +299,7 @@ class _Translated:
         self.checkpoint, self.path, self.report, self.how = checkpoint, path, report, how
         self.config: Config = checkpoint.config
         self.tensors: TensorFile = checkpoint.model
-        self.format = _format(report.to)
+        self.format = _format(report.to, checkpoint)
         self.target = (self.format.target if self.format is not None else None) or Target()
         self.family = family_of(checkpoint.architecture)
         if (note := self.target.note(self.config)) is not None:

@@ -1,8 +1,8 @@
-"""Token after token from a GPT, with its keys and values cached.
+"""Token after token from a model, with its keys and values cached.
 
 While the text fits the context, each new token costs one forward pass of one token, and the logits are those of the whole
-sequence (within float tolerance). Past the context the window slides: positions are learned and absolute, so what is kept
-must be read again at its new positions. Sliding by one token each time is what the book's loop does, and costs a whole
+sequence (within float tolerance). Past the context the window slides: keys and values hold their positions, so what is kept
+must be read again at its new ones. Sliding by one token each time is what the book's loop does, and costs a whole
 context a token; sliding by a quarter of the context costs three tokens a token, and the model still sees at least three
 quarters of what it could.
 """
@@ -16,13 +16,13 @@ import torch
 from onym.compile.in_place import without_compilation
 from onym.errors import ConfigError
 from onym.generate.sampling import Sampling, choose
-from onym.gpt.gpt2 import GPT
+from onym.gpt.causal_lm import CausalLM
 from onym.state.collectives import broadcast_from_rank0
 from onym.state.dtensor import any_sharded, computes_on, reshard, without_gradients
 
 
 def generate(
-    model: GPT,
+    model: CausalLM,
     prompt: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -68,13 +68,20 @@ def generate(
 
 
 def _generate(
-    model: GPT, tokens: list[int], max_new_tokens: int, sampling: Sampling, *, seed: int | None, end: int | None, slide: int
+    model: CausalLM,
+    tokens: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int | None,
+    end: int | None,
+    slide: int,
 ) -> Iterator[int]:
     context = model.config.context_length
     device, sharded = computes_on(model.tok_emb.weight), any_sharded([model])
     generator = torch.Generator(device=device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    cache = model.new_cache(device=device)
+    cache = model.new_cache(device=device, capacity=min(context, len(tokens) + max_new_tokens))
     unread = tokens[-context:]
     try:
         for _ in range(max_new_tokens):

@@ -1,7 +1,8 @@
-"""The architecture of a GPT as a value: frozen, checked when made, JSON both ways.
+"""The architecture of a GPT-2 as a value: frozen, checked when made, JSON both ways.
 
 The first field names are those of the configuration dict in "Build a Large Language Model From Scratch", so
 ``GPTConfig(**GPT_CONFIG_124M)`` reads it as it is. A file ``config.json`` beside the weights holds exactly these fields.
+:class:`ModelConfig` is what a GPT-2's has in common with a :class:`~onym.gpt.decoder_config.DecoderConfig`.
 """
 
 from __future__ import annotations
@@ -10,36 +11,36 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from onym.errors import ConfigError, nearest
 
-# Keys of the book's bonus chapters; each asks for another attention or feed-forward than GPT-2's.
-_OTHER_ARCHITECTURES = {
-    "n_kv_groups": "grouped-query attention",
+# Keys of the book's bonus chapters, each of which asks for another attention or feed-forward than either model has.
+OTHER_ARCHITECTURES = {
     "latent_dim": "multi-head latent attention",
     "sliding_window_size": "sliding-window attention",
     "sliding_window_stride": "sliding-window attention",
     "num_experts": "a mixture of experts",
     "num_experts_per_tok": "a mixture of experts",
-    "rope_base": "rotary position embeddings",
-    "rope_freq": "rotary position embeddings",
-    "qk_norm": "query-key normalisation",
 }
-# Keys that steer how the book's scripts run, not what the model is.
-_IGNORED = {"kv_window_size"}
 
 
 @dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a :class:`onym.GPT`.
+class ModelConfig:
+    """What the configurations of both models have: fields as a dict and as JSON, named shapes, checks.
 
     Raises:
         ConfigError: a value is out of range, or two of them do not fit together.
-
-    >>> GPTConfig(vocab_size=50257, emb_dim=768, n_heads=12, n_layers=12).head_dim
-    64
     """
+
+    called: ClassVar[str]
+    """What an error calls such a model: "A GPT-2"."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """The named shapes."""
+    others: ClassVar[Mapping[str, str]]
+    """Keys that ask for something that it does not have, in words."""
+    ignored: ClassVar[frozenset[str]]
+    """Keys that steer how the book's scripts run, not what the model is."""
 
     vocab_size: int = 50257
     """Number of tokens the tokenizer knows. The head is padded to a multiple of 64 while it computes, never in a file."""
@@ -48,49 +49,12 @@ class GPTConfig:
     emb_dim: int = 768
     """Width of the residual stream."""
     n_heads: int = 12
-    """Attention heads in each block; must divide emb_dim."""
+    """Attention heads in each block."""
     n_layers: int = 12
     """Number of transformer blocks."""
-    drop_rate: float = 0.0
-    """Dropout probability while training. 0 for pre-training on much text; 0.1 and more for small corpora."""
-    qkv_bias: bool = False
-    """Give the query, key and value projections a bias, as OpenAI's GPT-2 has."""
-    tie_embeddings: bool = False
-    """Use the token embedding as the output head too, as OpenAI's GPT-2 does."""
-    bias: bool = True
-    """Give the norms and the other linear layers a bias. nanoGPT's models may have none."""
-    gelu: str = "tanh"
-    """Which form of GELU: "tanh", the approximation that GPT-2 was trained with, or "erf", the exact one, as in nanoGPT."""
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
-        for name in ("qkv_bias", "tie_embeddings", "bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
-        if self.gelu not in ("tanh", "erf"):
-            raise ConfigError(f"gelu must be tanh or erf, not {self.gelu!r}.")
-        if isinstance(self.drop_rate, bool) or not isinstance(self.drop_rate, int | float):
-            raise ConfigError(f"drop_rate must be a number, not {self.drop_rate!r}.")
-        if not 0 <= self.drop_rate < 1:
-            raise ConfigError(f"drop_rate must be at least 0 and below 1, not {self.drop_rate}.")
-        if self.emb_dim % self.n_heads:
-            fitting = [heads for heads in range(1, min(self.emb_dim, 100_000) + 1) if self.emb_dim % heads == 0]
-            closest = min(fitting, key=lambda heads: abs(heads - self.n_heads))
-            raise ConfigError(
-                f"emb_dim={self.emb_dim} cannot be split over n_heads={self.n_heads} heads of equal width: "
-                f"take n_heads={closest}, or emb_dim={-(-self.emb_dim // self.n_heads) * self.n_heads}."
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.emb_dim // self.n_heads
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> GPTConfig:
+    def preset(cls, name: str, **overrides: Any) -> Self:
         """One of the named shapes, with any field replaced.
 
         Raises:
@@ -99,28 +63,31 @@ class GPTConfig:
         >>> GPTConfig.preset("gpt2-small", context_length=256).n_layers
         12
         """
-        if name not in PRESETS:
-            raise ConfigError(f"There is no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}.")
-        return cls.from_dict({**PRESETS[name], **overrides})
+        if name not in cls.presets:
+            known = ", ".join(cls.presets)
+            raise ConfigError(f"{cls.called} has no preset {name!r}{nearest(name, cls.presets)}; there are {known}.")
+        return cls.from_dict({**cls.presets[name], **overrides})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
-        """Read a plain dict: ours, or the book's ``GPT_CONFIG_124M``.
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read a plain dict: ours, or one of the book's, as ``GPT_CONFIG_124M``.
 
         Raises:
-            ConfigError: a key is unknown, or stands for another architecture than GPT-2's.
+            ConfigError: a key is unknown, or stands for another architecture.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         for key, value in values.items():
-            if key in known or key in _IGNORED:
+            if key in known or key in cls.ignored:
                 continue
-            if key in _OTHER_ARCHITECTURES:
-                raise ConfigError(f"{key}={value!r} asks for {_OTHER_ARCHITECTURES[key]}, which a GPT-2 does not have.")
-            raise ConfigError(f"A GPT has no setting {key!r}{nearest(key, known)}; it has {', '.join(sorted(known))}.")
+            if key in cls.others:
+                raise ConfigError(
+                    f"{key}={value!r} asks for {cls.others[key]}, which {cls.called[0].lower()}{cls.called[1:]} does not have."
+                )
+            raise ConfigError(f"{cls.called} has no setting {key!r}{nearest(key, known)}; it has {', '.join(sorted(known))}.")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; ``GPTConfig(**config.to_dict()) == config``."""
+        """All fields as plain JSON values; ``from_dict`` of them is equal."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
@@ -128,12 +95,40 @@ class GPTConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> GPTConfig:
+    def from_json(cls, text: str) -> Self:
         """Read what :meth:`to_json` wrote."""
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ConfigError(f"A model configuration is a JSON object, not {type(values).__name__}.")
         return cls.from_dict(values)
+
+    @property
+    def multiplied_weights(self) -> int:
+        """Weights of the matrices that each token is multiplied with; the embeddings are looked up, the head counts, tied or
+        not."""
+        raise NotImplementedError
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all heads of a block together."""
+        raise NotImplementedError
+
+    def _require_counts(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+
+    def _require_flags(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
+
+
+def closest_divisor(number: int, wanted: int) -> int:
+    """Of the divisors of a number, the one next to another number."""
+    fitting = [each for each in range(1, min(number, 100_000) + 1) if number % each == 0]
+    return min(fitting, key=lambda each: abs(each - wanted))
 
 
 # The GPT-2 sizes as OpenAI released them (qkv bias, tied head), and three that a laptop trains.
@@ -147,3 +142,75 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-large": {**_GPT2, "emb_dim": 1280, "n_heads": 20, "n_layers": 36},
     "gpt2-xl": {**_GPT2, "emb_dim": 1600, "n_heads": 25, "n_layers": 48},
 }
+
+
+@dataclass(frozen=True)
+class GPTConfig(ModelConfig):
+    """The shape of a :class:`onym.GPT`.
+
+    Raises:
+        ConfigError: a value is out of range, or two of them do not fit together.
+
+    >>> GPTConfig(vocab_size=50257, emb_dim=768, n_heads=12, n_layers=12).head_dim
+    64
+    """
+
+    called = "A GPT-2"
+    presets = PRESETS
+    others = OTHER_ARCHITECTURES | {
+        "n_kv_groups": "grouped-query attention",
+        "rope_base": "rotary position embeddings",
+        "rope_freq": "rotary position embeddings",
+        "qk_norm": "query-key normalisation",
+        "hidden_dim": "a gated feed-forward",
+        "head_dim": "heads of their own width",
+        "norm_eps": "RMSNorm",
+    }
+    ignored = frozenset({"kv_window_size"})
+
+    drop_rate: float = 0.0
+    """Dropout probability while training. 0 for pre-training on much text; 0.1 and more for small corpora."""
+    qkv_bias: bool = False
+    """Give the query, key and value projections a bias, as OpenAI's GPT-2 has."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the output head too, as OpenAI's GPT-2 does."""
+    bias: bool = True
+    """Give the norms and the other linear layers a bias. nanoGPT's models may have none."""
+    gelu: str = "tanh"
+    """Which form of GELU: "tanh", the approximation that GPT-2 was trained with, or "erf", the exact one, as in nanoGPT."""
+
+    def __post_init__(self) -> None:
+        self._require_counts("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+        self._require_flags("qkv_bias", "tie_embeddings", "bias")
+        if self.gelu not in ("tanh", "erf"):
+            raise ConfigError(f"gelu must be tanh or erf, not {self.gelu!r}.")
+        if isinstance(self.drop_rate, bool) or not isinstance(self.drop_rate, int | float):
+            raise ConfigError(f"drop_rate must be a number, not {self.drop_rate!r}.")
+        if not 0 <= self.drop_rate < 1:
+            raise ConfigError(f"drop_rate must be at least 0 and below 1, not {self.drop_rate}.")
+        if self.emb_dim % self.n_heads:
+            raise ConfigError(
+                f"emb_dim={self.emb_dim} cannot be split over n_heads={self.n_heads} heads of equal width: take "
+                f"n_heads={closest_divisor(self.emb_dim, self.n_heads)}, or "
+                f"emb_dim={-(-self.emb_dim // self.n_heads) * self.n_heads}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.emb_dim // self.n_heads
+
+    @property
+    def n_kv_groups(self) -> int:
+        """Heads of keys and of values: each head has its own."""
+        return self.n_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all heads of a block together."""
+        return self.emb_dim
+
+    @property
+    def multiplied_weights(self) -> int:
+        """Weights of the matrices that each token is multiplied with."""
+        return 12 * self.n_layers * self.emb_dim**2 + self.vocab_size * self.emb_dim

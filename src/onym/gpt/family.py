@@ -1,13 +1,15 @@
-"""Onym's GPT, registered with the library from outside: its architecture, the formats of its files, hints for diagnoses."""
+"""Onym's models, registered with the library from outside: their architectures, their files' formats, hints for diagnoses."""
 
 from __future__ import annotations
 
 from onym.convert.registry import Family, register_family, register_format
 from onym.gpt.config import GPTConfig
+from onym.gpt.decoder import Decoder
+from onym.gpt.decoder_config import DecoderConfig
 from onym.gpt.formats import FORMATS
 from onym.gpt.formats.understand import crop_vocabulary
 from onym.gpt.gpt2 import GPT
-from onym.gpt.outputs import logits
+from onym.gpt.outputs import decoder_logits, gpt_logits
 from onym.names.hints import Hints, register_hints
 from onym.state.architectures import register_architecture
 
@@ -32,7 +34,9 @@ _HINTS = Hints(
 def register() -> None:
     """The entry point ``onym.families`` of this package."""
     register_architecture("gpt", GPT, GPTConfig, build=GPT.without_values)
-    register_family(Family("gpt", outputs=logits, crop_vocabulary=crop_vocabulary))
+    register_family(Family("gpt", outputs=gpt_logits, crop_vocabulary=crop_vocabulary))
+    register_architecture("decoder", Decoder, DecoderConfig, build=Decoder.without_values)
+    register_family(Family("decoder", outputs=decoder_logits, crop_vocabulary=crop_vocabulary))
     for known in FORMATS:
         register_format(known)
     register_hints(_HINTS)

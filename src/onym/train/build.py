@@ -20,7 +20,7 @@ from onym.data.train_tokenizer import cached_tokenizer
 from onym.errors import CheckpointError, ConfigError, DataError, RunError
 from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
-from onym.gpt.gpt2 import GPT
+from onym.gpt.models import make_model
 from onym.state.collectives import all_gather_object
 from onym.state.rng import seed_all
 from onym.train.display import Display
@@ -135,7 +135,7 @@ def build_trainer(
         parts = [f"{name} {share:.1%}, {epochs[name]:.2f} epochs" for name, share in sources.shares.items()]
         display.note(f"Mixture: {'; '.join(parts)}")
     seed_all(optimization.seed)
-    model = sharding.make(config) if sharding else GPT(config).to(compute.device)
+    model = sharding.make(config) if sharding else make_model(config).to(compute.device)
     masked = optimization.separates_documents
     stepper = Stepper(model, optimization, compute, ranks, sharding, tokenizer.end_of_text if masked else None)
     saver = CheckpointSaver(checkpointer, folder.checkpoints, display, stepper, tokenizer.to_json())

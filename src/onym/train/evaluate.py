@@ -15,8 +15,8 @@ from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TokenStream
 from onym.errors import CheckpointError
 from onym.generate.engine import generate
+from onym.gpt.causal_lm import CausalLM
 from onym.gpt.documents import counted, loss_of
-from onym.gpt.gpt2 import GPT
 from onym.state.collectives import all_gather_object
 from onym.state.dtensor import any_sharded, reshard, without_gradients
 from onym.train.distributed import DistContext
@@ -30,7 +30,7 @@ _SEED = 0  # the same each time, so that samples of different steps differ by wh
 
 
 def held_out_loss(
-    model: GPT,
+    model: CausalLM,
     stream: TokenStream,
     batch_size: int,
     limit: int,
@@ -72,7 +72,7 @@ def held_out_loss(
 
 
 def held_out_losses(
-    model: GPT,
+    model: CausalLM,
     sources: Sources,
     batch_size: int,
     limit: int,
@@ -94,7 +94,7 @@ def held_out_losses(
     return {MAIN: mean, **{f"{MAIN}/{each.name}": loss for each, loss in zip(sources.sources, losses, strict=True)}}
 
 
-def write_sample(model: GPT, tokenizer: Tokenizer, held_out: TokenStream, *, document_mask: bool = False) -> str:
+def write_sample(model: CausalLM, tokenizer: Tokenizer, held_out: TokenStream, *, document_mask: bool = False) -> str:
     """The beginning of a held-out document in brackets, and what the model makes of it.
 
     Args:
@@ -134,13 +134,13 @@ class Evaluator:
     document_mask: bool = False
     """Whether documents are kept apart."""
 
-    def losses(self, model: GPT, micro_batch: int) -> dict[str, float]:
+    def losses(self, model: CausalLM, micro_batch: int) -> dict[str, float]:
         """Held-out losses by their names in metrics.jsonl. A collective."""
         limit = self.sequences // micro_batch
         end_of_text = self.tokenizer.end_of_text if self.document_mask else None
         return held_out_losses(model, self.sources, micro_batch, limit, self.compute, self.ranks, end_of_text)
 
-    def sample(self, model: GPT) -> str | None:
+    def sample(self, model: CausalLM) -> str | None:
         """A held-out document continued by the model, on rank 0; None on other ranks, and of weights that are not finite.
 
         A collective where the model is sharded.

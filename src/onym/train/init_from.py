@@ -13,9 +13,9 @@ from onym.api import open_checkpoint
 from onym.errors import ConfigError
 from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
+from onym.gpt.causal_lm import CausalLM
 from onym.gpt.config import GPTConfig
 from onym.gpt.formats import nanogpt
-from onym.gpt.gpt2 import GPT
 from onym.state.dtensor import distribute_like
 from onym.state.model import load_state_dict
 from onym.train.optimizer import with_recipe
@@ -25,7 +25,7 @@ _POSITIONS = "pos_emb.weight"
 _PADDED_TO = 64  # rows, by the programs that pad a vocabulary: 50257 -> 50304
 
 
-def _rows(model: GPT) -> dict[str, int]:
+def _rows(model: CausalLM) -> dict[str, int]:
     """How many rows of the tables a model takes."""
     rows = model.config.vocab_size
     return {_POSITIONS: model.config.context_length, "tok_emb.weight": rows, "out_head.weight": rows}
@@ -41,7 +41,7 @@ class InitFrom:
     step: int = 0
     """The steps that the other program did, where its optimizer comes along; the run continues after them."""
 
-    def load_into(self, model: GPT) -> None:
+    def load_into(self, model: CausalLM) -> None:
         """Fill a new model. Of a longer context the first positions are taken, and of a padded vocabulary the tokens."""
         rows = model.config.vocab_size
         padded = self.checkpoint.origin is not None and rows <= self.vocab_size == -(-rows // _PADDED_TO) * _PADDED_TO
@@ -57,7 +57,7 @@ class InitFrom:
                 weights[name] = weights[name][:kept]
         load_state_dict(model, weights)
 
-    def load_into_optimizer(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def load_into_optimizer(self, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Give AdamW the moments that the other program's had."""
         parameters = dict(model.named_parameters())
         found = nanogpt.moments(self.checkpoint.origin.contents.values, list(parameters))

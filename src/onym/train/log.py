@@ -16,7 +16,7 @@ import torch
 
 from onym.compile.in_place import Compilation, graphs_compiled, why_compiled_again
 from onym.errors import OnymError, StorageError
-from onym.gpt.config import GPTConfig
+from onym.gpt.config import ModelConfig
 from onym.train.display import Display, TrainStatus
 from onym.train.distributed import DistContext
 from onym.train.metering import Meter, Peak, memory_in_use, peak_of, training_flops_per_token
@@ -52,7 +52,7 @@ class TrainLog:
         saver: CheckpointSaver,
         *,
         schedule: Schedule,
-        config: GPTConfig,
+        config: ModelConfig,
         compute: Compute,
     ) -> None:
         self._options, self._folder, self._display, self._ranks, self._saver = options, folder, display, ranks, saver

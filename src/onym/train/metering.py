@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from onym.gpt.config import GPTConfig
+from onym.gpt.config import ModelConfig
 from onym.train.precision import Compute
 
 # Dense bf16 and fp16 operations a second, from the vendor's data sheets; the more exact name before the shorter one.
@@ -86,17 +86,17 @@ class Peak:
     """Where the figure is from."""
 
 
-def training_flops_per_token(config: GPTConfig) -> float:
+def training_flops_per_token(config: ModelConfig) -> float:
     """Operations of matrix products, forward and backward, for each token.
 
     Six for each weight that is multiplied (the embeddings are looked up; the head counts once, tied or not), and 12 x layers x
     width x context for attention: the whole square, though half of it is masked, as the field counts (PaLM, appendix B).
 
+    >>> from onym.gpt.config import GPTConfig
     >>> round(training_flops_per_token(GPTConfig.preset("gpt2-small")) / 1e6)
     854
     """
-    weights = 12 * config.n_layers * config.emb_dim**2 + config.vocab_size * config.emb_dim
-    return 6.0 * weights + 12.0 * config.n_layers * config.emb_dim * config.context_length
+    return 6.0 * config.multiplied_weights + 12.0 * config.n_layers * config.attention_width * config.context_length
 
 
 def peak_of(compute: Compute) -> Peak:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onym.errors import ConfigError
-from onym.gpt.gpt2 import GPT
+from onym.gpt.causal_lm import CausalLM
 from onym.state.dtensor import is_sharded, local
 from onym.train.options import OptimizationOptions, TrainOptions
 
@@ -38,7 +38,7 @@ def with_recipe(options: TrainOptions) -> TrainOptions:
     return replace(options, optimization=resolved(options.optimization, width, muon=muon))
 
 
-def build_optimizers(model: GPT, options: OptimizationOptions) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: CausalLM, options: OptimizationOptions) -> list[torch.optim.Optimizer]:
     """Optimizers over all parameters: matrices with weight decay, biases and norms without.
 
     Raises:
@@ -98,7 +98,7 @@ class Average:
             random initial weights would otherwise stay in the average for ``1 / (1 - decay)`` steps.
     """
 
-    def __init__(self, model: GPT, decay: float) -> None:
+    def __init__(self, model: CausalLM, decay: float) -> None:
         self.model = model.requires_grad_(False)
         self._decay = decay
 

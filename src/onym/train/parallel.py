@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onym.errors import ConfigError
-from onym.gpt.config import GPTConfig
-from onym.gpt.gpt2 import GPT, Block
+from onym.gpt.causal_lm import CausalLM
+from onym.gpt.config import ModelConfig
+from onym.gpt.models import without_values
 from onym.state.collectives import all_gather_object
 from onym.state.dtensor import full_tensor, local
 from onym.train.distributed import DistContext
@@ -48,14 +49,14 @@ class Sharding:
         within = f" within each of {self.machines} machines" if self.machines > 1 else ""
         return f"weights sharded{within}{', all-gathered in bf16' * self.gather_bf16}{', in main memory' * self.offloads}"
 
-    def make(self, config: GPTConfig) -> GPT:
+    def make(self, config: ModelConfig) -> CausalLM:
         """A new sharded model. At most one block, or what is outside of the blocks, is there in full at a time.
 
-        With the same random numbers on all ranks its weights are those of ``GPT(config)``.
+        With the same random numbers on all ranks its weights are those of ``make_model(config)``.
         """
         return self._materialise(config, draw=True)
 
-    def copy(self, model: GPT) -> GPT:
+    def copy(self, model: CausalLM) -> CausalLM:
         """A second model with the same weights."""
         made = self._materialise(model.config, draw=False)
         with torch.no_grad():
@@ -63,19 +64,22 @@ class Sharding:
                 local(mine).copy_(local(theirs))
         return made
 
-    def _materialise(self, config: GPTConfig, *, draw: bool) -> GPT:
-        model = GPT.without_values(config)
-        materialise(model, self._shard, draw=draw)
+    def _materialise(self, config: ModelConfig, *, draw: bool) -> CausalLM:
+        model = without_values(config)
+        materialise(model, self._shard_block, draw=draw)
         self._shard(model)
         return model
 
-    def _shard(self, part: nn.Module) -> None:
+    def _shard_block(self, block: nn.Module) -> None:
+        self._shard(block, is_block=True)
+
+    def _shard(self, part: nn.Module, *, is_block: bool = False) -> None:
         """Leave this process its shard of a block, or of what is outside of the blocks."""
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard  # takes a second
 
         offload = CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda") if self.offloads else OffloadPolicy()
         policy = MixedPrecisionPolicy()
-        if self.gather_bf16 and isinstance(part, Block):
+        if self.gather_bf16 and is_block:
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
             upcast_norms(part)
         fully_shard(part, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
@@ -147,13 +151,13 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     return norm
 
 
-def materialise(model: GPT, after_block: Callable[[Block], object], *, draw: bool = True) -> None:
+def materialise(model: CausalLM, after_block: Callable[[nn.Module], object], *, draw: bool = True) -> None:
     """Allocate a model's parameters, block after block.
 
     Args:
-        model: of :meth:`GPT.without_values`.
+        model: of :meth:`CausalLM.without_values`.
         after_block: is called with each block before the next one is allocated; to shard it, say.
-        draw: initialise as ``GPT(config)`` does, with the same random numbers in the same order; False where the values are
+        draw: initialise as its constructor does, with the same random numbers in the same order; False where the values are
             overwritten.
     """
     for layer in model.modules() if draw else ():
@@ -165,7 +169,7 @@ def materialise(model: GPT, after_block: Callable[[Block], object], *, draw: boo
             part.to_empty(device="cpu")
             if draw:
                 model.reset_parameters(part)
-            if isinstance(part, Block):
+            if child is model.trf_blocks:
                 after_block(part)
     if model.config.tie_embeddings:
         model.out_head.weight = model.tok_emb.weight
@@ -181,7 +185,7 @@ class UpcastLayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
-def upcast_norms(block: Block) -> None:
+def upcast_norms(block: nn.Module) -> None:
     """Make a block's norms :class:`UpcastLayerNorm`, in place."""
     for module in block.modules():
         if type(module) is nn.LayerNorm:

@@ -96,14 +96,14 @@ def _open_and_measure(request: dict[str, Any]) -> tuple[float, str]:
     from onym.data.tokenizer import Tokenizer
     from onym.format.manifest import TOKENIZER
     from onym.format.reader import read_checkpoint
-    from onym.gpt.gpt2 import GPT
+    from onym.gpt.causal_lm import CausalLM
     from onym.train.evaluate import MAIN, held_out_losses, write_sample
     from onym.train.precision import choose_compute
 
     compute = choose_compute(str(request["device"]), str(request["precision"]))
     checkpoint = read_checkpoint(str(request["checkpoint"]))
     model = load_checkpoint(checkpoint, device=compute.device)
-    assert isinstance(model, GPT)
+    assert isinstance(model, CausalLM)
     if request["rounded"]:
         with torch.no_grad():
             for parameter in model.trf_blocks.parameters():

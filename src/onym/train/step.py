@@ -12,8 +12,8 @@ from torch import Tensor
 
 from onym.data.batches import Batch
 from onym.data.order import epoch_key
+from onym.gpt.causal_lm import CausalLM
 from onym.gpt.documents import counted, loss_of
-from onym.gpt.gpt2 import GPT
 from onym.state.dtensor import local
 from onym.train.distributed import DistContext, GradientAllReduce
 from onym.train.optimizer import Average, build_optimizers, step_unless
@@ -47,7 +47,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: GPT,
+        model: CausalLM,
         options: OptimizationOptions,
         compute: Compute,
         ranks: DistContext = DistContext(),  # noqa: B008
