@@ -136,6 +136,8 @@ def build_trainer(
         display.note(f"Mixture: {'; '.join(parts)}")
     seed_all(optimization.seed)
     model = sharding.make(config) if sharding else make_model(config).to(compute.device)
+    if optimization.zero_init:
+        model.zero_residual_outputs()
     masked = optimization.separates_documents
     stepper = Stepper(model, optimization, compute, ranks, sharding, tokenizer.end_of_text if masked else None)
     saver = CheckpointSaver(checkpointer, folder.checkpoints, display, stepper, tokenizer.to_json())

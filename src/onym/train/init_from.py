@@ -14,8 +14,8 @@ from onym.errors import ConfigError
 from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
 from onym.gpt.causal_lm import CausalLM
-from onym.gpt.config import GPTConfig
 from onym.gpt.formats import nanogpt
+from onym.gpt.models import arch_named, read_config
 from onym.state.dtensor import distribute_like
 from onym.state.model import load_state_dict
 from onym.train.optimizer import with_recipe
@@ -92,7 +92,12 @@ def starting_point(options: TrainOptions) -> tuple[TrainOptions, InitFrom]:
         raise ConfigError(checkpoint.origin.problem)
     if checkpoint.config is None:
         raise ConfigError(f"'{given.start_from}' does not say what shape its model has: --from takes what onym has saved.")
-    shape = GPTConfig.from_dict(checkpoint.config).to_dict()
+    config = read_config(checkpoint.architecture, checkpoint.config)
+    if config is None:
+        raise ConfigError(f"'{given.start_from}' is a {checkpoint.architecture}, which onym train has no model for.")
+    shape, arch = config.to_dict(), arch_named(config)
+    if given.arch not in (None, arch):
+        raise ConfigError(f"'{given.start_from}' is of --arch {arch}, and {given.arch} was given: leave it out.")
     if options.data.tokenizer is None and checkpoint.text(TOKENIZER) is None:
         raise ConfigError(f"'{given.start_from}' holds no tokenizer: give the one it was trained with as --tokenizer.")
     known = {field.name for field in dataclasses.fields(ModelOptions)}
@@ -106,7 +111,7 @@ def starting_point(options: TrainOptions) -> tuple[TrainOptions, InitFrom]:
                 f"'{given.start_from}' has {name}={value}, and {flag(name)} {wanted} was given: leave it out"
                 f"{' or take a smaller one' if name == 'context_length' else ''}, or train without --from."
             )
-    model = dataclasses.replace(given, **{name: value for name, value in shape.items() if name in known})
+    model = dataclasses.replace(given, arch=arch, **{name: value for name, value in shape.items() if name in known})
     options = with_recipe(dataclasses.replace(options, model=model))
     return options, InitFrom(checkpoint, shape["vocab_size"], _steps_done(options, checkpoint))
 

@@ -13,6 +13,7 @@ from onym.gpt.causal_lm import CausalLM
 from onym.state.dtensor import is_sharded, local
 from onym.train.options import OptimizationOptions, TrainOptions
 
+_FIRST_MOMENTUM, _MOMENTUM = 0.85, 0.95  # of Muon; modded-nanogpt's warm-up, and torch's default
 _PEAK_RATES = {"muon": 1e-2, "adamw": 3e-3}
 _PEAK_WIDTH = 128  # up to which the rates above hold: measured for 128 (Muon) and 256 (AdamW), see docs/performance.md
 
@@ -28,14 +29,16 @@ def resolved(options: OptimizationOptions, width: int, *, muon: bool) -> Optimiz
     if kind == "auto":
         kind = "muon" if muon and hasattr(torch.optim, "Muon") else "adamw"
     rate = options.learning_rate or _PEAK_RATES[kind] * min(1.0, _PEAK_WIDTH / width)
-    return replace(options, optimizer=kind, learning_rate=rate)
+    muon_rate = options.muon_learning_rate or (rate if kind == "muon" else None)
+    return replace(options, optimizer=kind, learning_rate=rate, muon_learning_rate=muon_rate)
 
 
 def with_recipe(options: TrainOptions) -> TrainOptions:
-    """A run's options with its optimizer and learning rate, which are stored with it and hold when it is resumed."""
+    """A run's options with its kind of model, optimizer and learning rates: stored with it, they hold when it is resumed."""
     muon = options.run.parallel == "ddp" and options.model.start_from is None
     width = options.model.config(vocab_size=1).emb_dim
-    return replace(options, optimization=resolved(options.optimization, width, muon=muon))
+    model = replace(options.model, arch=options.model.kind)
+    return replace(options, model=model, optimization=resolved(options.optimization, width, muon=muon))
 
 
 def build_optimizers(model: CausalLM, options: OptimizationOptions) -> list[torch.optim.Optimizer]:
@@ -53,10 +56,11 @@ def build_optimizers(model: CausalLM, options: OptimizationOptions) -> list[torc
             raise ConfigError(f"torch {torch.__version__} has no Muon: install torch 2.9 or later, or take --optimizer adamw.")
         # The embeddings and the head are matrices too, but their rows are tokens, each with a gradient of its own size.
         hidden = [parameter for parameter in model.trf_blocks.parameters() if parameter.dim() == 2]
-        # Scaled so that an update has AdamW's size, the two share a learning rate (Liu et al., 2025, "Muon is scalable").
+        # Scaled so that an update has AdamW's size, rates are of the same order (Liu et al., 2025, "Muon is scalable").
+        assert options.muon_learning_rate is not None
         optimizers.append(
             torch.optim.Muon(
-                hidden, lr=options.learning_rate, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
+                hidden, lr=options.muon_learning_rate, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
         )
         taken = {id(parameter) for parameter in hidden}
@@ -67,6 +71,25 @@ def build_optimizers(model: CausalLM, options: OptimizationOptions) -> list[torc
     ]
     # beta2 0.95 rather than 0.999: GPT-3's choice, which forgets the large gradients of the first steps in time.
     return [*optimizers, torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)]
+
+
+def set_rates(optimizers: Iterable[torch.optim.Optimizer], options: OptimizationOptions, rate: float, number: int) -> None:
+    """Set what the optimizers take of a schedule for one step.
+
+    Args:
+        options: resolved.
+        rate: AdamW's learning rate; Muon's keeps its proportion to that.
+        number: of the step, from 0.
+    """
+    assert options.learning_rate is not None
+    for optimizer in optimizers:
+        is_muon = not isinstance(optimizer, torch.optim.AdamW)
+        share = (options.muon_learning_rate or options.learning_rate) / options.learning_rate if is_muon else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share if share != 1.0 else rate
+            if is_muon and options.muon_momentum_warmup:
+                risen = min(1.0, number / options.muon_momentum_warmup)
+                group["momentum"] = _FIRST_MOMENTUM + risen * (_MOMENTUM - _FIRST_MOMENTUM)
 
 
 @torch.no_grad()

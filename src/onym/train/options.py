@@ -14,16 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from tyro.conf import arg
+from tyro.conf import Suppress, arg
 
 from onym.data.corpus import Corpus
 from onym.data.remote import Progress, is_remote, local_path
 from onym.data.source_spec import PERIOD, SourceSpec
 from onym.errors import ConfigError
-from onym.gpt.config import GPTConfig
+from onym.gpt.config import ModelConfig
+from onym.gpt.decoder_config import Arch, arch_of, config_of
 from onym.units import parse_count, parse_duration, parse_size
 
-_NOT_OF_THE_SHAPE = ("preset", "start_from")
+_NOT_OF_THE_SHAPE = ("preset", "arch", "start_from")
+_OF_GPT2 = ("drop_rate", "bias", "gelu")
+_OF_DECODERS = ("hidden_dim", "n_kv_groups", "head_dim", "rope_base", "norm_eps")
+# What runs had, of options that they did not store yet.
+_BEFORE: dict[str, dict[str, Any]] = {"model": {"arch": "gpt2"}}
 
 # How a value that may be left out is shown on the help page.
 _PRESETS = "(default: the preset's)"
@@ -118,13 +123,17 @@ class ModelOptions:
     """What to train. A value that is not given is the preset's."""
 
     preset: str = "nano"
-    """nano, micro, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl."""
+    """nano, micro, mini; of GPT-2 gpt2-small, gpt2-medium, gpt2-large, gpt2-xl; of the others small (124M), medium (350M),
+    qwen3-0.6b, llama3.2-1b."""
+    arch: Annotated[Arch | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """Kind of model. gpt2: learned positions, LayerNorm, GELU; llama: rotary positions, RMSNorm, SwiGLU, and keys and values
+    that heads share; qwen3: the same with norms of queries and keys."""
     context_length: _PresetInt = None
     """Most tokens the model sees at once."""
     emb_dim: _PresetInt = None
     """Width of the model."""
     n_heads: _PresetInt = None
-    """Attention heads in each block; must divide the width."""
+    """Attention heads in each block; must divide the width where --head-dim is not given."""
     n_layers: _PresetInt = None
     """Number of blocks."""
     drop_rate: _PresetFloat = None
@@ -137,6 +146,18 @@ class ModelOptions:
     """Give the norms and the other linear layers a bias."""
     gelu: _PresetStr = None
     """Form of GELU: tanh, as in GPT-2, or erf, the exact one."""
+    hidden_dim: _PresetInt = None
+    """Width of the feed-forward of llama and qwen3."""
+    n_kv_groups: _PresetInt = None
+    """Heads of keys and values of llama and qwen3; must divide the heads."""
+    head_dim: _PresetInt = None
+    """Width of a head of llama and qwen3."""
+    rope_base: _PresetFloat = None
+    """Base of the rotary wavelengths of llama and qwen3."""
+    norm_eps: _PresetFloat = None
+    """What is added to the mean square in the norms of llama and qwen3."""
+    rope_freq: Annotated[Mapping[str, float] | None, Suppress] = None
+    """Scaling of the rotary wavelengths, taken over with --from."""
     start_from: Annotated[str | None, arg(name="from", metavar="RUN|CHECKPOINT", help_behavior_hint="(default: none)")] = None
     """Start from the weights of another run or file, in a new run: its shape and tokenizer are taken over."""
 
@@ -144,14 +165,24 @@ class ModelOptions:
         """Raise a ConfigError for a value that cannot work."""
         self.config(vocab_size=1)  # whatever is wrong with the shape is said before any text is read
 
-    def config(self, vocab_size: int) -> GPTConfig:
+    @property
+    def kind(self) -> Arch:
+        """Which kind of model it is: the preset's, where none is given."""
+        return self.arch or arch_of(self.preset)
+
+    def config(self, vocab_size: int) -> ModelConfig:
         """The model's configuration for a tokenizer of that size."""
         given = {
             name: value
             for name, value in dataclasses.asdict(self).items()
             if name not in _NOT_OF_THE_SHAPE and value is not None
         }
-        return GPTConfig.preset(self.preset, **{**given, "vocab_size": vocab_size})
+        arch = self.kind
+        for name in _OF_DECODERS if arch == "gpt2" else _OF_GPT2:
+            if name in given:
+                other = "llama or qwen3" if arch == "gpt2" else "gpt2"
+                raise ConfigError(f"{flag(name)} is of --arch {other}, and this model is of {arch}: leave one of them out.")
+        return config_of(arch, self.preset, **given, vocab_size=vocab_size)
 
 
 @dataclass(frozen=True)
@@ -171,10 +202,16 @@ class OptimizationOptions:
     micro_batch: Annotated[str, arg(metavar="INT|auto")] = "auto"
     """Sequences that go through the model at once; their gradients are accumulated. auto: as many as fit into memory."""
     optimizer: Literal["auto", "muon", "adamw"] = "auto"
-    """muon: Muon for the blocks' matrices, AdamW for the rest, at the same learning rate. auto: muon, but adamw where weights
+    """muon: Muon for the blocks' matrices, AdamW for the rest. auto: muon, but adamw where weights
     are sharded, where a run starts from other weights (--from), and where torch has no Muon (before 2.9)."""
     learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by optimizer and width)")] = None
     """Peak learning rate. The default is 1e-2 (muon) or 3e-3 (adamw) for models up to 128 wide, and falls as 1/width."""
+    muon_learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: --learning-rate)")] = None
+    """Peak learning rate of Muon's matrices; it rises and falls with the other."""
+    muon_momentum_warmup: int = 0
+    """Steps in which Muon's momentum rises from 0.85 to 0.95."""
+    zero_init: bool = False
+    """Start with zeros in the layers that write to the residual stream, so that each block begins as the identity."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How it continues after the warm-up. wsd: constant, and a linear decay at the end."""
     min_learning_rate: float = 0.1
@@ -215,9 +252,16 @@ class OptimizationOptions:
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(map(flag, given))} each say how long to train: give one of them.")
         _require_positive(self, *(name for name in given if name != "tokens"), "batch_size")
-        if self.learning_rate is not None:
-            _require_positive(self, "learning_rate")
-        _require_not_negative(self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed")
+        for name in ("learning_rate", "muon_learning_rate"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
+        if self.optimizer == "adamw" and (self.muon_learning_rate is not None or self.muon_momentum_warmup):
+            raise ConfigError(
+                "--muon-learning-rate and --muon-momentum-warmup are Muon's, and the optimizer is AdamW: leave them out."
+            )
+        _require_not_negative(
+            self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed", "muon_momentum_warmup"
+        )
         _require_not_negative(self, "spike_sigma", "patience")
         for name in ("tokens", "tokens_per_step"):
             if (value := getattr(self, name)) is not None:
@@ -326,7 +370,7 @@ class TrainOptions:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> TrainOptions:
-        """Read what :meth:`to_dict` gave; what an earlier version did not know has its default.
+        """Read what :meth:`to_dict` gave; what an earlier version did not know is as it was then.
 
         Raises:
             ConfigError: a value is of another type than it was given as.
@@ -335,7 +379,9 @@ class TrainOptions:
         for subject in dataclasses.fields(cls):
             default = getattr(cls(), subject.name)
             known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-            given = {name: value for name, value in values.get(subject.name, {}).items() if name in known}
+            stored = values.get(subject.name, {})
+            before = _BEFORE.get(subject.name, {}) if stored else {}
+            given = {name: value for name, value in {**before, **stored}.items() if name in known}
             typed = {n: type(known[n])(v) if isinstance(known[n], tuple | Path) else v for n, v in given.items()}
             subjects[subject.name] = type(default)(**{**known, **typed})
         return cls(**subjects)

@@ -16,7 +16,7 @@ from onym.gpt.causal_lm import CausalLM
 from onym.gpt.documents import counted, loss_of
 from onym.state.dtensor import local
 from onym.train.distributed import DistContext, GradientAllReduce
-from onym.train.optimizer import Average, build_optimizers, step_unless
+from onym.train.optimizer import Average, build_optimizers, resolved, set_rates, step_unless
 from onym.train.options import OptimizationOptions
 from onym.train.parallel import Sharding, clip_gradients
 from onym.train.precision import Compute
@@ -56,7 +56,7 @@ class Stepper:
     ) -> None:
         self.model, self.compute, self.ranks, self.sharding = model, compute, ranks, sharding
         self.end_of_text = end_of_text
-        self._options = options
+        self._options = resolved(options, model.config.emb_dim, muon=sharding is None)
         self._gradients = GradientAllReduce(model, ranks if sharding is None else DistContext())
         copy_model = sharding.copy if sharding is not None else copy.deepcopy
         self.average = Average(copy_model(model), options.ema) if options.ema else None
@@ -100,9 +100,7 @@ class Stepper:
                 self._scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self._options.grad_clip or torch.inf).to(loss.device)
         bad = self.guard.judge(loss, norm)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        set_rates(self.optimizers, self._options, rate, number)
         if self.compute.device.type == "cuda" and not (self.sharding and self.sharding.offloads):
             step_unless(bad, self.optimizers)
         elif not bad:
