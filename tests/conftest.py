@@ -36,7 +36,7 @@ TINY = GPTConfig(vocab_size=101, context_length=32, emb_dim=32, n_heads=4, n_lay
 
 # A model and a corpus so small that a whole run takes seconds.
 TINY_RUN = (
-    *("--preset", "nano", "--n-layers", "2", "--emb-dim", "32", "--n-heads", "2", "--context-length", "32"),
+    *("--preset", "nano", "--arch", "gpt2", "--n-layers", "2", "--emb-dim", "32", "--n-heads", "2", "--context-length", "32"),
     *("--vocab-size", "300", "--batch-size", "4", "--eval-every", "10", "--log-every", "5", "--warmup-steps", "2"),
     *("--optimizer", "adamw", "--learning-rate", "1.5e-3"),
 )

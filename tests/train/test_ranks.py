@@ -23,7 +23,7 @@ from tests.cli.test_train import EAGER, assert_equal_bits, checkpoint, metrics
 from tests.conftest import TINY_RUN, Run, workers
 
 RUN = (*EAGER, "--precision", "fp32", "--steps", 40, "--save-every", 10, "--eval-every", 20, "--eval-batches", 3)
-COUNTS = (1, 2, 4) if os.environ.get("ONYM_PROVE") else (1, 2)
+COUNTS = (1, 2, 3, 4) if os.environ.get("ONYM_PROVE") else (1, 2)
 IN_FULL = bool(os.environ.get("ONYM_PROVE"))
 OPTIONS = [("--drop-rate", 0.1, "--micro-batch", 1), ("--optimizer", "muon", "--ema", 0.9)][: None if IN_FULL else 1]
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)][: None if IN_FULL else 1]
@@ -45,10 +45,14 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
-def test_any_number_of_processes_trains_the_same_model(onym_process: Run, book: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [(), ("--arch", "qwen3", "--optimizer", "muon")], ids=["gpt2", "decoder"])
+def test_any_number_of_processes_trains_the_same_model(
+    onym_process: Run, book: Path, tmp_path: Path, kind: tuple[str, ...]
+) -> None:
     """The same tokens in each step, in the same order: only the order in which numbers are added differs."""
     for processes in COUNTS:
-        done = onym_process("train", "--data", book, *RUN, "--name", processes, "--processes", processes)
+        run = (*RUN, *kind, "--batch-size", 12 if 3 in COUNTS else 4)
+        done = onym_process("train", "--data", book, *run, "--name", processes, "--processes", processes)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("proof ") == 1, "one of them talks"
         assert not done.stderr

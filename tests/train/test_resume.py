@@ -36,6 +36,13 @@ RUNS = {
             0.1,
         ),
     ),
+    "a decoder, Muon at its own rate, EMA, compiled, accumulation": (
+        *(*TINY_RUN, *LENGTH, "--arch", "qwen3", "--compile", "whole", "--optimizer", "muon", "--muon-learning-rate", 3e-3),
+        *("--muon-momentum-warmup", 40, "--zero-init", "--ema", 0.99, "--micro-batch", 2),
+    ),
+    "a decoder of Llama's kind with its documents apart": (
+        *(*EAGER, *LENGTH, "--arch", "llama", "--document-mask", "--gradient-checkpointing"),
+    ),
     "Muon, EMA, gradient checkpointing": (
         *(*EAGER, *LENGTH, "--optimizer", "muon", "--ema", 0.99, "--gradient-checkpointing", "--drop-rate", 0.2),
     ),
@@ -46,7 +53,11 @@ RUNS = {
 
 
 # Eager and compiled, dropout, accumulation, an average, Muon and AdamW, one process and two are in these.
-SAMPLE = ("AdamW, compiled, dropout", "Muon, EMA, compiled, accumulation", "two processes with shares of all of it")
+SAMPLE = (
+    "AdamW, compiled, dropout",
+    "a decoder, Muon at its own rate, EMA, compiled, accumulation",
+    "two processes with shares of all of it",
+)
 CHOSEN = RUNS if IN_FULL else {name: RUNS[name] for name in SAMPLE}
 
 

@@ -37,6 +37,8 @@ FROM_NANOGPT = (
     *("--from", "ckpt.pt", "--tokenizer", "tokenizer.json", "--steps", 8, "--batch-size", 4),
     *("--compile", "off", "--precision", "fp32"),
 )
+QWEN = ("--arch", "qwen3", "--tie-embeddings", "True")
+DECODER = (*RUN, *QWEN, "--gradient-checkpointing", "--micro-batch", 1)
 GOING_ON = (*RUN, "--schedule", "constant", "--name", "mixed")
 
 # Several runs, one after the other, in processes that have imported all of it already; it costs two seconds each time.
@@ -148,6 +150,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nanogpt", (*FROM_NANOGPT, "--parallel", "fsdp", "--name", "nanogpt"), "", {}),
         ("rounded", (*ROUNDED, "--parallel", "fsdp", "--gather-dtype", "bf16", "--name", "rounded"), "", {}),
         ("plain", (*RUN, "--parallel", "fsdp", "--name", "2"), "", {}),
+        ("decoder", (*DECODER, "--parallel", "fsdp", "--name", "decoder-2"), "", {}),
+        (
+            "rounded-decoder",
+            (*ROUNDED, *QWEN, "--parallel", "fsdp", "--gather-dtype", "bf16", "--name", "rounded-decoder"),
+            "",
+            {},
+        ),
         ("killed", (*TO_BE_KILLED, "--parallel", "fsdp", "--name", "killed"), "", {}),
         ("uneven", (*RUN, "--parallel", "hybrid", "--name", "uneven"), "", {"LOCAL_WORLD_SIZE": ["1", "2"]}),
     ]
@@ -197,6 +206,15 @@ def test_the_losses_are_those_of_one_process(
     assert "; 2 processes, weights sharded\n" in said("plain")[0][1]
     assert said("plain")[1][1:] == ("", ""), "one of them talks"
     assert_the_same_run(folder / "runs/1", folder / "runs/2")
+
+
+def test_a_decoders_losses_are_those_of_one_process(
+    folder: Path, said: Callable[[str], list[tuple[int, str, str]]], onym: Run
+) -> None:
+    assert [code for code, _, _ in said("decoder")] == [0, 0], said("decoder")
+    where = ("--runs-dir", folder / "runs", "--name", "decoder-1")
+    assert onym("train", "--data", folder / "book.txt", *DECODER, *where, "--parallel", "fsdp").returncode == 0
+    assert_the_same_run(folder / "runs/decoder-1", folder / "runs/decoder-2")
 
 
 @pytest.mark.prove
@@ -312,14 +330,18 @@ def test_uneven_machines_are_refused_before_any_work(folder: Path, said: Callabl
     assert "Text:" not in said("uneven")[0][1]
 
 
-def test_weights_put_together_in_bf16(folder: Path, said: Callable[[str], list[tuple[int, str, str]]], onym: Run) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("rounded", ()), ("rounded-decoder", QWEN)])
+def test_weights_put_together_in_bf16(
+    folder: Path, said: Callable[[str], list[tuple[int, str, str]]], onym: Run, name: str, kind: tuple[str, ...]
+) -> None:
     """About the same losses; what is proven is the model that computed them, and what is kept is fp32."""
-    assert [code for code, _, _ in said("rounded")] == [0, 0], said("rounded")
-    assert "; 2 processes, weights sharded, all-gathered in bf16\n" in said("rounded")[0][1]
-    assert "bitwise identical" in said("rounded")[0][1]
-    assert onym("train", "--data", folder / "book.txt", *ROUNDED, "--name", "1", "--runs-dir", folder / "r").returncode == 0
-    assert 0 < losses_apart(folder / "runs/rounded", folder / "r/1") <= 0.03
-    weights = library.load_model(folder / "runs/rounded").trf_blocks[0].norm1.weight
+    assert [code for code, _, _ in said(name)] == [0, 0], said(name)
+    assert "; 2 processes, weights sharded, all-gathered in bf16\n" in said(name)[0][1]
+    assert "bitwise identical" in said(name)[0][1]
+    alone = ("--name", name, "--runs-dir", folder / "r")
+    assert onym("train", "--data", folder / "book.txt", *ROUNDED, *kind, *alone).returncode == 0
+    assert 0 < losses_apart(folder / "runs" / name, folder / "r" / name) <= 0.03
+    weights = library.load_model(folder / "runs" / name).trf_blocks[0].norm1.weight
     assert not torch.equal(weights, weights.bfloat16().float())
 
 

@@ -157,14 +157,15 @@ def _scaling(values: Any) -> dict[str, float]:
 Arch = Literal["gpt2", "llama", "qwen3"]
 """Kinds of model that ``--arch`` names."""
 ARCHS: tuple[Arch, ...] = ("gpt2", "llama", "qwen3")
-_OF_ONE_ARCH: dict[str, Arch] = {"small": "llama", "medium": "llama", "qwen3-0.6b": "qwen3", "llama3.2-1b": "llama"}
-DEFAULT_ARCH: Arch = "gpt2"
-"""Of the presets that every kind has."""
+DEFAULT_ARCH: Arch = "qwen3"
+"""Of the presets that every kind has: the lowest loss at equal tokens and at equal time, measured; see docs/performance.md."""
+_OF_ONE_ARCH: dict[str, Arch] = {"small": "qwen3", "medium": "qwen3", "qwen3-0.6b": "qwen3", "llama3.2-1b": "llama"}
 
 
 def presets() -> list[str]:
     """All names of shapes, the smallest first."""
-    return [*GPTConfig.presets, *(name for name in DecoderConfig.presets if name not in GPTConfig.presets)]
+    names = {**GPTConfig.presets, **DecoderConfig.presets}
+    return sorted(names, key=lambda name: config_of(arch_of(name), name).multiplied_weights)
 
 
 def arch_of(preset: str) -> Arch:
@@ -173,8 +174,9 @@ def arch_of(preset: str) -> Arch:
     Raises:
         ConfigError: there is no such preset.
     """
-    if preset not in presets():
-        raise ConfigError(f"There is no preset {preset!r}{nearest(preset, presets())}; there are {', '.join(presets())}.")
+    known = {**GPTConfig.presets, **DecoderConfig.presets}
+    if preset not in known:
+        raise ConfigError(f"There is no preset {preset!r}{nearest(preset, known)}; there are {', '.join(presets())}.")
     if preset in _OF_ONE_ARCH:
         return _OF_ONE_ARCH[preset]
     return DEFAULT_ARCH if preset in DecoderConfig.presets else "gpt2"

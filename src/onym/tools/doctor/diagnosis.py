@@ -16,8 +16,9 @@ from itertools import chain
 
 import torch
 
-from onym.gpt.config import PRESETS, GPTConfig
-from onym.gpt.gpt2 import GPT
+from onym.gpt.config import ModelConfig
+from onym.gpt.decoder_config import arch_of, config_of, presets
+from onym.gpt.models import without_values
 from onym.tools.doctor.disk import IN_CONTAINER, IN_MEMORY, Disk
 from onym.tools.doctor.machine import Compiler, Cores, Gpu, Memory, Versions
 from onym.tools.doctor.trial import PRESET, Trial
@@ -172,15 +173,18 @@ def _threads_worth(machine: Machine) -> str:
     return f"torch has {cores.threads}; fp32 products {faster / machine.rates['fp32']:.1f} times as fast, measured"
 
 
-def _config(preset: str) -> GPTConfig:
-    """With the vocabulary that a run without options has."""
-    return GPTConfig.preset(preset, **{"vocab_size": DataOptions().vocab_size, **PRESETS[preset]})
+def _config(preset: str) -> ModelConfig:
+    """With the vocabulary that a run without options has, where the preset names none."""
+    config = config_of(arch_of(preset), preset)
+    if "vocab_size" in type(config).presets[preset]:
+        return config
+    return config_of(arch_of(preset), preset, vocab_size=DataOptions().vocab_size)
 
 
 @functools.cache
 def parameters_of(preset: str) -> int:
     """Number of weights, without making any."""
-    return sum(parameter.numel() for parameter in GPT.without_values(_config(preset)).parameters())
+    return sum(parameter.numel() for parameter in without_values(_config(preset)).parameters())
 
 
 def memory_of(preset: str, precision: str) -> int:
@@ -200,8 +204,8 @@ def _fitting(machine: Machine, precision: str) -> list[str]:
     device = torch.device(machine.device)
     usable = machine.gpus[device.index or 0].memory if device.type == "cuda" else machine.memory.usable
     if usable is None:
-        return list(PRESETS)
-    return [preset for preset in PRESETS if memory_of(preset, precision) < 0.9 * usable]  # torch and Python need some too
+        return presets()
+    return [preset for preset in presets() if memory_of(preset, precision) < 0.9 * usable]  # torch and Python need some too
 
 
 def _largest_worth(machine: Machine, precision: str, largest: str | None) -> str:

@@ -27,8 +27,8 @@ from torch import nn
 
 from onym.compile.in_place import compile_in_place
 from onym.data.batches import Batch
-from onym.gpt.config import GPTConfig
-from onym.gpt.gpt2 import GPT
+from onym.gpt.decoder_config import arch_of, config_of
+from onym.gpt.models import make_model
 from onym.train.dry_run import prepare
 from onym.train.fresh_process import FreshProcess, ProcessFailed, TimedOut, answering, command_of
 from onym.train.options import DataOptions, OptimizationOptions
@@ -102,16 +102,16 @@ def _try(request: dict[str, str], answer: Callable[..., None]) -> None:
     found = compile_in_place(tiny, "whole", lambda: tiny(inputs).backward())
     answer(works=found.compiled, reason=found.reason, tiny_seconds=found.seconds if found.compiled else None)
 
-    options, config = OptimizationOptions(), GPTConfig.preset(PRESET, vocab_size=DataOptions().vocab_size)
+    options, config = OptimizationOptions(), config_of(arch_of(PRESET), PRESET, vocab_size=DataOptions().vocab_size)
     tokens = torch.randint(config.vocab_size, (options.batch_size, config.context_length + 1), device=compute.device)
     batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    plain = Stepper(GPT(config).to(compute.device), options, compute)
+    plain = Stepper(make_model(config).to(compute.device), options, compute)
     prepare(plain, batch, [options.batch_size], "off")
     (eager,) = _step_seconds([plain], batch)
     answer(eager_seconds=eager)
     if not found.compiled:
         return
-    fast = Stepper(GPT(config).to(compute.device), options, compute)
+    fast = Stepper(make_model(config).to(compute.device), options, compute)
     compilation, _ = prepare(fast, batch, [options.batch_size], "whole")
     if not compilation.compiled:
         answer(works=False, reason=compilation.reason)
