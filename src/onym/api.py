@@ -141,18 +141,21 @@ def load_model(
     compile: bool = False,
     part: str | None = None,
     n_heads: int | None = None,
+    rope_base: float | None = None,
+    context_length: int | None = None,
 ) -> nn.Module:
     """Build a model from what was saved, structure and weights, in evaluation mode.
 
     Args:
-        path: a run, a checkpoint, a model folder or a .safetensors file that ``save`` wrote; or another program's GPT-2, as the
-            book's ``model.pth``, nanoGPT's ``ckpt.pt`` or a folder of transformers (docs/formats.md).
+        path: a run, a checkpoint, a model folder or a .safetensors file that ``save`` wrote; or another program's GPT-2, Llama
+            or Qwen, as the book's ``model.pth``, nanoGPT's ``ckpt.pt`` or a folder of transformers (docs/formats.md).
         step: of a run, ``"latest"`` (the newest good one) or a number.
         device: where to put it.
         compile: compile it in place (``model.compile()``), which changes no name.
         part: of a file with several models (``"state_dict_ema"``), which.
-        n_heads: attention heads, for a file of another program's that does not say; otherwise heads of size 64 are assumed,
-            with a warning.
+        n_heads: attention heads, for a file of another program's that does not say; otherwise heads of size 64 (of a wide
+            Llama, 128) are assumed, with a warning.
+        rope_base, context_length: of a Llama or Qwen, likewise; otherwise those of Llama 3.2 or Qwen3.
 
     Raises:
         CheckpointError: it is missing or damaged, or holds weights without a configuration.
@@ -162,7 +165,8 @@ def load_model(
     >>> load_model("model.safetensors").config.vocab_size
     100
     """
-    checkpoint = _found(path, step, part=part, settings={"n_heads": n_heads})
+    settings = {"n_heads": n_heads, "rope_base": rope_base, "context_length": context_length}
+    checkpoint = _found(path, step, part=part, settings=settings)
     warn_of(checkpoint)
     return load_checkpoint(checkpoint, device=device, compile=compile)
 

@@ -24,7 +24,9 @@ def _arg(metavar: str | None = None, default: str = "", purpose: str | None = No
 
 _Path = Annotated[Positional[str], _arg("PATH")]
 _Json = Annotated[bool, _arg(purpose="Print one JSON object instead.")]
-_Heads = Annotated[int | None, _arg("INT", "heads of size 64", "Attention heads, where the file does not say.")]
+_Heads = Annotated[int | None, _arg("INT", "by their usual size", "Attention heads, where the file does not say.")]
+_Base = Annotated[float | None, _arg("FLOAT", "Llama's or Qwen's", "Base of rotary positions, where the file does not say.")]
+_Context = Annotated[int | None, _arg("INT", "Llama's or Qwen's", "Tokens of a context, where a decoder's file does not say.")]
 _Part = Annotated[str | None, _arg("NAME", "the model", "Of a file with several models, which: state_dict_ema, say.")]
 _Step = Annotated[
     str, _arg("N|NAME", "the newest good one", "Of a run, which step: its number, or the name it is pinned under.")
@@ -58,7 +60,8 @@ class GenerateArguments:
     """Continue a text with a trained GPT, token by token as they come."""
 
     model: Annotated[Positional[str], _arg("MODEL")]
-    """A run, a checkpoint, a file or folder; also another program's GPT-2: model.pth, ckpt.pt, a folder of transformers."""
+    """A run, a checkpoint, a file or folder; also another program's GPT-2, Llama or Qwen: model.pth, ckpt.pt, a folder of
+    transformers."""
     prompt: Annotated[str, _arg(default="none, a new document")] = ""
     """The text to continue."""
     max_new_tokens: int = 200
@@ -71,6 +74,8 @@ class GenerateArguments:
     """A tokenizer.json or hub name, where the model's folder holds none."""
     part: _Part = None
     n_heads: _Heads = None
+    rope_base: _Base = None
+    context_length: _Context = None
     device: _Device = "cpu"
 
 
@@ -137,10 +142,13 @@ class ConvertArguments:
     """Repair SRC itself: names that wrappers changed (_orig_mod. and the like), or an index that does not match its files. The
     old file stays beside it until the new one is verified."""
     to: Annotated[str | None, _arg("FORMAT", "by the ending of DST")] = None
-    """huggingface, nanogpt, book, book-fast; safetensors and pth leave the source's names; onym is a model folder."""
+    """huggingface and book take the class that fits (llama, qwen2, qwen3; book-llama3, book-qwen3); book-fast, nanogpt;
+    safetensors and pth leave the source's names; onym is a model folder."""
     part: _Part = None
     step: _Step = "latest"
     n_heads: _Heads = None
+    rope_base: _Base = None
+    context_length: _Context = None
     vocab_size: Annotated[int | None, _arg("INT", "as it is")] = None
     """Drop the rows of the vocabulary from here on: 50257 takes the padding off a 50304."""
     shard_size: Annotated[str | None, _arg("SIZE", "one file")] = None

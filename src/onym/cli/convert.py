@@ -16,6 +16,8 @@ from onym.errors import ConfigError
 from onym.train.display import Display
 from onym.units import format_size, parse_size, plural
 
+_SETTINGS = ("n_heads", "rope_base", "context_length")
+
 
 def run(given: ConvertArguments) -> int:
     """``onym convert``."""
@@ -36,7 +38,7 @@ def run(given: ConvertArguments) -> int:
             given.destination,
             to=given.to,
             part=given.part,
-            settings={"n_heads": given.n_heads},
+            settings={name: getattr(given, name) for name in _SETTINGS},
             vocab_size=given.vocab_size,
             shard_bytes=None if given.shard_size is None else parse_size(given.shard_size, "--shard-size"),
             tokenizer=Tokenizer.load(given.tokenizer).to_json() if given.tokenizer else None,
@@ -52,7 +54,7 @@ def run(given: ConvertArguments) -> int:
 
 def _repair(given: ConvertArguments) -> int:
     """Repair names and index of the source itself."""
-    options = ("to", "part", "n_heads", "vocab_size", "shard_size", "tokenizer", "drop")
+    options = ("to", "part", *_SETTINGS, "vocab_size", "shard_size", "tokenizer", "drop")
     others = [name for name in options if getattr(given, name) != getattr(ConvertArguments("", ""), name)]
     if given.destination or others:
         other = "a DST" if given.destination else "--" + others[0].replace("_", "-")
@@ -100,10 +102,10 @@ def _say(report: Report, *, dry_run: bool) -> None:
 
 def _next(report: Report) -> str:
     path = shlex.quote(report.destination)
-    if report.to == "huggingface":
+    if report.to in ("huggingface", "llama", "qwen2", "qwen3"):
         return f'Open it: AutoModelForCausalLM.from_pretrained("{report.destination}")'
     if report.to == "nanogpt":
         return "Continue in nanoGPT: copy it to its out_dir as ckpt.pt, and run python train.py --init_from=resume"
-    if report.to in ("book", "book-fast", "pth"):
+    if report.to in ("book", "book-fast", "book-llama3", "book-qwen3", "pth"):
         return f'Load it: model.load_state_dict(torch.load("{report.destination}", weights_only=True))'
     return f"Look at it: onym inspect {path}"

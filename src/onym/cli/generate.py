@@ -19,7 +19,8 @@ from onym.train.precision import choose_compute
 
 def run(given: GenerateArguments) -> int:
     """``onym generate``."""
-    checkpoint = open_noting(given.model, given.step, part=given.part, settings={"n_heads": given.n_heads})
+    settings = {name: getattr(given, name) for name in ("n_heads", "rope_base", "context_length")}
+    checkpoint = open_noting(given.model, given.step, part=given.part, settings=settings)
     for note in checkpoint.origin.notes if checkpoint.origin is not None else []:
         print(note, file=sys.stderr)
     tokenizer = _tokenizer(given, checkpoint)

@@ -142,6 +142,9 @@ def _recognised(origin: Origin) -> tuple[TensorFile, NamedShapes | None]:
         cleaned, origin.wrappers = clean_names(names)
         return _renamed(stored, cleaned), None
     _, origin.format, origin.why, origin.wrappers, fitted = best
+    own = origin.format.prefix  # which is no wrapper's
+    if own in origin.wrappers and (more := origin.wrappers.pop(own) - len(fitted)) > 0:
+        origin.wrappers[own] = more
     return _renamed(stored, fitted), _named(contents, fitted)
 
 

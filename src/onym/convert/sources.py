@@ -38,6 +38,7 @@ _TEXTS = (
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
     "model_config.yaml",
     "params.json",
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from onym.convert.mapping import Recipe, Shape, View, counts, to_ours
+from onym.convert.mapping import Recipe, Rule, Shape, View, counts, to_ours
 from onym.convert.registry import Config, NamedShapes, Origin, Stated
 from onym.errors import CheckpointError
 from onym.format.tensors import TensorFile
@@ -36,10 +36,10 @@ def by_rules(origin: Origin, tensors: TensorFile, stated: Stated, given: Config)
     return view, config
 
 
-def apply_rules(origin: Origin, tensors: TensorFile) -> dict[str, Recipe]:
-    """The table applied; what it has no place for is recorded in the origin."""
+def apply_rules(origin: Origin, tensors: TensorFile, rules: Sequence[Rule] | None = None) -> dict[str, Recipe]:
+    """The table applied, by default the format's; what it has no place for is recorded in the origin."""
     assert origin.format is not None
-    recipes, left = to_ours(origin.format.rules, tensors.names)
+    recipes, left = to_ours(origin.format.rules if rules is None else rules, tensors.names)
     ignored = [name for name in left if any(re.fullmatch(pattern, name) for pattern in origin.format.ignored)]
     origin.dropped += ignored
     origin.unused = [name for name in left if name not in set(ignored)]
@@ -52,24 +52,28 @@ def note_rules(origin: Origin, recipes: Mapping[str, Recipe]) -> None:
         origin.rules = counts(recipes)
 
 
-def require_complete(origin: Origin, view: View, wanted: Mapping[str, Shape]) -> None:
-    """Raise a CheckpointError unless every tensor of the model is there, in its shape."""
+def require_complete(origin: Origin, view: View, wanted: Mapping[str, Shape], rules: Sequence[Rule] | None = None) -> None:
+    """Raise a CheckpointError unless every tensor of the model is there, in its shape.
+
+    Args:
+        rules: the table that was applied, for the file's own names in the message; the format's by default.
+    """
     path, present = origin.contents.path, set(view.names)
     if absent := [name for name in wanted if name not in present]:
-        names = listed([their_name(origin, name) for name in absent])
+        names = listed([their_name(origin, name, rules) for name in absent])
         raise CheckpointError(f"'{path}' is incomplete: of {len(wanted)} tensors {len(absent)} are missing, {names}.")
     for name, shape in wanted.items():
         if (found := shape_of(view, name)) != shape:
             raise CheckpointError(
-                f"'{path}' does not fit together: {their_name(origin, name)} is {list(found)} as "
+                f"'{path}' does not fit together: {their_name(origin, name, rules)} is {list(found)} as "
                 f"ours, and a model of this width needs {list(shape)}."
             )
 
 
-def their_name(origin: Origin, ours: str) -> str:
+def their_name(origin: Origin, ours: str, rules: Sequence[Rule] | None = None) -> str:
     """What the file would call a tensor of ours."""
     assert origin.format is not None
-    for rule in origin.format.rules:
+    for rule in origin.format.rules if rules is None else rules:
         pattern = re.escape(rule.ours).replace(re.escape("{n}"), r"(\d+)")
         if match := re.fullmatch(pattern, ours):
             return rule.theirs[0].replace("{n}", match.group(1) if match.groups() else "")

@@ -157,6 +157,11 @@ def _format(name: str, checkpoint: Checkpoint | None = None) -> Format | None:
     return next(fitting, named[0] if named else None)
 
 
+def _of_one_program(source: Format | None, target: Format | None) -> bool:
+    """Whether the texts beside the weights have the same form."""
+    return source is not None and target is not None and (source.program or source.name) == (target.program or target.name)
+
+
 def _container(target: str) -> str:
     """``pth`` or ``folder``."""
     known = _format(target)
@@ -237,7 +242,7 @@ def _unused(checkpoint: Checkpoint, target: str, path: Path) -> list[str]:
     if checkpoint.origin is None:
         return []
     contents = checkpoint.origin.contents
-    if folder and checkpoint.origin.format is not None and checkpoint.origin.format is _format(target, checkpoint):
+    if folder and _of_one_program(checkpoint.origin.format, _format(target, checkpoint)):
         used |= contents.texts.keys()
     texts = [name for name in contents.texts if name not in used] if contents.path.is_dir() else []
     values = [key for key in contents.values if key not in contents.further]
@@ -377,7 +382,7 @@ class _Translated:
 
     def _writing(self) -> Writing:
         origin = self.checkpoint.origin
-        same = origin is not None and origin.format is self.format and self.how.keeps_texts
+        same = origin is not None and _of_one_program(origin.format, self.format) and self.how.keeps_texts
         return Writing(
             checkpoint=self.checkpoint,
             tensors=self.tensors,

@@ -24,9 +24,12 @@ _HINTS = Hints(
     },
     layouts={
         "transformers' GPT-2 and of nanoGPT": r"(^|\.)h\.\d+\.attn\.c_attn\.weight$",
+        "onym.Decoder, and of the book's Llama3Model and Qwen3Model": r"trf_blocks\.\d+\.ff\.fc1\.weight$",
         "the book's GPTModel": r"trf_blocks\.\d+\.att\.W_query\.weight$",
         "the book's optimised GPTModel, and of onym.GPT": r"trf_blocks\.\d+\.att\.qkv\.weight$",
-        "a Llama": r"layers\.\d+\.self_attn\.q_proj\.weight$",
+        "transformers' Llama, Mistral and Qwen": r"layers\.\d+\.self_attn\.q_proj\.weight$",
+        "torchtitan's Llama": r"layers\.\d+\.attention\.wq\.weight$",
+        "LitGPT": r"\.h\.\d+\.attn\.qkv\.weight$",
     },
 )
 

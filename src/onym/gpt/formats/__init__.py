@@ -1,9 +1,15 @@
-"""Other programs' layouts of GPT-2, one adapter a file, in the order in which they are tried."""
+"""Other programs' layouts of our models, one adapter a file, in the order in which they are tried."""
 
 from onym.gpt.formats.book import BOOK
+from onym.gpt.formats.book_decoder import BOOK_LLAMA3, BOOK_QWEN3
 from onym.gpt.formats.book_fast import BOOK_FAST
 from onym.gpt.formats.huggingface import HUGGINGFACE
+from onym.gpt.formats.huggingface_decoder import LLAMA, MISTRAL, QWEN2, QWEN3
+from onym.gpt.formats.litgpt import LITGPT
 from onym.gpt.formats.nanogpt import NANOGPT
-from onym.gpt.formats.recognised import LITGPT, LLAMA, NANOCHAT
+from onym.gpt.formats.recognised import NANOCHAT, OTHER
+from onym.gpt.formats.torchtitan import TORCHTITAN
 
-FORMATS = (BOOK, BOOK_FAST, NANOGPT, HUGGINGFACE, LITGPT, NANOCHAT, LLAMA)
+_GPT2 = (BOOK, BOOK_FAST, NANOGPT, HUGGINGFACE)
+_DECODERS = (BOOK_LLAMA3, BOOK_QWEN3, LLAMA, QWEN2, QWEN3, MISTRAL, LITGPT, TORCHTITAN)
+FORMATS = (*_GPT2, *_DECODERS, NANOCHAT, OTHER)

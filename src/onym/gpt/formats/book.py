@@ -17,8 +17,8 @@ MASK = "trf_blocks.{n}.att.mask"
 
 
 def _recognise(found: NamedShapes) -> str | None:
-    if not found.has(r"trf_blocks\.\d+\.att\.W_(query|key|value)\.weight"):
-        return None
+    if not found.has(r"trf_blocks\.\d+\.att\.W_(query|key|value)\.weight") or found.has(r"trf_blocks\.\d+\.ff\.fc1\.weight"):
+        return None  # with fc1: a decoder
     masks = found.has(r"trf_blocks\.\d+\.att\.mask")
     return f"att.W_query, scale and shift{', a mask in each layer' if masks else ', no masks'}"
 

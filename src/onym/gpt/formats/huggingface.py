@@ -10,12 +10,10 @@ from typing import Any
 
 from onym.convert.mapping import Recipe, same, transposed, weight_and_bias
 from onym.convert.registry import Config, NamedShapes, Stated, Target, Writing
-from onym.convert.sources import as_json
-from onym.data.tokenizer import END_OF_TEXT, Tokenizer
-from onym.format.manifest import parse_json
 from onym.gpt.config import GPTConfig
 from onym.gpt.formats.differences import biases
-from onym.gpt.formats.understand import OURS, GPT2Format
+from onym.gpt.formats.transformers_folder import OURS, folder_texts
+from onym.gpt.formats.understand import GPT2Format
 
 FIELDS = {
     "n_layers": "n_layer",
@@ -46,6 +44,8 @@ def _stated(found: NamedShapes) -> Stated:
     config.setdefault("tie_embeddings", True)  # transformers leaves out what is as by default
     activation = values.get("activation_function", "gelu_new")
     not_ours = None
+    if (kind := values.get("model_type", "gpt2")) != "gpt2":
+        return Stated(not_ours=f"config.json says model_type {kind!r}, and the tensors are a GPT-2's")
     if activation in GELU:
         config["gelu"] = GELU[activation]
     else:
@@ -75,50 +75,23 @@ def _added(values: Config, dtype: str) -> dict[str, Recipe]:
 
 
 _KEPT = ("pad_token_id", "embd_pdrop", "attn_pdrop", "initializer_range", "use_cache", "task_specific_params")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
 def _texts(writing: Writing) -> dict[str, str]:
-    """The files beside the weights, by name; ``config.json`` last.
-
-    What the texts of a source of transformers' own state besides is preserved, but for the names of code (``auto_map``).
-    """
-    config, tokenizer, theirs = GPTConfig.from_dict(writing.config), writing.tokenizer, writing.texts
-    end, special = None, END_OF_TEXT
-    said = parse_json(theirs.get("config.json", "{}"), "config.json")
-    said = said if isinstance(said, dict) else {}
-    files = {name: text for name, text in theirs.items() if name in _TOKENIZER and '"auto_map"' not in text}
-    if "tokenizer_config.json" in files and tokenizer is not None:
-        files["tokenizer.json"] = tokenizer
-    elif tokenizer is not None:
-        known = Tokenizer.from_json(tokenizer)
-        end, special = known.end_of_text, known.end_of_text_token
-        files["tokenizer.json"] = tokenizer
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length}
-        files["tokenizer_config.json"] = as_json({**about, "bos_token": special, "eos_token": special, "unk_token": special})
-    elif config.vocab_size >= 50257:
-        end = 50256
-    ends = {key: said.get(key, end) for key in ("bos_token_id", "eos_token_id")}
-    ends = {key: None if isinstance(number, int) and number >= config.vocab_size else number for key, number in ends.items()}
-    generation = as_json({"_from_model_config": True, **ends})
-    files["generation_config.json"] = theirs.get("generation_config.json", generation)
+    """The files beside the weights, by name."""
+    config = GPTConfig.from_dict(writing.config)
     values = config.to_dict()
-    files["config.json"] = as_json(
-        {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            **{theirs: values[ours] for ours, theirs in FIELDS.items()},
-            "embd_pdrop": config.drop_rate,
-            "attn_pdrop": config.drop_rate,
-            **{key: said[key] for key in _KEPT if key in said},
-            "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
-            "layer_norm_epsilon": 1e-5,
-            **ends,
-            "torch_dtype": writing.tensors.dtypes["tok_emb.weight"],
-            OURS: values,
-        }
-    )
-    return files
+    settings = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: values[ours] for ours, theirs in FIELDS.items()},
+        "n_ctx": config.context_length,  # an old name, which llama.cpp's converter reads
+        "embd_pdrop": config.drop_rate,
+        "attn_pdrop": config.drop_rate,
+        "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+        "layer_norm_epsilon": 1e-5,
+    }
+    return folder_texts(writing, settings, _KEPT, end=50256 if config.vocab_size >= 50257 else None)
 
 
 HUGGINGFACE = GPT2Format(

@@ -1,13 +1,8 @@
-"""Models of other architectures: recognised and named, their names cleaned; no GPT is built from them."""
+"""Models of other architectures: recognised and named, their names cleaned; nothing is built from them."""
 
 from __future__ import annotations
 
 from onym.convert.registry import Format, NamedShapes
-
-
-def _litgpt(named: NamedShapes) -> str | None:
-    found = named.has(r"transformer\.h\.\d+\.attn\.(qkv|attn)\.weight") and named.has(r"transformer\.h\.\d+\.norm_1\.weight")
-    return "attn.qkv and norm_1" if found else None
 
 
 def _nanochat(named: NamedShapes) -> str | None:
@@ -15,15 +10,15 @@ def _nanochat(named: NamedShapes) -> str | None:
     return "attn.c_q, and no position embeddings" if found else None
 
 
-def _llama(named: NamedShapes) -> str | None:
-    """torchtitan's, lingua's and transformers' names."""
-    found = named.has(r"(layers|model\.layers)\.\d+\.(self_attn\.q_proj|attention\.wq|attn\.q_proj)\.weight")
-    return "layers.N with separate query, key and value, as Llama has them" if found else None
+def _other(named: NamedShapes) -> str | None:
+    """Phi-3's joined matrices, OLMo-core's names, and those of decoders that nobody has described here."""
+    found = named.has(
+        r"(layers|blocks|model\.layers)\.\d+\.(self_attn|attention|attn)\.(q_proj|qkv_proj|wq|w_q|qkv_linear\.wq|query_key_value)\.weight"
+    )
+    return "layers.N with an attention, and other names than Llama's" if found else None
 
 
-_ROTARY = "its positions are rotary, and a GPT-2's are learned (pos_emb)"
 _SQUARED = "its positions are rotary, its norms have no weights, and its activation is the square of ReLU"
-_GATED = "its positions are rotary, its norms are RMSNorm and its feed-forward is gated"
-LITGPT = Format("litgpt", "a LitGPT model", _litgpt, not_ours=_ROTARY)
+_NAMES = "its layers have other parts than those of GPT-2, Llama, Mistral and Qwen"
 NANOCHAT = Format("nanochat", "a nanochat model", _nanochat, not_ours=_SQUARED)
-LLAMA = Format("llama", "a model of the Llama family", _llama, not_ours=_GATED)
+OTHER = Format("other-decoder", "a decoder of another family", _other, not_ours=_NAMES)

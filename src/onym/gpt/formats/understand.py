@@ -15,14 +15,13 @@ from onym.errors import CheckpointError, ConfigError
 from onym.format.tensors import TensorFile
 from onym.gpt.config import GPTConfig
 from onym.gpt.formats.differences import extra
+from onym.gpt.formats.transformers_folder import OURS
 from onym.gpt.gpt2 import GPT
 from onym.names.mismatch import listed
 
 HEAD_SIZE = 64
 """Of every GPT-2 that OpenAI and the book have."""
-OURS = "onym"
-"""The entry of transformers' ``config.json`` with our own configuration, where we wrote it."""
-_OTHER_HEADS = ("score.", "classifier.", "qa_outputs.")  # of transformers' GPT2For…Classification and …QuestionAnswering
+_OTHER_HEADS = ("score.", "classifier.", "qa_outputs.")  # of transformers' …ForSequenceClassification and …ForQuestionAnswering
 _EMBEDDING, _POSITIONS, _HEAD = "tok_emb.weight", "pos_emb.weight", "out_head.weight"
 
 
@@ -35,12 +34,12 @@ def as_gpt(origin: Origin, tensors: TensorFile, stated: Stated, given: Config) -
     """
     recipes = apply_rules(origin, tensors)
     view = View(tensors, recipes)
-    if (reason := _other_head(view, origin)) is not None:
+    reason = other_head(view, origin) or lora_in(origin)
+    if reason is not None:
         origin.not_ours = reason
         return None
-    if lora := [name for name in origin.unused if ".lora" in name]:
-        origin.not_ours = f"it has LoRA's matrices ({lora[0]}), which have to be merged into the others first"
-        return None
+    if others := given.keys() - {"n_heads"}:
+        raise ConfigError(f"{min(others)} cannot be given for {origin.kind}: leave it out.")
     config = _configured(origin, view, stated, given.get("n_heads"))
     recipes = _with_head(origin, view, recipes, stated)
     view = View(tensors, recipes)
@@ -65,11 +64,18 @@ def crop_vocabulary(tensors: TensorFile, config: Config, vocab_size: int) -> tup
     return View(tensors, recipes), {**config, "vocab_size": vocab_size}
 
 
-def _other_head(view: View, origin: Origin) -> str | None:
+def lora_in(origin: Origin) -> str | None:
+    """Why a file with LoRA's matrices is no model by itself; None where there are none."""
+    lora = [name for name in origin.unused if ".lora" in name]
+    return f"it has LoRA's matrices ({lora[0]}), which have to be merged into the others first" if lora else None
+
+
+def other_head(view: View, origin: Origin) -> str | None:
+    """Why a head is none of a language model's; None where it is one, or there is none."""
     if _EMBEDDING not in view.shapes:
         return None
     if _HEAD not in view.names:
-        others = [name for name in origin.unused if name.startswith(_OTHER_HEADS)]
+        others = [name for name in origin.unused if name.removeprefix("model.").startswith(_OTHER_HEADS)]
         return f"it has {others[0]} in the place of a head: it classifies" if others else None
     head = shape_of(view, _HEAD)
     vocabulary = view.shapes[_EMBEDDING][0]
@@ -79,23 +85,32 @@ def _other_head(view: View, origin: Origin) -> str | None:
     return None
 
 
+def numbered_layers(origin: Origin, view: View) -> int:
+    """How many layers there are.
+
+    Raises:
+        CheckpointError: one of them is missing.
+    """
+    layers = {int(found.group(1)) for name in view.names if (found := re.match(r"trf_blocks\.(\d+)\.", name))}
+    if layers != set(range(len(layers))):
+        absent = sorted(set(range(max(layers) + 1)) - layers)
+        missing = f"{listed([*map(str, absent)])} {'is' if len(absent) == 1 else 'are'} missing"
+        raise CheckpointError(f"'{origin.contents.path}' is incomplete: of its {max(layers) + 1} layers, {missing}.")
+    return len(layers)
+
+
 def _configured(origin: Origin, view: View, stated: Stated, n_heads: int | None) -> GPTConfig:
     """The configuration, from what shapes and settings say; they have to agree."""
     path = origin.contents.path
     for name in (_EMBEDDING, _POSITIONS):
         if name not in view.shapes or len(view.shapes[name]) != 2:
             raise CheckpointError(f"'{path}' is incomplete: it has no {their_name(origin, name)}.")
-    layers = {int(found.group(1)) for name in view.names if (found := re.match(r"trf_blocks\.(\d+)\.", name))}
-    if layers != set(range(len(layers))):
-        absent = sorted(set(range(max(layers) + 1)) - layers)
-        missing = f"{listed([*map(str, absent)])} {'is' if len(absent) == 1 else 'are'} missing"
-        raise CheckpointError(f"'{path}' is incomplete: of its {max(layers) + 1} layers, {missing}.")
     vocabulary, width = view.shapes[_EMBEDDING]
     shaped: dict[str, Any] = {
         "vocab_size": vocabulary,
         "context_length": view.shapes[_POSITIONS][0],
         "emb_dim": width,
-        "n_layers": len(layers),
+        "n_layers": numbered_layers(origin, view),
         "qkv_bias": "trf_blocks.0.att.qkv.bias" in view.names,
         "bias": "trf_blocks.0.att.proj.bias" in view.names,
     }

@@ -1,0 +1,59 @@
+"""What a folder of transformers holds besides the weights: settings, ends of text, the tokenizer's files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onym.convert.registry import Writing
+from onym.convert.sources import as_json
+from onym.data.tokenizer import Tokenizer
+from onym.format.manifest import parse_json
+
+OURS = "onym"
+"""The entry of ``config.json`` with our own configuration, where we wrote it."""
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def folder_texts(writing: Writing, settings: dict[str, Any], kept: tuple[str, ...], end: int | None = None) -> dict[str, str]:
+    """The files beside the weights, by name; ``config.json`` last.
+
+    What the texts of a source of transformers' own state besides is preserved, but for the names of code (``auto_map``).
+
+    Args:
+        settings: what ``config.json`` says of the model.
+        kept: keys of the source's ``config.json`` that are preserved, if it has them.
+        end: the token that ends a text, where neither a source nor a tokenizer says.
+    """
+    tokenizer, theirs, vocabulary = writing.tokenizer, writing.texts, writing.config["vocab_size"]
+    said = parse_json(theirs.get("config.json", "{}"), "config.json")
+    said = said if isinstance(said, dict) else {}
+    files = {name: text for name, text in theirs.items() if name in _TOKENIZER and '"auto_map"' not in text}
+    if "tokenizer_config.json" in files and tokenizer is not None:
+        files["tokenizer.json"] = tokenizer
+    elif tokenizer is not None:
+        known = Tokenizer.from_json(tokenizer)
+        end, special = known.end_of_text, known.end_of_text_token
+        files["tokenizer.json"] = tokenizer
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": writing.config["context_length"]}
+        files["tokenizer_config.json"] = as_json({**about, "bos_token": special, "eos_token": special, "unk_token": special})
+    ends = {key: said.get(key, end) for key in ("bos_token_id", "eos_token_id")}
+    ends = {key: None if isinstance(number, int) and number >= vocabulary else number for key, number in ends.items()}
+    generation = as_json({"_from_model_config": True, **ends})
+    files["generation_config.json"] = theirs.get("generation_config.json", generation)
+    files["config.json"] = as_json(
+        {
+            **settings,
+            **{key: said[key] for key in kept if key in said},
+            **ends,
+            "torch_dtype": writing.tensors.dtypes["tok_emb.weight"],
+            OURS: dict(writing.config),
+        }
+    )
+    return files
