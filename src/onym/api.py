@@ -367,7 +367,7 @@ def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) 
     """The tensors to load: as they are stored where they fit, else in the model's layout, where both formats are registered."""
     origin = checkpoint.origin
     if origin is None:
-        return checkpoint.model
+        return _in_the_models_layout(checkpoint, model, known)
     raw: TensorFile = origin.contents.tensors
     renamed = recover_names(raw.names, known)
     fits = {renamed.get(name, name) for name in raw.names} - {AVERAGE_COUNTER} == known.keys() - {AVERAGE_COUNTER}
@@ -383,6 +383,17 @@ def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) 
     if format is origin.format and not origin.dropped and len(raw.names) >= len(known):
         return raw
     _require_same_computation(checkpoint, model)
+    return translated(checkpoint.model, format, shapes)
+
+
+def _in_the_models_layout(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) -> TensorFile:
+    """Our own tensors, for a class of another program that has another layout of the same architecture."""
+    if checkpoint.architecture is None or describe_model(unwrap(model))[0] is not None:
+        return checkpoint.model
+    shapes = {name: shape for name, (shape, kind) in describe(known).items() if kind != "value"}
+    format = format_of(shapes)
+    if format is None or format.architecture != checkpoint.architecture or set(checkpoint.model.names) == known.keys():
+        return checkpoint.model
     return translated(checkpoint.model, format, shapes)
 
 

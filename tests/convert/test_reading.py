@@ -321,7 +321,7 @@ def test_litgpt_is_read_and_not_taken_for_ours(tmp_path: Path) -> None:
     folder.mkdir()
     torch.save({"model": torch.compile(model).state_dict(), "iter_num": 1}, folder / "lit_model.pth")
     (folder / "model_config.yaml").write_text("name: x\n")
-    with pytest.raises(CheckpointError, match="its positions are rotary"):
+    with pytest.raises(CheckpointError, match="its norms are LayerNorm"):
         onym.load_model(folder)
     fresh = GPT(Config(n_layer=2, n_embd=32, n_head=2, padded_vocab_size=64, block_size=16))
     onym.load(folder, into=fresh)

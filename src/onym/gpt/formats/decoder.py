@@ -135,16 +135,18 @@ def _heads(origin: Origin, view: View, stated: Stated, given: Config, table: Seq
         size = view.shapes[_QUERY_NORM][0]
     elif heads is None and size is None:
         size = 128 if width >= _WIDE else 64
+        origin.assumed |= {"n_heads", "head_dim", "n_kv_groups"}
         if queries % size or keys % size:
-            raise CheckpointError(
+            origin.problem = (
                 f"'{path}' does not say how many attention heads its model has, and its queries of {queries} dimensions are "
                 f"not heads of {size}: say it (n_heads= or --n-heads)."
             )
-        origin.assumed |= {"n_heads", "head_dim", "n_kv_groups"}
-        origin.notes.append(
-            f"{queries // size} attention heads were assumed, of size {size}, as Llama has at this width: the file does not "
-            "say. If it was another number, give it (n_heads= or --n-heads)."
-        )
+            size = keys  # its tensors can still be loaded into a model that somebody built
+        else:
+            origin.notes.append(
+                f"{queries // size} attention heads were assumed, of size {size}, as Llama has at this width: the file does "
+                "not say. If it was another number, give it (n_heads= or --n-heads)."
+            )
     if size is None:
         assert heads is not None
         size = queries // heads

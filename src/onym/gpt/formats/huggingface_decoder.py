@@ -107,7 +107,7 @@ def _not_ours(kind: str, values: Mapping[str, Any]) -> str | None:
 
 def _rotation(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Base and scaling of rotary positions, from the keys of transformers 5 or 4; and why there is no such scaling here."""
-    said = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    said = values.get("rope_scaling") or values.get("rope_parameters") or {}  # of both, transformers takes the former too
     if not isinstance(said, Mapping) or any(isinstance(each, Mapping) for each in said.values()):
         return {}, f"its rotary positions are {said!r}, and here all layers have one base"
     for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):

@@ -1,0 +1,519 @@
+"""Llamas and Qwens of transformers, the book, LitGPT and torchtitan: the same logits here, and in their classes from ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import onym
+from onym.convert.opening import open_any
+from onym.convert.write import convert
+from onym.data.tokenizer import Tokenizer
+from onym.errors import CheckpointError, ConfigError
+from onym.gpt.decoder_config import DecoderConfig
+from tests.convert.decoder_peers import (
+    KINDS,
+    OF_KIND,
+    PAIRS,
+    SIZES,
+    STRETCHED,
+    Titan,
+    apart,
+    book_model,
+    drawn,
+    ours,
+    shapes,
+    transformers_model,
+)
+
+CLOSE = 1e-5
+FEW = settings(max_examples=10, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def _what_is_assumed_is_tested_where_it_matters() -> None:
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*assumed")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def config_of(kind: str, **changes: Any) -> DecoderConfig:
+    return DecoderConfig(**{**SIZES, **KINDS[kind], "norm_eps": 1e-6, **changes})
+
+
+def edited(path: Path, **changes: Any) -> Path:
+    """Change ``config.json``; a value of ... is taken out."""
+    values = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@FEW
+@given(data=st.data())
+def test_transformers_decoders(kind: str, data: st.DataObject) -> None:
+    config = data.draw(OF_KIND[kind])
+    theirs = transformers_model(kind, config)
+    with tempfile.TemporaryDirectory() as name:
+        theirs.save_pretrained(name)
+        loaded = onym.load_model(name)
+    assert loaded.config == config
+    assert apart(loaded, theirs, config) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@FEW
+@given(data=st.data())
+def test_transformers_opens_a_decoder(kind: str, data: st.DataObject) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = data.draw(OF_KIND[kind])
+    model = ours(config)
+    with tempfile.TemporaryDirectory() as name:
+        onym.save(model, f"{name}/ours")
+        for to in ("huggingface", kind):
+            report = convert(f"{name}/ours", f"{name}/{to}", to=to)
+            assert report.logits is not None
+            assert report.logits < CLOSE
+        theirs = AutoModelForCausalLM.from_pretrained(f"{name}/huggingface").eval()
+        assert type(theirs).__name__.lower() == f"{kind}forcausallm"
+        assert (Path(name) / "huggingface" / "config.json").read_text() == (Path(name) / kind / "config.json").read_text()
+        assert onym.load_model(f"{name}/huggingface").config == config
+    assert apart(model, theirs, config) < CLOSE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_of_transformers_4(folder: Path, kind: str) -> None:
+    """``rope_theta`` and ``rope_scaling``, as in every folder from before transformers 5; with its older word ``type``."""
+    config = config_of(kind, rope_base=500_000.0, rope_freq=STRETCHED)
+    transformers_model(kind, config).save_pretrained(folder)
+    stretched = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    assert stretched.pop("rope_theta") == 500_000.0
+    edited(folder, rope_parameters=..., rope_theta=500_000.0, rope_scaling=stretched)
+    assert onym.load_model(folder).config == config
+    stretched["type"] = stretched.pop("rope_type")
+    assert onym.load_model(edited(folder, rope_scaling=stretched)).config == config
+    assert onym.load_model(edited(folder, rope_scaling=None)).config == dataclasses.replace(config, rope_freq=None)
+    plain = dataclasses.replace(config, rope_base=10_000.0, rope_freq=None)
+    assert onym.load_model(edited(folder, rope_theta=..., rope_scaling=...)).config == plain
+
+
+def test_what_is_written_has_the_rope_keys_of_both_versions(folder: Path) -> None:
+    onym.save(ours(config_of("llama", rope_freq=STRETCHED)), folder / "ours")
+    convert(folder / "ours", folder / "hf", to="llama")
+    values = json.loads((folder / "hf" / "config.json").read_text())
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 16
+    assert values["rope_theta"] == 10_000.0
+    assert values["rope_scaling"] == scaling
+    assert values["rope_parameters"] == {**scaling, "rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_decoders_file_without_settings_prefix_or_head(folder: Path, kind: str) -> None:
+    """A lone file: heads and rotation are assumed aloud, or given."""
+    from safetensors.torch import save_file
+
+    config = config_of(kind, emb_dim=128, n_heads=2, rope_base=30_000.0, tie_embeddings=True)
+    theirs = transformers_model(kind, config)
+    state = {
+        name.removeprefix("model."): value.clone() for name, value in theirs.state_dict().items() if name != "lm_head.weight"
+    }
+    state["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file({f"_orig_mod.{name}": value for name, value in state.items()}, folder / "x.safetensors")
+    with pytest.warns(UserWarning, match=r"rope_base=.*000\.0 and context_length=\d+ were assumed, as (Llama|Qwen)"):
+        guessed = onym.load_model(folder / "x.safetensors")
+    assert (guessed.config.n_heads, guessed.config.head_dim, guessed.config.qk_norm) == (2, 64, kind == "qwen3")
+    opened = open_any(folder / "x.safetensors", settings={"norm_eps": 1e-6}).checkpoint
+    assert opened.origin is not None
+    assert opened.origin.wrappers == {"_orig_mod": len(state)}
+    assert opened.origin.dropped == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    onym.load(folder / "x.safetensors", into=(model := onym.Decoder(config)))
+    assert apart(model, theirs, config) < CLOSE
+    given = onym.load_model(folder / "x.safetensors", n_heads=2, rope_base=30_000.0, context_length=24)
+    assert (given.config.rope_base, given.config.context_length) == (30_000.0, 24)
+    with pytest.raises(ConfigError, match="cannot be split into 3 heads of queries"):
+        onym.load_model(folder / "x.safetensors", n_heads=3)
+
+
+def test_a_decoder_in_shards_and_in_bf16(folder: Path) -> None:
+    config = config_of("qwen3")
+    theirs = transformers_model("qwen3", config).to(torch.bfloat16)
+    theirs.save_pretrained(folder / "hf", max_shard_size="20KB")
+    assert (folder / "hf" / "model.safetensors.index.json").exists()
+    report = convert(folder / "hf", folder / "again", to="huggingface", shard_bytes=20_000)
+    assert report.logits == 0
+    for name, value in onym.open_checkpoint(folder / "again").model.state().items():
+        assert value.dtype == torch.bfloat16, name
+    assert onym.load_model(folder / "again").config == config
+
+
+def test_a_tied_head_that_is_stored_besides(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    config = config_of("llama", tie_embeddings=True)
+    theirs = transformers_model("llama", config)
+    theirs.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in state
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    assert onym.load_model(folder).config == config
+    save_file({**state, "lm_head.weight": torch.zeros(97, 32)}, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match="the file holds another head besides"):
+        assert apart(onym.load_model(folder), theirs, config) < CLOSE
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is incomplete: it has no lm_head\.weight"):
+        onym.load_model(edited(folder, tie_word_embeddings=False))
+
+
+def test_a_chat_template_and_token_ids_are_preserved(folder: Path) -> None:
+    tokenizer = Tokenizer.train(["some words and some more words " * 20], 270)
+    transformers_model("mistral", config_of("mistral", vocab_size=270)).save_pretrained(folder / "hf")
+    (folder / "hf" / "tokenizer.json").write_text(tokenizer.to_json())
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
+    (folder / "hf" / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "hf" / "chat_template.jinja").write_text("{{ messages }}!")
+    edited(folder / "hf", eos_token_id=[1, 2], pad_token_id=3)
+    report = convert(folder / "hf", folder / "again", to="huggingface")
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "tokenizer.json"):
+        assert (folder / "again" / name).read_text() == (folder / "hf" / name).read_text()
+        assert name not in report.unused
+    values = json.loads((folder / "again" / "config.json").read_text())
+    assert (values["model_type"], values["eos_token_id"], values["pad_token_id"]) == ("llama", [1, 2], 3)
+
+
+NOT_OURS = [
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled by 'yarn'"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled by 'linear'"),
+    ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "scaled by 'dynamic'"),
+    ("qwen3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "scaled by 'longrope'"),
+    ("llama", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "scaled by 'spiral'"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "all layers have one base"),
+    ("llama", {"partial_rotary_factor": 0.5}, "a part of each head alone"),
+    ("llama", {"attention_bias": True}, r"biases \(attention_bias\)"),
+    ("llama", {"mlp_bias": True}, r"biases \(mlp_bias\)"),
+    ("qwen3", {"attention_bias": True}, r"biases \(attention_bias\)"),
+    ("llama", {"hidden_act": "gelu"}, r"activation \(hidden_act\) is 'gelu'"),
+    ("mistral", {"sliding_window": 8}, "a window of 8 tokens"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ..., "max_window_layers": 1}, "a window of 8"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}, "a window of 8"),
+    ("llama", {"model_type": "gemma"}, "'gemma': its norms add one"),
+    ("llama", {"model_type": "gemma2"}, "'gemma2': its norms add one"),
+    ("llama", {"model_type": "mixtral"}, "'mixtral': it is a mixture of experts"),
+    ("qwen3", {"model_type": "qwen3_moe"}, "'qwen3_moe': it is a mixture of experts"),
+    ("llama", {"model_type": "phi3"}, "'phi3': it is none of Llama, Mistral, Qwen2 and Qwen3"),
+    ("llama", {"model_type": "gpt2"}, "'gpt2': it is none of"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each of transformers' classes."""
+    path = tmp_path_factory.mktemp("saved")
+    for kind in KINDS:
+        transformers_model(kind, config_of(kind, head_dim=None)).save_pretrained(path / kind)
+    return path
+
+
+def copied(saved: Path, kind: str, folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((saved / kind / name).read_bytes())
+    return edited(folder, **changes)
+
+
+@pytest.mark.parametrize(("kind", "changes", "said"), NOT_OURS)
+def test_what_a_decoder_of_transformers_can_be_and_ours_is_not(
+    folder: Path, saved: Path, kind: str, changes: dict[str, Any], said: str
+) -> None:
+    copied(saved, kind, folder / "x", **changes)
+    with pytest.raises(CheckpointError, match=said):
+        onym.load_model(folder / "x")
+    assert open_any(folder / "x").checkpoint.model.names, "its tensors can be read all the same"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"sliding_window": 24}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ..., "max_window_layers": 2}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 8}),
+        ("llama", {"pretraining_tp": 2, "partial_rotary_factor": 1.0}),
+    ],
+)
+def test_a_window_that_hides_nothing_is_none(folder: Path, saved: Path, kind: str, changes: dict[str, Any]) -> None:
+    assert onym.load_model(copied(saved, kind, folder / "x", **changes)).config.n_layers == 2
+
+
+def _renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("mlp.gate_proj", "mlp.experts.0.gate_proj"): value for name, value in state.items()}
+
+
+BAD_INPUT = {
+    "heads that do not divide": ("llama", {"num_attention_heads": 3}, None, "cannot be split into 3 heads of queries"),
+    "kv groups that do not divide heads": (
+        "llama", {"num_key_value_heads": 3}, lambda state: {
+            name: value.repeat(2, 1)[:24] if "k_proj" in name or "v_proj" in name else value for name, value in state.items()
+        }, "n_heads=4 cannot share n_kv_groups=3",
+    ),
+    "other kv groups": ("llama", {"num_key_value_heads": 4}, None, "num_key_value_heads=4, and the tensors have 2"),
+    "an odd head_dim": (
+        "llama", {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 1}, None, "head_dim=1 is odd"
+    ),
+    "heads of no width": ("llama", {"num_attention_heads": 0}, None, "whole numbers of at least 1"),
+    "heads in words": ("llama", {"num_attention_heads": "four"}, None, "by 'four'"),
+    "a scaling nobody knows": ("llama", {"rope_scaling": {"rope_type": "spiral"}}, None, "scaled by 'spiral'"),
+    "llama3 without its numbers": ("llama", {"rope_scaling": {"rope_type": "llama3"}}, None, "rope_freq is Llama"),
+    "another family": ("qwen3", {"model_type": "gemma3_text"}, None, "'gemma3_text': its norms add one"),
+    "a Qwen3 without its norms": ("llama", {"model_type": "qwen3"}, None, r"is incomplete: .*self_attn\.q_norm"),
+    "a Llama with Qwen3's norms": ("qwen3", {"model_type": "llama"}, None, r"_norm\.weight, which transformers' Llama has not"),
+    "another width": ("llama", {"intermediate_size": 47}, None, "intermediate_size=47, and the tensors have 48"),
+    "experts": ("llama", {}, _renamed, "it is a mixture of experts"),
+    "a classifier": (
+        "llama", {}, lambda state: {name.replace("lm_head", "score"): value[:2] for name, value in state.items()},
+        r"it has score\.weight in the place of a head: it classifies",
+    ),
+    "a layer is missing": (
+        "qwen3", {}, lambda state: {name: value for name, value in state.items() if ".layers.0." not in name}, "it has no "
+    ),
+    "a norm is missing": (
+        "llama", {}, lambda state: {name: value for name, value in state.items() if name != "model.norm.weight"},
+        r"1 are missing, model\.norm\.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence(folder: Path, saved: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    from safetensors.torch import load_file, save_file
+
+    from onym.cli.main import main
+
+    kind, changes, state, said = BAD_INPUT[case]
+    copied(saved, kind, folder / "x", **changes)
+    if state is not None:
+        save_file(state(load_file(folder / "x" / "model.safetensors")), folder / "x" / "model.safetensors")
+    code = main(["convert", str(folder / "x"), str(folder / "y"), "--to", "huggingface"])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert re.search(said, error), error
+    assert "Traceback" not in error
+    assert not (folder / "y").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "to", "said"),
+    [
+        ({"qk_norm": True, "qkv_bias": True}, "huggingface", "both norms of queries and keys and biases"),
+        ({"n_heads": 3, "n_kv_groups": 3, "head_dim": 8}, "huggingface", "splits a width of 32 over 3 heads"),
+        ({"qkv_bias": True, "head_dim": 10}, "huggingface", "Qwen2's heads are as wide together"),
+        ({"qk_norm": True}, "llama", "Qwen3ForCausalLM: give --to qwen3"),
+        ({}, "qwen2", "LlamaForCausalLM: give --to llama"),
+        ({"qkv_bias": True}, "book", "no biases"),
+        ({"norm_eps": 1e-4}, "book", r"\(norm_eps\)"),
+        ({"qk_norm": True, "norm_eps": 1e-5}, "book", "Qwen3Model adds 1e-06"),
+        ({"head_dim": 10}, "book", "as wide together as the model, and these are 40 for 32"),
+        ({"norm_eps": 1e-6, "rope_freq": STRETCHED}, "book", "has no rope_freq"),
+        ({"norm_eps": 1e-6}, "book-llama3", "give --to book-qwen3"),
+        ({}, "book-qwen3", "give --to book-llama3"),
+        ({}, "nanogpt", "is not a gpt"),
+    ],
+)
+def test_what_a_class_cannot_hold_is_refused(folder: Path, fields: dict[str, Any], to: str, said: str) -> None:
+    onym.save(onym.Decoder(DecoderConfig(**{**SIZES, **fields})), folder / "ours")
+    with pytest.raises(CheckpointError, match=said):
+        convert(folder / "ours", folder / ("y.pth" if to.startswith(("book", "nano")) else "y"), to=to)
+    assert sorted(path.name for path in folder.iterdir()) == ["ours"]
+
+
+OF_BOOK = {
+    "Llama3Model": shapes(PAIRS, False, False, [1e-5]),
+    "Qwen3Model": shapes(PAIRS, True, True, [1e-6], scaled=False, qk_norm=True)
+    | shapes(PAIRS, True, True, [1e-6], scaled=False),
+}
+
+
+@pytest.mark.parametrize("name", OF_BOOK)
+@FEW
+@given(data=st.data())
+def test_the_books_decoders(name: str, data: st.DataObject) -> None:
+    """Both ways: its file here, by names that torch.compile changed, and ours in its class, strictly."""
+    config = data.draw(OF_BOOK[name])
+    theirs = book_model(name, config)
+    known = {"n_heads": config.n_heads, "rope_base": config.rope_base, "context_length": config.context_length}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(torch.compile(theirs).state_dict(), f"{folder}/theirs.pth")
+        onym.load(f"{folder}/theirs.pth", into=(model := onym.Decoder(config)))
+        assert apart(model, theirs, config) < CLOSE
+        built = onym.load_model(f"{folder}/theirs.pth", **known)
+        assert built.config == dataclasses.replace(config, rope_freq=None)
+        onym.save(model, f"{folder}/ours")
+        report = convert(f"{folder}/ours", f"{folder}/ours.pth", to="book")
+        assert any(f"Build it as {name}({{" in note for note in report.notes)
+        again = book_model(name, config)
+        again.load_state_dict(torch.load(f"{folder}/ours.pth", weights_only=True), strict=True)
+    assert apart(again, theirs, config) == 0
+
+
+def test_the_dict_that_the_report_gives_builds_the_books_class(folder: Path) -> None:
+    from llms_from_scratch.qwen3 import Qwen3Model
+
+    config = config_of("qwen3", head_dim=6)
+    onym.save(model := ours(config), folder / "ours")
+    report = convert(folder / "ours", folder / "model.pth", to="book")
+    call = next(note for note in report.notes if "Build it as" in note).split("Build it as ")[1].removesuffix(".")
+    theirs = eval(call, {"Qwen3Model": Qwen3Model, "torch": torch}).eval()
+    theirs.load_state_dict(torch.load(folder / "model.pth", weights_only=True))
+    assert apart(model, theirs, config) < CLOSE
+
+
+def test_the_books_llama_2_with_its_tables(folder: Path) -> None:
+    """The notebooks on Llama 2 store mask, cosines and sines with each layer: they say context and head_dim."""
+    config = config_of("llama", norm_eps=1e-5, n_kv_groups=4, head_dim=8)
+    model = ours(config)
+    tables = {"mask": torch.ones(24, 24), "cos": torch.ones(24, 8), "sin": torch.ones(24, 8)}
+    beside = {f"trf_blocks.{n}.att.{name}": value for n in range(2) for name, value in tables.items()}
+    torch.save({**model.state_dict(), **beside}, folder / "model.pth")
+    loaded = onym.load_model(folder / "model.pth")
+    assert loaded.config == config
+    assert apart(loaded, model, config) == 0
+
+
+def _litgpt(config: DecoderConfig, **changes: Any) -> Any:
+    from litgpt import Config
+    from litgpt.model import GPT
+
+    scaling = None
+    if config.rope_freq is not None:
+        scaling = dict(config.rope_freq)
+        scaling["original_max_seq_len"] = int(scaling.pop("original_context_length"))
+    settings: dict[str, Any] = {
+        "n_layer": config.n_layers, "n_embd": config.emb_dim, "n_head": config.n_heads, "n_query_groups": config.n_kv_groups,
+        "head_size": config.head_dim, "block_size": config.context_length, "padded_vocab_size": config.vocab_size,
+        "intermediate_size": config.hidden_dim, "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP",
+        "norm_eps": config.norm_eps, "parallel_residual": False, "bias": False, "rotary_percentage": 1.0,
+        "rope_base": int(config.rope_base), "rope_adjustments": scaling, "norm_qk": config.qk_norm,
+        "attn_bias": config.qkv_bias, **changes,
+    }  # fmt: skip
+    return drawn(GPT(Config(**settings)))
+
+
+def _saved_litgpt(model: Any, folder: Path) -> Path:
+    from litgpt.utils import save_config
+
+    torch.save({"model": model.state_dict()}, folder / "lit_model.pth")
+    save_config(model.config, folder)
+    return folder
+
+
+@FEW
+@given(config=shapes(PAIRS, True, True, [1e-5]) | OF_KIND["qwen2"] | OF_KIND["qwen3"], grouped=st.booleans())
+def test_litgpts_llamas_and_qwens(config: DecoderConfig, grouped: bool) -> None:
+    """With query, key and value one above the other, and group by group, as older versions stored them."""
+    config = dataclasses.replace(config, tie_embeddings=False)
+    theirs = _litgpt(config)
+    state = theirs.state_dict()
+    with tempfile.TemporaryDirectory() as name:
+        _saved_litgpt(theirs, Path(name))
+        if grouped:
+            sizes = [heads * config.head_dim for heads in (config.n_heads, config.n_kv_groups, config.n_kv_groups)]
+            older = {}
+            for key, value in state.items():
+                if ".attn.qkv." in key:
+                    parts = [part.unflatten(0, (config.n_kv_groups, -1)) for part in value.split(sizes)]
+                    key, value = key.replace(".attn.qkv.", ".attn.attn."), torch.cat(parts, dim=1).flatten(0, 1)
+                older[key] = value
+            torch.save({"model": older}, f"{name}/lit_model.pth")
+        loaded = onym.load_model(name)
+        assert loaded.config == config
+        assert apart(loaded, theirs, config) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"parallel_residual": True}, "parallel_residual is True"),
+        ({"rotary_percentage": 0.25}, r"rotary_percentage is 0\.25"),
+        ({"sliding_window_size": 8, "sliding_window_indices": [1, 0]}, "a window of 8 tokens"),
+        ({"name": "Gemma-2b"}, "Gemma"),
+        ({"rope_adjustments": {"factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_seq_len": 8}}, "beta_fast"),
+    ],
+)
+def test_what_a_litgpt_model_can_be_and_ours_is_not(folder: Path, changes: dict[str, Any], said: str) -> None:
+    _saved_litgpt(_litgpt(config_of("llama"), **changes), folder)
+    with pytest.raises(CheckpointError, match=said):
+        onym.load_model(folder)
+
+
+def test_a_litgpt_model_without_its_settings(folder: Path) -> None:
+    torch.save({"model": _litgpt(config_of("llama")).state_dict()}, folder / "lit_model.pth")
+    with pytest.raises(CheckpointError, match=r"no model_config\.yaml beside it"):
+        onym.load_model(folder)
+
+
+@FEW
+@given(config=shapes(PAIRS, True, True, [1e-5], scaled=False))
+def test_torchtitans_llama(config: DecoderConfig) -> None:
+    """Its rotation turns neighbouring dimensions; Meta's files have its names, and their settings in ``params.json``."""
+    config = dataclasses.replace(config, tie_embeddings=False)
+    theirs = drawn(Titan(config))
+    with tempfile.TemporaryDirectory() as name:
+        torch.save({**theirs.state_dict(), "freqs_cis": torch.ones(4)}, f"{name}/consolidated.00.pth")
+        params = {"dim": config.emb_dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "norm_eps": 1e-5}
+        params |= {"n_kv_heads": config.n_kv_groups, "rope_theta": config.rope_base, "vocab_size": -1}
+        (Path(name) / "params.json").write_text(json.dumps(params))
+        loaded = onym.load_model(name, context_length=config.context_length)
+        assert loaded.config == config
+        assert apart(loaded, theirs, config) < CLOSE
+        (Path(name) / "params.json").unlink()
+        known = {"n_heads": config.n_heads, "rope_base": config.rope_base, "context_length": config.context_length}
+        assert apart(onym.load_model(f"{name}/consolidated.00.pth", **known), theirs, config) < CLOSE
+
+
+def test_ours_and_transformers_load_each_others_checkpoints(folder: Path) -> None:
+    config = config_of("qwen3")
+    model, theirs = ours(config), transformers_model("qwen3", config)
+    onym.save(model, folder / "ours")
+    onym.load(folder / "ours", into=theirs)
+    assert apart(model, theirs, config) < CLOSE
+    torch.save(torch.compile(theirs).state_dict(), folder / "theirs.pth")
+    onym.load(folder / "theirs.pth", into=(other := onym.Decoder(config)))
+    assert apart(other, model, config) == 0
+    book = book_model("Qwen3Model", dataclasses.replace(config, norm_eps=1e-6))
+    onym.load(folder / "theirs.pth", into=book)
+    assert apart(book, model, config) < CLOSE
+
+
+def test_a_setting_that_shows_in_no_shape_is_compared_before_loading(folder: Path) -> None:
+    transformers_model("llama", config_of("llama")).save_pretrained(folder)
+    for field, value in (("rope_base", 5e5), ("norm_eps", 1e-3), ("rope_freq", STRETCHED), ("n_heads", 2)):
+        fields = {"head_dim": 16, "n_kv_groups": 1} if field == "n_heads" else {}
+        with pytest.raises(ConfigError, match=f"was trained with {field}="):
+            onym.load(folder, into=onym.Decoder(config_of("llama", **{field: value}, **fields)))
+
+
+def test_a_mismatch_speaks_of_the_decoders_fields_and_of_whose_names_they_are(folder: Path) -> None:
+    onym.save(ours(config_of("llama")), folder / "ours")
+    for field, value in (("n_layers", 3), ("vocab_size", 90)):
+        with pytest.raises(CheckpointError, match=field):
+            onym.load(folder / "ours", into=onym.Decoder(config_of("llama", **{field: value})))
+    transformers_model("llama", config_of("llama")).save_pretrained(folder / "hf")
+    with pytest.raises(CheckpointError, match="transformers' Llama"):
+        onym.load(folder / "hf", into=onym.GPT(onym.GPTConfig.preset("nano", vocab_size=97)))
