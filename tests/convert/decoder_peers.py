@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +63,17 @@ OF_KIND = {
     "qwen3": shapes(PAIRS, True, True, EPS, qk_norm=True),
 }
 """What each class of transformers can be."""
+
+
+def config_of(kind: str, **changes: Any) -> DecoderConfig:
+    return DecoderConfig(**{**SIZES, **KINDS[kind], "norm_eps": 1e-6, **changes})
+
+
+def edited(path: Path, **changes: Any) -> Path:
+    """Change ``config.json``; a value of ... is taken out."""
+    values = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+    return path
 
 
 def ids(config: DecoderConfig) -> Tensor:

@@ -24,12 +24,13 @@ from tests.convert.decoder_peers import (
     KINDS,
     OF_KIND,
     PAIRS,
-    SIZES,
     STRETCHED,
     Titan,
     apart,
     book_model,
+    config_of,
     drawn,
+    edited,
     ours,
     shapes,
     transformers_model,
@@ -50,17 +51,6 @@ def _what_is_assumed_is_tested_where_it_matters() -> None:
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
-
-
-def config_of(kind: str, **changes: Any) -> DecoderConfig:
-    return DecoderConfig(**{**SIZES, **KINDS[kind], "norm_eps": 1e-6, **changes})
-
-
-def edited(path: Path, **changes: Any) -> Path:
-    """Change ``config.json``; a value of ... is taken out."""
-    values = json.loads((path / "config.json").read_text()) | changes
-    (path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
-    return path
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,152 +185,6 @@ def test_a_chat_template_and_token_ids_are_preserved(folder: Path) -> None:
         assert name not in report.unused
     values = json.loads((folder / "again" / "config.json").read_text())
     assert (values["model_type"], values["eos_token_id"], values["pad_token_id"]) == ("llama", [1, 2], 3)
-
-
-NOT_OURS = [
-    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled by 'yarn'"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled by 'linear'"),
-    ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "scaled by 'dynamic'"),
-    ("qwen3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "scaled by 'longrope'"),
-    ("llama", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "scaled by 'spiral'"),
-    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "all layers have one base"),
-    ("llama", {"partial_rotary_factor": 0.5}, "a part of each head alone"),
-    ("llama", {"attention_bias": True}, r"biases \(attention_bias\)"),
-    ("llama", {"mlp_bias": True}, r"biases \(mlp_bias\)"),
-    ("qwen3", {"attention_bias": True}, r"biases \(attention_bias\)"),
-    ("llama", {"hidden_act": "gelu"}, r"activation \(hidden_act\) is 'gelu'"),
-    ("mistral", {"sliding_window": 8}, "a window of 8 tokens"),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ..., "max_window_layers": 1}, "a window of 8"),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}, "a window of 8"),
-    ("llama", {"model_type": "gemma"}, "'gemma': its norms add one"),
-    ("llama", {"model_type": "gemma2"}, "'gemma2': its norms add one"),
-    ("llama", {"model_type": "mixtral"}, "'mixtral': it is a mixture of experts"),
-    ("qwen3", {"model_type": "qwen3_moe"}, "'qwen3_moe': it is a mixture of experts"),
-    ("llama", {"model_type": "phi3"}, "'phi3': it is none of Llama, Mistral, Qwen2 and Qwen3"),
-    ("llama", {"model_type": "gpt2"}, "'gpt2': it is none of"),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of each of transformers' classes."""
-    path = tmp_path_factory.mktemp("saved")
-    for kind in KINDS:
-        transformers_model(kind, config_of(kind, head_dim=None)).save_pretrained(path / kind)
-    return path
-
-
-def copied(saved: Path, kind: str, folder: Path, **changes: Any) -> Path:
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).write_bytes((saved / kind / name).read_bytes())
-    return edited(folder, **changes)
-
-
-@pytest.mark.parametrize(("kind", "changes", "said"), NOT_OURS)
-def test_what_a_decoder_of_transformers_can_be_and_ours_is_not(
-    folder: Path, saved: Path, kind: str, changes: dict[str, Any], said: str
-) -> None:
-    copied(saved, kind, folder / "x", **changes)
-    with pytest.raises(CheckpointError, match=said):
-        onym.load_model(folder / "x")
-    assert open_any(folder / "x").checkpoint.model.names, "its tensors can be read all the same"
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        ("mistral", {"sliding_window": 24}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ..., "max_window_layers": 2}),
-        ("qwen3", {"use_sliding_window": False, "sliding_window": 8}),
-        ("llama", {"pretraining_tp": 2, "partial_rotary_factor": 1.0}),
-    ],
-)
-def test_a_window_that_hides_nothing_is_none(folder: Path, saved: Path, kind: str, changes: dict[str, Any]) -> None:
-    assert onym.load_model(copied(saved, kind, folder / "x", **changes)).config.n_layers == 2
-
-
-def _renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.replace("mlp.gate_proj", "mlp.experts.0.gate_proj"): value for name, value in state.items()}
-
-
-BAD_INPUT = {
-    "heads that do not divide": ("llama", {"num_attention_heads": 3}, None, "cannot be split into 3 heads of queries"),
-    "kv groups that do not divide heads": (
-        "llama", {"num_key_value_heads": 3}, lambda state: {
-            name: value.repeat(2, 1)[:24] if "k_proj" in name or "v_proj" in name else value for name, value in state.items()
-        }, "n_heads=4 cannot share n_kv_groups=3",
-    ),
-    "other kv groups": ("llama", {"num_key_value_heads": 4}, None, "num_key_value_heads=4, and the tensors have 2"),
-    "an odd head_dim": (
-        "llama", {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 1}, None, "head_dim=1 is odd"
-    ),
-    "heads of no width": ("llama", {"num_attention_heads": 0}, None, "whole numbers of at least 1"),
-    "heads in words": ("llama", {"num_attention_heads": "four"}, None, "by 'four'"),
-    "a scaling nobody knows": ("llama", {"rope_scaling": {"rope_type": "spiral"}}, None, "scaled by 'spiral'"),
-    "llama3 without its numbers": ("llama", {"rope_scaling": {"rope_type": "llama3"}}, None, "rope_freq is Llama"),
-    "another family": ("qwen3", {"model_type": "gemma3_text"}, None, "'gemma3_text': its norms add one"),
-    "a Qwen3 without its norms": ("llama", {"model_type": "qwen3"}, None, r"is incomplete: .*self_attn\.q_norm"),
-    "a Llama with Qwen3's norms": ("qwen3", {"model_type": "llama"}, None, r"_norm\.weight, which transformers' Llama has not"),
-    "another width": ("llama", {"intermediate_size": 47}, None, "intermediate_size=47, and the tensors have 48"),
-    "experts": ("llama", {}, _renamed, "it is a mixture of experts"),
-    "a classifier": (
-        "llama", {}, lambda state: {name.replace("lm_head", "score"): value[:2] for name, value in state.items()},
-        r"it has score\.weight in the place of a head: it classifies",
-    ),
-    "a layer is missing": (
-        "qwen3", {}, lambda state: {name: value for name, value in state.items() if ".layers.0." not in name}, "it has no "
-    ),
-    "a norm is missing": (
-        "llama", {}, lambda state: {name: value for name, value in state.items() if name != "model.norm.weight"},
-        r"1 are missing, model\.norm\.weight",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_sentence(folder: Path, saved: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import re
-
-    from safetensors.torch import load_file, save_file
-
-    from onym.cli.main import main
-
-    kind, changes, state, said = BAD_INPUT[case]
-    copied(saved, kind, folder / "x", **changes)
-    if state is not None:
-        save_file(state(load_file(folder / "x" / "model.safetensors")), folder / "x" / "model.safetensors")
-    code = main(["convert", str(folder / "x"), str(folder / "y"), "--to", "huggingface"])
-    error = capsys.readouterr().err
-    assert code == 2
-    assert re.search(said, error), error
-    assert "Traceback" not in error
-    assert not (folder / "y").exists()
-
-
-@pytest.mark.parametrize(
-    ("fields", "to", "said"),
-    [
-        ({"qk_norm": True, "qkv_bias": True}, "huggingface", "both norms of queries and keys and biases"),
-        ({"n_heads": 3, "n_kv_groups": 3, "head_dim": 8}, "huggingface", "splits a width of 32 over 3 heads"),
-        ({"qkv_bias": True, "head_dim": 10}, "huggingface", "Qwen2's heads are as wide together"),
-        ({"qk_norm": True}, "llama", "Qwen3ForCausalLM: give --to qwen3"),
-        ({}, "qwen2", "LlamaForCausalLM: give --to llama"),
-        ({"qkv_bias": True}, "book", "no biases"),
-        ({"norm_eps": 1e-4}, "book", r"\(norm_eps\)"),
-        ({"qk_norm": True, "norm_eps": 1e-5}, "book", "Qwen3Model adds 1e-06"),
-        ({"head_dim": 10}, "book", "as wide together as the model, and these are 40 for 32"),
-        ({"norm_eps": 1e-6, "rope_freq": STRETCHED}, "book", "has no rope_freq"),
-        ({"norm_eps": 1e-6}, "book-llama3", "give --to book-qwen3"),
-        ({}, "book-qwen3", "give --to book-llama3"),
-        ({}, "nanogpt", "is not a gpt"),
-    ],
-)
-def test_what_a_class_cannot_hold_is_refused(folder: Path, fields: dict[str, Any], to: str, said: str) -> None:
-    onym.save(onym.Decoder(DecoderConfig(**{**SIZES, **fields})), folder / "ours")
-    with pytest.raises(CheckpointError, match=said):
-        convert(folder / "ours", folder / ("y.pth" if to.startswith(("book", "nano")) else "y"), to=to)
-    assert sorted(path.name for path in folder.iterdir()) == ["ours"]
 
 
 OF_BOOK = {
@@ -517,3 +361,22 @@ def test_a_mismatch_speaks_of_the_decoders_fields_and_of_whose_names_they_are(fo
     transformers_model("llama", config_of("llama")).save_pretrained(folder / "hf")
     with pytest.raises(CheckpointError, match="transformers' Llama"):
         onym.load(folder / "hf", into=onym.GPT(onym.GPTConfig.preset("nano", vocab_size=97)))
+
+
+def test_transformers_writes_the_same_text(folder: Path) -> None:
+    """Model and tokenizer opened by their Auto classes: the same greedy continuation as ours."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from onym.generate.engine import generate
+    from onym.generate.sampling import Sampling
+
+    tokenizer = Tokenizer.train(["some words and some more words, all of them short " * 20], 280)
+    model = ours(config_of("qwen3", vocab_size=tokenizer.vocab_size, tie_embeddings=True))
+    onym.save(model, folder / "ours")
+    convert(folder / "ours", folder / "hf", to="huggingface", tokenizer=tokenizer.to_json())
+    prompt = AutoTokenizer.from_pretrained(folder / "hf")("some words", return_tensors="pt")
+    assert prompt["input_ids"].tolist() == [tokenizer.encode("some words")]
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    written = theirs.generate(**prompt, max_new_tokens=16, do_sample=False, eos_token_id=None)[0].tolist()
+    mine = generate(model, tokenizer.encode("some words"), 16, Sampling(temperature=0))
+    assert written[len(prompt["input_ids"][0]) :] == list(mine)

@@ -52,6 +52,7 @@ def test_transformers_opens_it(tmp_path: Path, biases: dict[str, bool], tied: bo
     assert report.logits < CLOSE
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (shard_bytes is not None)
     assert not list((tmp_path / "hf").glob("*.py")), "no code is needed"
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["n_ctx"] == 24, "llama.cpp's converter reads it"
     assert onym.load_model(tmp_path / "hf").config == model.config  # with the dropout, and without the zeros
 
 
