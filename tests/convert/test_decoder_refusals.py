@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,16 @@ def test_heads_that_cannot_be_assumed(tmp_path: Path) -> None:
     torch.save(peers.book().state_dict(), tmp_path / "gpt2.pth")
     with pytest.raises(ConfigError, match="rope_base cannot be given for the book's GPTModel"):
         onym.load_model(tmp_path / "gpt2.pth", rope_base=3.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_a_setting_is_it_is_answered(saved: Path, tmp_path: Path, kind: str) -> None:
+    """Values of any type at any key: a model, or an error of ours."""
+    values = json.loads((copied(saved, kind, tmp_path / "x") / "config.json").read_text())
+    for key in [*values, "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "partial_rotary_factor"]:
+        for junk in (None, True, -1, 10**30, 0.5, "four", [], [[1]], {}, {"rope_type": []}, {"a": {"b": 1}}):
+            (tmp_path / "x" / "config.json").write_text(json.dumps({**values, key: junk}))
+            checkpoint = open_any(tmp_path / "x").checkpoint
+            origin = checkpoint.origin
+            assert origin is not None
+            assert (checkpoint.config is None) == (origin.problem is not None or origin.not_ours is not None)

@@ -49,8 +49,8 @@ _OTHERS = {
 def _kind(found: NamedShapes) -> str:
     """The ``model_type``; where nothing states one of the four, by names."""
     values = (found.contents.json("config.json") if found.contents is not None else None) or {}
-    if (said := values.get("model_type")) in _CONTEXTS:
-        return str(said)
+    if (said := str(values.get("model_type"))) in _CONTEXTS:
+        return said
     if found.has(r"model\.layers\.\d+\.self_attn\.q_norm\.weight"):
         return "qwen3"
     return "qwen2" if found.has(r"model\.layers\.\d+\.self_attn\.q_proj\.bias") else "llama"
@@ -92,17 +92,21 @@ def _not_ours(kind: str, values: Mapping[str, Any]) -> str | None:
     for key in ("attention_bias", "mlp_bias"):
         if values.get(key):
             return f"its layers have biases ({key}), and here query, key and value alone can have one"
-    window = values.get("sliding_window", 4096)
+    window, context = values.get("sliding_window", 4096), values.get("max_position_embeddings", _CONTEXTS[kind])
     if kind.startswith("qwen"):
         layers = values.get("layer_types")
-        from_layer = values.get("max_window_layers", 28)
-        slides = "sliding_attention" in layers if isinstance(layers, list) else from_layer < values.get("num_hidden_layers", 32)
+        from_layer, count = values.get("max_window_layers", 28), values.get("num_hidden_layers", 32)
+        slides = "sliding_attention" in layers if isinstance(layers, list) else not _at_least(from_layer, count)
         window = window if values.get("use_sliding_window") and slides else None
     elif kind != "mistral":
         window = None
-    if window is not None and window < values.get("max_position_embeddings", _CONTEXTS[kind]):
+    if window is not None and not _at_least(window, context):
         return f"its attention has a window of {window} tokens (sliding_window), and here each token sees all before it"
     return None
+
+
+def _at_least(number: Any, least: Any) -> bool:
+    return isinstance(number, int) and isinstance(least, int) and number >= least
 
 
 def _rotation(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -114,7 +118,7 @@ def _rotation(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         if key in values:
             said = {key: values[key], **said}
     if said.get("partial_rotary_factor", 1.0) != 1.0:
-        return {}, f"it turns a part of each head alone (partial_rotary_factor={said['partial_rotary_factor']})"
+        return {}, f"it turns a part of each head alone (partial_rotary_factor is {said['partial_rotary_factor']})"
     config: dict[str, Any] = {"rope_base": said.get("rope_theta", 10_000.0), "rope_freq": None}
     kind = said.get("rope_type", said.get("type", "default"))
     if kind == "llama3":

@@ -53,7 +53,7 @@ def _stated(found: NamedShapes) -> Stated:
     config: dict[str, Any] = {ours: values[theirs] for ours, theirs in _FIELDS.items() if values.get(theirs) is not None}
     config |= {"rope_base": values.get("rope_theta", 10_000.0), "rope_freq": None}
     if values.get("use_scaled_rope"):
-        factor = values.get("rope_scaling_factor", 8.0 if values["dim"] >= _LARGE else 32.0)
+        factor = values.get("rope_scaling_factor", 32.0 if isinstance(values["dim"], int) and values["dim"] < _LARGE else 8.0)
         config["rope_freq"] = {
             "factor": factor,
             "low_freq_factor": 1.0,
