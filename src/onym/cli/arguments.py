@@ -142,8 +142,10 @@ class ConvertArguments:
     """Repair SRC itself: names that wrappers changed (_orig_mod. and the like), or an index that does not match its files. The
     old file stays beside it until the new one is verified."""
     to: Annotated[str | None, _arg("FORMAT", "by the ending of DST")] = None
-    """huggingface and book take the class that fits (llama, qwen2, qwen3; book-llama3, book-qwen3); book-fast, nanogpt;
+    """huggingface and book take the class that fits (llama, qwen2, qwen3; book-llama3, book-qwen3); book-fast, nanogpt, gguf;
     safetensors and pth leave the source's names; onym is a model folder."""
+    dtype: Annotated[str | None, _arg("NAME", "the source's")] = None
+    """Of the values in a .gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0."""
     part: _Part = None
     step: _Step = "latest"
     n_heads: _Heads = None

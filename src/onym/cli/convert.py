@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import Path
 
 from rich.console import Console
 
@@ -42,6 +43,7 @@ def run(given: ConvertArguments) -> int:
             vocab_size=given.vocab_size,
             shard_bytes=None if given.shard_size is None else parse_size(given.shard_size, "--shard-size"),
             tokenizer=Tokenizer.load(given.tokenizer).to_json() if given.tokenizer else None,
+            dtype=given.dtype,
             drop=[word for word in given.drop.split(",") if word],
             dry_run=given.dry_run,
             progress=progress,
@@ -54,7 +56,7 @@ def run(given: ConvertArguments) -> int:
 
 def _repair(given: ConvertArguments) -> int:
     """Repair names and index of the source itself."""
-    options = ("to", "part", *_SETTINGS, "vocab_size", "shard_size", "tokenizer", "drop")
+    options = ("to", "part", *_SETTINGS, "vocab_size", "shard_size", "tokenizer", "drop", "dtype")
     others = [name for name in options if getattr(given, name) != getattr(ConvertArguments("", ""), name)]
     if given.destination or others:
         other = "a DST" if given.destination else "--" + others[0].replace("_", "-")
@@ -90,7 +92,7 @@ def _say(report: Report, *, dry_run: bool) -> None:
             "result": f"{plural(report.tensors, 'tensor')}, {format_size(report.bytes)}",
             "compared": None
             if dry_run
-            else f"{plural(report.compared, 'tensor')} read back, bitwise identical"
+            else f"{plural(report.compared, 'tensor')} read back, {report.rounded or 'bitwise identical'}"
             + (f"; logits {report.logits:.1g} apart" if report.logits is not None else ""),
         }
     )
@@ -106,6 +108,10 @@ def _next(report: Report) -> str:
         return f'Open it: AutoModelForCausalLM.from_pretrained("{report.destination}")'
     if report.to == "nanogpt":
         return "Continue in nanoGPT: copy it to its out_dir as ckpt.pt, and run python train.py --init_from=resume"
+    if report.to.startswith("gguf"):
+        name = shlex.quote(Path(report.destination).stem)
+        beside = shlex.quote(str(Path(report.destination).with_suffix(".Modelfile")))
+        return f"Run it: llama-cli -m {path} -p 'Once', or ollama create {name} -f {beside} && ollama run {name}"
     if report.to in ("book", "book-fast", "book-llama3", "book-qwen3", "pth"):
         return f'Load it: model.load_state_dict(torch.load("{report.destination}", weights_only=True))'
     return f"Look at it: onym inspect {path}"

@@ -10,7 +10,8 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from onym.convert.mapping import Recipe, Rule, Shape, View
 from onym.convert.sources import Contents
 from onym.errors import ConfigError
 from onym.format.reader import Checkpoint
+from onym.format.tensor_writing import Progress
 from onym.format.tensors import TensorFile
 from onym.names.families import load_families
 
@@ -126,6 +128,8 @@ class Writing:
     """A model that is being written in a format."""
 
     checkpoint: Checkpoint
+    path: Path
+    """Its destination."""
     tensors: TensorFile
     """Under our names."""
     config: Config
@@ -133,18 +137,43 @@ class Writing:
     """The text of its ``tokenizer.json``."""
     texts: Mapping[str, str]
     """The texts beside the weights of a source of the same format, which are preserved."""
+    beside: Mapping[str, str]
+    """The texts beside the weights of any source, where the tokenizer is the source's own."""
+    dtype: str | None
+    """Of the values, where the user names one of the target's ``dtypes``."""
     notes: list[str]
     """Sentences for the report."""
     used: set[str]
     """Further entries of the source that the result holds."""
 
 
+class FileJob(Protocol):
+    """A file that an adapter writes itself, completely or not at all, and compares with its source."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+    def write(self, path: Path, progress: Progress | None = None) -> None:
+        """Write it, durably."""
+
+    def compare(self, path: Path) -> str:
+        """Read it back; returns how it compares, in words that follow "26 tensors read back, ". CheckpointError where it
+        differs by more than its dtype explains."""
+
+
 @dataclass(frozen=True)
 class Target:
     """How a format is written. Everything has a default that does nothing."""
 
-    container: Literal["pth", "folder"] = "pth"
-    """A file of ``torch.save``, or a folder of .safetensors files."""
+    container: Literal["pth", "folder", "file"] = "pth"
+    """A file of ``torch.save``, a folder of .safetensors files, or a file that the adapter writes."""
+    ending: str = ""
+    """How the name of such a file ends, ``.gguf``; a destination that ends so is written in this format."""
+    dtypes: tuple[str, ...] = ()
+    """What ``--dtype`` may be; none where values stay as they are."""
+    file: Callable[[Writing, TensorFile], FileJob] | None = None
+    """Such a file, from what is written and the tensors under its names; says in ``used`` and ``notes`` what it does."""
     settings: tuple[str, ...] = ()
     """Fields of the configuration that its files cannot state: they have to be given again when one is opened."""
     refuses: Callable[[Config], str | None] = lambda config: None
@@ -160,7 +189,7 @@ class Target:
     pickle: Callable[[Writing, OrderedDict[str, Tensor]], Any] = lambda writing, weights: weights
     """What its file of ``torch.save`` holds, from the weights under its names."""
     texts: Callable[[Writing], dict[str, str]] = lambda writing: {}
-    """The files beside the weights of a folder, by name."""
+    """The files beside the weights, by name: in the folder, or next to the file."""
     note: Callable[[Config], str | None] = lambda config: None
     """A sentence that the user should know."""
 

@@ -6,7 +6,7 @@ Nothing is replaced, and what cannot be shown to be equal is removed again.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from onym.convert.lazy import compare, lazily, mapped_on_disk, sharded
 from onym.convert.mapping import Recipe, View, counts, nbytes
 from onym.convert.opening import cropped, open_any
-from onym.convert.registry import Config, Format, Target, Writing, family_of, formats, targets
+from onym.convert.registry import Config, FileJob, Format, Target, Writing, family_of, formats, targets
 from onym.convert.sources import as_json
 from onym.convert.translation import their_recipes
 from onym.errors import CheckpointError, ConfigError, StorageError, nearest
@@ -26,7 +26,7 @@ from onym.format.safetensors import dtype_called
 from onym.format.tensor_writing import Progress
 from onym.format.tensors import TensorFile
 from onym.format.writer import About, write_files, write_folder, write_safetensors
-from onym.storage.paths import NO_MODELS, as_path, ending, is_local
+from onym.storage.paths import NO_MODELS, as_path, ending, is_local, storage_of
 
 _PICKLES = (*PICKLES, ".ckpt")
 _FAR = 1e-5  # of outputs, that a conversion may differ by
@@ -41,6 +41,7 @@ class _How:
     drop: frozenset[str] = frozenset()
     keeps_texts: bool = True
     """Whether the texts of a source in the same format are preserved."""
+    dtype: str | None = None
 
 
 @dataclass
@@ -64,7 +65,9 @@ class Report:
     tensors: int = 0
     bytes: int = 0
     compared: int = 0
-    """Tensors that were read back from the result and are bitwise identical to the source's."""
+    """Tensors that were read back from the result and are bitwise identical to the source's, or as ``rounded`` says."""
+    rounded: str | None = None
+    """How these compare, where the target rounds."""
     logits: float | None = None
     """The largest difference between the logits of both, where they are GPTs."""
 
@@ -80,6 +83,7 @@ def convert(
     shard_bytes: int | None = None,
     tokenizer: str | None = None,
     drop: Collection[str] = (),
+    dtype: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
     step: int | str = "latest",
@@ -95,6 +99,7 @@ def convert(
         shard_bytes: several .safetensors files of at most this size, with an index (``huggingface`` and ``safetensors``).
         tokenizer: the text of a ``tokenizer.json`` to write beside the weights, where the source has none.
         drop: what the target cannot hold and may be dropped, by the words of the refusal.
+        dtype: of the values, for a target that rounds (``gguf``); by default the source's.
         dry_run: find out all that can be, and write nothing.
         progress: called with the bytes written since the last call.
 
@@ -114,8 +119,8 @@ def convert(
         raise StorageError(f"There is something at '{path}' already: give another name, or remove it.")
     for number, (skipped, reason) in enumerate(found.skipped):
         report.notes.insert(number, f"Passed over '{skipped}': {reason}")
-    _require_used(target, path, shard_bytes, tokenizer)
-    how = _How(shard_bytes, progress, frozenset(drop), keeps_texts=tokenizer is None)
+    _require_used(target, path, shard_bytes, tokenizer, dtype)
+    how = _How(shard_bytes, progress, frozenset(drop), keeps_texts=tokenizer is None, dtype=dtype)
     report.unused = _unused(checkpoint, target, path)
     if target in ("safetensors", "pth"):
         if drop or vocab_size is not None:
@@ -137,6 +142,7 @@ def convert(
         job.write()
         try:
             job.compare()
+            job.finish()
         except BaseException:  # what was written is not known to be what was meant, and nobody else has it yet
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -163,7 +169,7 @@ def _of_one_program(source: Format | None, target: Format | None) -> bool:
 
 
 def _container(target: str) -> str:
-    """``pth`` or ``folder``."""
+    """``pth``, ``folder`` or ``file``."""
     known = _format(target)
     return known.target.container if known is not None and known.target is not None else "pth" if target == "pth" else "folder"
 
@@ -177,11 +183,17 @@ def _target(to: str | None, path: Path, checkpoint: Checkpoint) -> tuple[str, st
             raise ConfigError(f"{to} is a file of torch.save: end '{path}' in .pth or .pt.")
         if _format(to) is not None and _container(to) == "folder" and kind in (*_PICKLES, ".safetensors"):
             raise ConfigError(f"{to} is a folder: leave the ending of '{path}' away.")
+        wanted = _ending(to)
+        if wanted and kind != wanted:
+            raise ConfigError(f"{to} is one file: end '{path}' in {wanted}.")
         if to == "safetensors" and kind in _PICKLES:
             raise ConfigError(f"'{path}' would be a .safetensors file of another name: end it in .safetensors.")
         return to, ""
     if kind == ".safetensors":
         return "safetensors", "it ends in .safetensors"
+    for known_format in formats():
+        if kind and known_format.target is not None and kind == known_format.target.ending:
+            return known_format.program or known_format.name, f"it ends in {kind}"
     if kind == ".bin" or kind.endswith(NO_MODELS):
         raise ConfigError(f"'{kind}' does not say which format is wanted: give --to, one of {', '.join(known)}.")
     if kind in PICKLES:
@@ -191,16 +203,31 @@ def _target(to: str | None, path: Path, checkpoint: Checkpoint) -> tuple[str, st
     return "safetensors", "it is a folder"
 
 
-def _require_used(target: str, path: Path, shard_bytes: int | None, tokenizer: str | None) -> None:
+def _ending(target: str) -> str:
+    """How the name of a file must end, for a format that says so."""
+    known = _format(target)
+    return known.target.ending if known is not None and known.target is not None else ""
+
+
+def _require_used(target: str, path: Path, shard_bytes: int | None, tokenizer: str | None, dtype: str | None) -> None:
     """Refuse options that would have no effect."""
+    known = _format(target)
+    dtypes = known.target.dtypes if known is not None and known.target is not None else ()
+    if dtype is not None and not dtypes:
+        raise ConfigError(
+            f"{target} leaves every value as it is: leave --dtype {dtype} out, or choose --to gguf, which rounds."
+        )
+    if dtype is not None and dtype not in dtypes:
+        raise ConfigError(f"{target} has no dtype {dtype!r}{nearest(dtype, dtypes)}; --dtype is one of {', '.join(dtypes)}.")
     folder = _container(target) == "folder"
     if shard_bytes is not None and (not folder or target == "onym"):
         raise ConfigError(f"{target} is one file: leave --shard-size out, or choose --to huggingface or safetensors.")
     if shard_bytes is not None and path.suffix == ".safetensors":
         raise ConfigError(f"Shards are files in a folder: leave the ending of '{path}' away, or --shard-size out.")
-    if tokenizer is not None and (not folder or target == "safetensors" or path.suffix == ".safetensors"):
+    holds = folder or _container(target) == "file"
+    if tokenizer is not None and (not holds or target == "safetensors" or path.suffix == ".safetensors"):
         raise ConfigError(
-            f"{target} has no place for a tokenizer: leave --tokenizer out, or write a folder of huggingface or onym."
+            f"{target} has no place for a tokenizer: leave --tokenizer out, or write a folder of huggingface or onym, or a .gguf."
         )
 
 
@@ -295,6 +322,9 @@ class _Plain:
         written = result.origin.contents.tensors if result.origin is not None else result.model
         self.report.compared = compare(self.tensors, written, self.path)
 
+    def finish(self) -> None:
+        """Nothing is beside it."""
+
 
 class _Translated:
     """A model of a known architecture, in one of its formats or in Onym's own."""
@@ -314,6 +344,8 @@ class _Translated:
             report.dropped += [f"{name} (nothing learned)" for name in checkpoint.origin.dropped]
         self._drop()
         self.theirs = self._their_tensors()
+        self.file: FileJob | None = None
+        self.beside: dict[Path, str] = {}
 
     def _drop(self) -> None:
         """Refuse what the target cannot hold, unless it is named to be dropped."""
@@ -354,12 +386,30 @@ class _Translated:
     def prepare(self) -> None:
         """Count, and check every byte of the source that can be."""
         _count(self.report, self.theirs)
+        if self.target.file is not None:
+            self._prepare_file(self.target.file)
         self.tensors.require_verified(self.tensors.shapes)
+
+    def _prepare_file(self, make: Callable[[Writing, TensorFile], FileJob]) -> None:
+        """Make the file that the adapter writes, up to its first byte."""
+        writing = self._writing()
+        self.file = make(writing, self.theirs)
+        self.report.bytes = self.file.nbytes
+        self.report.unused = [name for name in self.report.unused if name not in writing.used]
+        self.beside = {self.path.with_name(name): text for name, text in self.target.texts(writing).items()}
+        for path in self.beside:
+            if path.exists() or path.is_symlink():
+                raise StorageError(
+                    f"There is something at '{path}' already, which belongs beside '{self.path.name}': remove it."
+                )
 
     def write(self) -> None:
         """The file or folder."""
         if self.format is None:
             self._write_ours()
+            return
+        if self.file is not None:
+            self.file.write(self.path, self.how.progress)
             return
         writing = self._writing()
         if self.target.container == "folder":
@@ -385,16 +435,23 @@ class _Translated:
         same = origin is not None and _of_one_program(origin.format, self.format) and self.how.keeps_texts
         return Writing(
             checkpoint=self.checkpoint,
+            path=self.path,
             tensors=self.tensors,
             config=self.config,
             tokenizer=self.checkpoint.text(TOKENIZER),
             texts=origin.contents.texts if origin is not None and same else {},
+            beside=origin.contents.texts if origin is not None and self.how.keeps_texts else {},
+            dtype=self.how.dtype,
             notes=self.report.notes,
             used=set(),
         )
 
     def compare(self) -> None:
         """Read back what was written, through the table in the other direction."""
+        if self.file is not None:
+            self.report.rounded = self.file.compare(self.path)
+            self.report.compared = len(self.theirs.names)
+            return
         again = open_any(self.path, settings={name: self.config[name] for name in self.target.settings}).checkpoint
         assert again.config is not None
         self.report.compared = compare(self.tensors, again.model, self.path)
@@ -403,6 +460,12 @@ class _Translated:
             raise CheckpointError(
                 f"'{self.path}' was written and removed again: its logits differ from the source's by {self.report.logits:.2g}"
             )
+
+    def finish(self) -> None:
+        """The small files next to a file, once it is known to be right."""
+        for path, text in self.beside.items():
+            with storage_of(path).new_file(path, len(text)) as file:
+                file.write(text.encode())
 
     def _outputs_apart(self, one: tuple[TensorFile, Config], other: tuple[TensorFile, Config]) -> float | None:
         """The largest difference of two models' outputs for the same input, where the family computes them."""

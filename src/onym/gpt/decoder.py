@@ -131,10 +131,9 @@ def rotation_of(config: DecoderConfig, positions: Tensor) -> Rotation:
     Returns:
         Cosines and sines in fp32, each [time, head_dim] or [batch, 1, time, head_dim].
     """
-    even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequencies = 1.0 / (config.rope_base ** (even / config.head_dim))  # [head_dim / 2]
+    frequencies = rope_frequencies(config, positions.device)
     if config.rope_freq is not None:
-        frequencies = _stretched(frequencies, config.rope_freq)
+        frequencies = stretched(frequencies, config.rope_freq)
     angles = positions[..., None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     if positions.dim() == 2:
@@ -142,7 +141,13 @@ def rotation_of(config: DecoderConfig, positions: Tensor) -> Rotation:
     return angles.cos(), angles.sin()
 
 
-def _stretched(frequencies: Tensor, scaling: Mapping[str, float]) -> Tensor:
+def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
+    """Radians a position, of each pair of dimensions, not scaled: [head_dim / 2] fp32."""
+    even = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    return 1.0 / (config.rope_base ** (even / config.head_dim))  # type: ignore[no-any-return]
+
+
+def stretched(frequencies: Tensor, scaling: Mapping[str, float]) -> Tensor:
     """Llama 3.1's scaling to a longer context: slow frequencies are divided, fast ones are not, those between are mixed."""
     original = scaling["original_context_length"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -3,6 +3,7 @@
 from onym.gpt.formats.book import BOOK
 from onym.gpt.formats.book_decoder import BOOK_LLAMA3, BOOK_QWEN3
 from onym.gpt.formats.book_fast import BOOK_FAST
+from onym.gpt.formats.gguf import GGUF_DECODER, GGUF_GPT2
 from onym.gpt.formats.huggingface import HUGGINGFACE
 from onym.gpt.formats.huggingface_decoder import LLAMA, MISTRAL, QWEN2, QWEN3
 from onym.gpt.formats.litgpt import LITGPT
@@ -12,4 +13,5 @@ from onym.gpt.formats.torchtitan import TORCHTITAN
 
 _GPT2 = (BOOK, BOOK_FAST, NANOGPT, HUGGINGFACE)
 _DECODERS = (BOOK_LLAMA3, BOOK_QWEN3, LLAMA, QWEN2, QWEN3, MISTRAL, LITGPT, TORCHTITAN)
-FORMATS = (*_GPT2, *_DECODERS, NANOCHAT, OTHER)
+_WRITTEN_ALONE = (GGUF_GPT2, GGUF_DECODER)
+FORMATS = (*_GPT2, *_DECODERS, NANOCHAT, OTHER, *_WRITTEN_ALONE)
