@@ -171,13 +171,12 @@ class GGUFFile:
         Raises:
             CheckpointError: something differs that rounding does not explain.
         """
+        worst = ("", 0.0, 0.0)  # of the quantised ones: name, how far apart, largest value
         try:
-            stored = {tensor.name: tensor for tensor in self._gguf.GGUFReader(path).tensors}
-            worst = ("", 0.0, 0.0)  # of the quantised ones: name, how far apart, largest value
             with path.open("rb") as file:
-                same_header = file.read(len(self._header)) == self._header
-                if not same_header or [*stored] != [*self.kinds]:
+                if file.read(len(self._header)) != self._header:
                     raise CheckpointError(f"'{path}' was written and removed again: its metadata is not what was written")
+                stored = {tensor.name: tensor for tensor in self._gguf.GGUFReader(path).tensors}
                 for name, kind in self.kinds.items():
                     file.seek(int(stored[name].data_offset))
                     apart, largest = self._apart(name, kind, file, path)
@@ -212,20 +211,12 @@ class GGUFFile:
 
     def _said(self, name: str, apart: float, largest: float) -> str:
         counted = Counter(self.kinds.values())
-        said = []
-        for kind, count in counted.items():
-            rounded = kind in _PLAIN and any(
-                self.tensors.dtypes[self.tensors.aliases.get(each, each)] != str(_PLAIN[kind]).removeprefix("torch.")
-                for each, its in self.kinds.items()
-                if its == kind
-            )
-            if kind in _PLAIN:
-                said.append(f"{count} bitwise identical {'to the source cast to' if rounded else 'as'} {kind}")
-            else:
-                said.append(f"{count} within a step of {kind}")
+        exact = [f"{count} as {kind}" for kind, count in counted.items() if kind in _PLAIN]
+        said = [f"{' and '.join(exact)}, bitwise identical to the source cast to that"] if exact else []
+        said += [f"{count} within a step of {kind}" for kind, count in counted.items() if kind not in _PLAIN]
         if name:
-            said.append(f"the furthest, {name}, is up to {apart:.2g} apart where its values reach {largest:.2g}")
-        return ", ".join(said)
+            said.append(f"the furthest, {name}, by up to {apart:.2g} where its values reach {largest:.2g}")
+        return "; ".join(said)
 
     def _encoded(self, name: str, values: Tensor) -> Any:
         """Rows of a tensor as the file has them: bytes, or a view of memory."""
@@ -237,7 +228,7 @@ class GGUFFile:
                     f"{name} in '{self.tensors.path}' has a value of {float(values.abs().max()):.3g}, which {kind} cannot "
                     "hold: take --dtype bf16 or f32."
                 )
-            return memoryview(as_bytes(narrow).numpy())
+            return as_bytes(narrow).numpy().data
         wide = values.float().contiguous()
         if not bool(wide.isfinite().all()):
             raise CheckpointError(

@@ -227,7 +227,8 @@ def _require_used(target: str, path: Path, shard_bytes: int | None, tokenizer: s
     holds = folder or _container(target) == "file"
     if tokenizer is not None and (not holds or target == "safetensors" or path.suffix == ".safetensors"):
         raise ConfigError(
-            f"{target} has no place for a tokenizer: leave --tokenizer out, or write a folder of huggingface or onym, or a .gguf."
+            f"{target} has no place for a tokenizer: leave --tokenizer out, or write a .gguf, or a folder of huggingface or "
+            "onym."
         )
 
 

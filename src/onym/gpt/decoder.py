@@ -144,7 +144,7 @@ def rotation_of(config: DecoderConfig, positions: Tensor) -> Rotation:
 def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
     """Radians a position, of each pair of dimensions, not scaled: [head_dim / 2] fp32."""
     even = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    return 1.0 / (config.rope_base ** (even / config.head_dim))  # type: ignore[no-any-return]
+    return 1.0 / (config.rope_base ** (even / config.head_dim))
 
 
 def stretched(frequencies: Tensor, scaling: Mapping[str, float]) -> Tensor:

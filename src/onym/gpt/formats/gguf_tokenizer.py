@@ -1,8 +1,8 @@
 """A ``tokenizer.json`` as GGUF's metadata ``tokenizer.ggml.…``: a byte-level BPE, which llama.cpp calls ``gpt2``.
 
 llama.cpp has the pre-tokenizers built in and knows them by names, so the one in the file has to be one of these. Its own
-converter recognises tokenizers by a hash of what they make of a text, which no tokenizer trained elsewhere has (llama.cpp #17197);
-here the regular expression itself is compared.
+converter recognises a tokenizer by a hash of the ids that a text becomes, and so refuses every one that was trained elsewhere
+(llama.cpp #17197). Here the regular expression itself is compared.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def ggml_tokenizer(text: str, rows: int, beside: Mapping[str, str]) -> GGMLToken
         notes.append(f"The model has {rows} rows for {len(pieces)} tokens: the others are marked as unused.")
     if values.get("normalizer"):
         notes.append(
-            "The tokenizer composes characters (NFC) and llama.cpp does not: a text with decomposed ones becomes other tokens there."
+            "The tokenizer composes characters (NFC) and llama.cpp does not: decomposed ones become other tokens there."
         )
     return GGMLTokenizer(
         pre=pre,
@@ -154,8 +154,8 @@ def _prefixed(last: Mapping[str, Any]) -> str:
 
 def _unknown(reason: str) -> TokenizerError:
     return TokenizerError(
-        f"llama.cpp has no tokenizer like this one: {reason}. It has byte-level BPEs that split texts as GPT-2, Llama 3 or Qwen2 "
-        "do; those that onym train makes are such ones."
+        f"llama.cpp has no tokenizer like this one: {reason}. It has byte-level BPEs that split texts as GPT-2, Llama 3 or "
+        "Qwen2 do; onym train makes such ones."
     )
 
 
