@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from onym.gpt.formats.gguf_tokenizer import ggml_tokenizer
 from tests.conftest import Run
 from tests.convert.llama_cpp import LlamaCpp
 
+GUIDE = Path(__file__).parent.parent.parent / "docs" / "gguf.md"
 VOCABULARY = 512
 SHAPE = {"vocab_size": VOCABULARY + 2, "context_length": 128, "emb_dim": 64, "n_heads": 2, "n_layers": 2}
 GROUPS = {**SHAPE, "n_kv_groups": 1}
@@ -332,6 +335,14 @@ def test_the_command_says_what_it_did_and_how_to_go_on(
     done = onym("inspect", tmp_path / "m.gguf")
     assert done.returncode != 0
     assert "is a GGUF file, which is not read here" in done.stderr
+
+
+def test_the_program_in_the_guide_runs(
+    tmp_path: Path, trained: dict[str, Any], tokenizer: Tokenizer, in_fresh_process: Callable[[str], str]
+) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    convert(trained["qwen3"][1], tmp_path / "mine.gguf", tokenizer=tokenizer.to_json())
+    assert len(in_fresh_process(program)) > 40
 
 
 def refused(tmp_path: Path, error: type[OnymError], message: str, **asked: Any) -> None:

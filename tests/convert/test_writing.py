@@ -344,7 +344,7 @@ def test_nothing_is_replaced_and_a_dry_run_writes_nothing(tmp_path: Path) -> Non
         convert(tmp_path / "ours.safetensors", tmp_path / "there")
     before = sorted(tmp_path.iterdir())
     others = {known.name for known in formats() if known.architecture != "gpt"}
-    for to in targets():
+    for to in (each for each in targets() if not each.startswith("gguf")):  # which wants a tokenizer: test_gguf.py
         if to in others:
             with pytest.raises(CheckpointError, match="is not a decoder that is known here"):
                 convert(tmp_path / "ours.safetensors", tmp_path / ("x.pth" if "book" in to else "x"), to=to, dry_run=True)
