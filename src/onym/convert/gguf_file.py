@@ -197,9 +197,9 @@ class GGUFFile:
                 continue
             block, nbytes = self._gguf.GGML_QUANT_SIZES[self._kind(kind)]
             data = torch.frombuffer(bytearray(file.read(values.numel() // block * nbytes)), dtype=torch.uint8)
-            back = torch.from_numpy(self._gguf.quants.dequantize(data.view(-1, nbytes).numpy(), self._kind(kind)))
+            back = torch.from_numpy(self._gguf.quants.dequantize(data.view(len(values), -1).numpy(), self._kind(kind)))
             blocks = values.float().reshape(-1, block)
-            distance = (back - blocks).abs()
+            distance = (back.view(-1, block) - blocks).abs()
             if not bool((distance <= _step(blocks, kind)).all()):
                 raise CheckpointError(
                     f"'{path}' was written and removed again: values of {name} are further from the source's than a step of "

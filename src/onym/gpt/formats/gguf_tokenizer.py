@@ -76,7 +76,8 @@ def ggml_tokenizer(text: str, rows: int, beside: Mapping[str, str]) -> GGMLToken
         TokenizerError: llama.cpp has no such tokenizer, or it does not fit the model.
     """
     known = Tokenizer.from_json(text)
-    values = json.loads(text)
+    inner = tokenizers.Tokenizer.from_str(text)
+    values = json.loads(inner.to_str())  # old files leave out what newer ones say
     about = _settings(beside)
     pre = _pre_of(values)
     pieces: dict[int, tuple[str, int]] = {number: (piece, _NORMAL) for piece, number in values["model"]["vocab"].items()}
@@ -95,7 +96,7 @@ def ggml_tokenizer(text: str, rows: int, beside: Mapping[str, str]) -> GGMLToken
             "The tokenizer names no token that ends a text, and llama.cpp would take token 11 for it: give one that has "
             "<|endoftext|> (--tokenizer)."
         )
-    first, last = _added(text)
+    first, last = _added(inner)
     begin = first if first is not None else ids.get(_named(about, "bos_token") or "", end)
     notes = []
     if len(pieces) < rows:
@@ -171,9 +172,8 @@ def _named(about: Mapping[str, Any], key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _added(text: str) -> tuple[int | None, int | None]:
+def _added(inner: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
     """The tokens that the tokenizer itself puts before and after a text."""
-    inner = tokenizers.Tokenizer.from_str(text)
     plain, full = (inner.encode("x", add_special_tokens=each).ids for each in (False, True))
     before = full.index(plain[0]) if plain and plain[0] in full else 0
     after = len(full) - before - len(plain)
