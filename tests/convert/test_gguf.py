@@ -6,8 +6,6 @@ import json
 import math
 import random
 import re
-import signal
-import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -22,12 +20,11 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch import nn
 
 import onym
-from onym.convert.gguf_file import DTYPES, GGUFFile
+from onym.convert.gguf_file import DTYPES
 from onym.convert.write import convert
 from onym.data.corpus import Corpus, Document
 from onym.data.tokenizer import END_OF_TEXT, Tokenizer
 from onym.errors import CheckpointError, ConfigError, OnymError, StorageError, TokenizerError
-from onym.format.reader import read_checkpoint
 from onym.gpt.formats.gguf_tokenizer import ggml_tokenizer
 from tests.conftest import Run
 from tests.convert.llama_cpp import LlamaCpp
@@ -427,82 +424,6 @@ def test_values_that_a_dtype_cannot_hold(
     small.trf_blocks[0].ff.fc2.weight.data[3, 5] = value
     onym.save(small, tmp_path / "ours")
     refused(tmp_path, CheckpointError, message, tokenizer=tokenizer.to_json(), dtype=dtype)
-
-
-def test_a_file_that_is_not_what_was_written_is_found_out(tmp_path: Path, small: onym.Decoder) -> None:
-    tensors = read_checkpoint(tmp_path / "ours").model
-    kinds = {name: "Q8_0" if "fc" in name else "F32" for name in tensors.names}
-    made = GGUFFile(tensors, kinds, "llama", lambda writer: None)
-    made.write(tmp_path / "m.gguf")
-    assert "within a step of Q8_0" in made.compare(tmp_path / "m.gguf")
-    content = (tmp_path / "m.gguf").read_bytes()
-    places = {tensor.name: int(tensor.data_offset) for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
-    for place in (places["final_norm.weight"], places["trf_blocks.1.ff.fc3.weight"] + 1, 70):
-        (tmp_path / "m.gguf").write_bytes(content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :])
-        with pytest.raises(CheckpointError, match="was written and removed again"):
-            made.compare(tmp_path / "m.gguf")
-
-
-_KILLED = """
-import os, signal, sys
-from onym.convert.write import convert
-def progress(count):
-    if sys.argv[1] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise OSError(28, "No space left on device")
-convert("ours", "m.gguf", tokenizer=open("tokenizer.json").read(), progress=progress)
-"""
-
-
-@pytest.mark.parametrize("how", ["kill", "full"])
-def test_a_conversion_that_does_not_end_leaves_no_file(
-    tmp_path: Path, small: onym.Decoder, tokenizer: Tokenizer, how: str
-) -> None:
-    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
-    done = subprocess.run([sys.executable, "-c", _KILLED, how], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == (-signal.SIGKILL if how == "kill" else 1), done.stderr
-    there = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
-    assert there == {"ours", "tokenizer.json"}
-    convert(tmp_path / "ours", tmp_path / "m.gguf", tokenizer=tokenizer.to_json())
-    assert {path.name for path in tmp_path.iterdir()} == {*there, "m.gguf", "m.Modelfile"}  # and what was half there is gone
-
-
-_MEASURE = """
-import re, threading, time, pathlib
-from onym.convert.write import convert
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) << 10
-text = open("tokenizer.json").read()
-convert("small", "small.gguf", tokenizer=text, dtype="q8_0")
-before, most, done = anonymous(), 0, False
-def watch():
-    global most
-    while not done:
-        most = max(most, anonymous())
-        time.sleep(0.002)
-thread = threading.Thread(target=watch); thread.start()
-convert("big", "big.gguf", tokenizer=text, dtype="q8_0")
-done = True; thread.join()
-print(most - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_a_conversion_needs_no_more_memory_than_its_largest_tensor(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    big = {"vocab_size": 8000, "context_length": 64, "emb_dim": 512, "n_heads": 8, "n_layers": 15}  # 204 MB, 16 in the largest
-    model = onym.Decoder.without_values(onym.DecoderConfig(**big)).to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.arange(parameter.shape[-1]) / 1e3)
-    whole = sum(value.nbytes for value in model.parameters())
-    largest = max(value.nbytes for value in model.parameters())
-    onym.save(model, tmp_path / "big")
-    onym.save(MODELS["llama"](), tmp_path / "small")
-    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
-    done = subprocess.run([sys.executable, "-c", _MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    needed = int(done.stdout.split()[-1])
-    assert whole > 200e6
-    assert needed < largest + (64 << 20), f"{needed / 1e6:.0f} MB for {whole / 1e6:.0f}, largest {largest / 1e6:.0f}"
 
 
 def test_without_the_package_one_sentence_says_how_to_get_it(
