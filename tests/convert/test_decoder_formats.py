@@ -380,3 +380,13 @@ def test_transformers_writes_the_same_text(folder: Path) -> None:
     written = theirs.generate(**prompt, max_new_tokens=16, do_sample=False, eos_token_id=None)[0].tolist()
     mine = generate(model, tokenizer.encode("some words"), 16, Sampling(temperature=0))
     assert written[len(prompt["input_ids"][0]) :] == list(mine)
+
+
+def test_what_a_decoders_file_does_not_say_is_given_on_the_command_line(folder: Path) -> None:
+    from onym.cli.main import main
+
+    config = config_of("llama", rope_base=20_000.0, norm_eps=1e-5)
+    torch.save(ours(config).state_dict(), folder / "model.pth")
+    said = ["--n-heads", "4", "--rope-base", "20000", "--context-length", "24"]
+    assert main(["convert", str(folder / "model.pth"), str(folder / "ours"), "--to", "onym", *said]) == 0
+    assert onym.load_model(folder / "ours").config == config

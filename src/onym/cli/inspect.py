@@ -235,7 +235,8 @@ def _found_facts(found: Mapping[str, Any], config: Mapping[str, Any] | None) -> 
     rules = ", ".join(f"{word} {count}" for word, count in found["rules"].items())
     if config is not None:
         done = f" ({rules})" if rules else ""
-        facts["as ours"] = f"a GPT: onym.load_model, generate, train --from and convert take it{done}"
+        model = "onym.Decoder" if "n_kv_groups" in config else "onym.GPT"
+        facts["as ours"] = f"an {model}: onym.load_model, generate, train --from and convert take it{done}"
     elif found["not_ours"] or found["problem"]:
         facts["as ours"] = f"no: {found['not_ours'] or found['problem']}"
     if found["wrappers"]:

@@ -21,7 +21,8 @@ _MATRICES = ("W_query", "W_key", "W_value")
 
 def _recognised_by(norm: str, found: NamedShapes) -> str | None:
     if found.has(r"trf_blocks\.\d+\.ff\.fc1\.weight") and found.has(rf"trf_blocks\.\d+\.norm1\.{norm}"):
-        return f"att.W_query, ff.fc1 and norm1.{norm}"
+        also = ", which are the names of onym.Decoder" if norm == "weight" else ""
+        return f"att.W_query, ff.fc1 and norm1.{norm}{also}"
     return None
 
 

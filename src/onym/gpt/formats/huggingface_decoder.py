@@ -32,6 +32,11 @@ FIELDS = {
 """Our field -> theirs in ``config.json``."""
 _CONTEXTS = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}  # where config.json leaves it out
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_HAS = {
+    "llama": "neither norms of queries and keys nor biases",
+    "qwen2": "biases on query, key and value",
+    "qwen3": "norms of queries and keys",
+}
 _SCALING = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -142,9 +147,7 @@ def refusal(kind: str, values: Config) -> str | None:
         return f"Qwen2's heads are as wide together as the model, and these are {config.attention_width} for {config.emb_dim}"
     fits = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     if fits != kind:
-        has = {"qwen3": "norms of queries and keys", "qwen2": "biases on query, key and value", "llama": "neither"}
-        wants = f"{_CLASSES[kind]} has {has[kind]}" + (" of norms of queries and keys and biases" if kind == "llama" else "")
-        return f"{wants}, and this is a model for {_CLASSES[fits]}: give --to {fits}"
+        return f"{_CLASSES[kind]} has {_HAS[kind]}, and this is a model for {_CLASSES[fits]}: give --to {fits}"
     return None
 
 
