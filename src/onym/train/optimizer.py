@@ -15,6 +15,7 @@ from onym.train.options import OptimizationOptions, TrainOptions
 
 _FIRST_MOMENTUM, _MOMENTUM = 0.85, 0.95  # of Muon; modded-nanogpt's warm-up, and torch's default
 _PEAK_RATES = {"muon": 1e-2, "adamw": 3e-3}
+_MUON_SHARE = 0.6  # of these, for Muon's matrices; measured with nano, see docs/performance.md
 _PEAK_WIDTH = 128  # up to which the rates above hold: measured for 128 (Muon) and 256 (AdamW), see docs/performance.md
 
 
@@ -29,7 +30,7 @@ def resolved(options: OptimizationOptions, width: int, *, muon: bool) -> Optimiz
     if kind == "auto":
         kind = "muon" if muon and hasattr(torch.optim, "Muon") else "adamw"
     rate = options.learning_rate or _PEAK_RATES[kind] * min(1.0, _PEAK_WIDTH / width)
-    muon_rate = options.muon_learning_rate or (rate if kind == "muon" else None)
+    muon_rate = options.muon_learning_rate or (_MUON_SHARE * rate if kind == "muon" else None)
     return replace(options, optimizer=kind, learning_rate=rate, muon_learning_rate=muon_rate)
 
 

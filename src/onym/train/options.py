@@ -27,8 +27,6 @@ from onym.units import parse_count, parse_duration, parse_size
 _NOT_OF_THE_SHAPE = ("preset", "arch", "start_from")
 _OF_GPT2 = ("drop_rate", "bias", "gelu")
 _OF_DECODERS = ("hidden_dim", "n_kv_groups", "head_dim", "rope_base", "norm_eps")
-# What runs had, of options that they did not store yet.
-_BEFORE: dict[str, dict[str, Any]] = {"model": {"arch": "gpt2"}}
 
 # How a value that may be left out is shown on the help page.
 _PRESETS = "(default: the preset's)"
@@ -206,9 +204,11 @@ class OptimizationOptions:
     are sharded, where a run starts from other weights (--from), and where torch has no Muon (before 2.9)."""
     learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by optimizer and width)")] = None
     """Peak learning rate. The default is 1e-2 (muon) or 3e-3 (adamw) for models up to 128 wide, and falls as 1/width."""
-    muon_learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: --learning-rate)")] = None
+    muon_learning_rate: Annotated[
+        float | None, arg(metavar="FLOAT", help_behavior_hint="(default: 0.6 of --learning-rate)")
+    ] = None
     """Peak learning rate of Muon's matrices; it rises and falls with the other."""
-    muon_momentum_warmup: int = 0
+    muon_momentum_warmup: int = 200
     """Steps in which Muon's momentum rises from 0.85 to 0.95."""
     zero_init: bool = False
     """Start with zeros in the layers that write to the residual stream, so that each block begins as the identity."""
@@ -255,10 +255,8 @@ class OptimizationOptions:
         for name in ("learning_rate", "muon_learning_rate"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)
-        if self.optimizer == "adamw" and (self.muon_learning_rate is not None or self.muon_momentum_warmup):
-            raise ConfigError(
-                "--muon-learning-rate and --muon-momentum-warmup are Muon's, and the optimizer is AdamW: leave them out."
-            )
+        if self.optimizer == "adamw" and self.muon_learning_rate is not None:
+            raise ConfigError("--muon-learning-rate is Muon's, and the optimizer is AdamW: leave it out.")
         _require_not_negative(
             self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed", "muon_momentum_warmup"
         )
@@ -379,9 +377,8 @@ class TrainOptions:
         for subject in dataclasses.fields(cls):
             default = getattr(cls(), subject.name)
             known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-            stored = values.get(subject.name, {})
-            before = _BEFORE.get(subject.name, {}) if stored else {}
-            given = {name: value for name, value in {**before, **stored}.items() if name in known}
+            stored = _completed(subject.name, values.get(subject.name, {}))
+            given = {name: value for name, value in stored.items() if name in known}
             typed = {n: type(known[n])(v) if isinstance(known[n], tuple | Path) else v for n, v in given.items()}
             subjects[subject.name] = type(default)(**{**known, **typed})
         return cls(**subjects)
@@ -396,6 +393,17 @@ class TrainOptions:
             subject: {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
             for subject, fields in values.items()
         }
+
+
+def _completed(subject: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's options with those that it did not store yet, as it had them."""
+    before: dict[str, Any] = {}
+    if subject == "model" and stored:
+        before = {"arch": "gpt2"}
+    elif subject == "optimization" and stored:
+        shared = stored.get("learning_rate") if stored.get("optimizer") == "muon" else None
+        before = {"muon_learning_rate": shared, "muon_momentum_warmup": 0}
+    return {**before, **stored}
 
 
 def _absolute(entry: str) -> str:
