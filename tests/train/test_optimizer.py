@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from onym import GPT
 from onym.train import optimizer
-from onym.train.optimizer import build_optimizers, with_recipe
+from onym.train.optimizer import build_optimizers, resolved, set_rates, with_recipe
 from onym.train.options import ModelOptions, OptimizationOptions, RunOptions, TrainOptions
 from tests.conftest import TINY_RUN, Run
 
@@ -46,7 +47,8 @@ def test_what_muon_cannot_do_is_adamws(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_by_itself_gets_the_same(tiny: object) -> None:
     kinds = [type(each).__name__ for each in build_optimizers(tiny, OptimizationOptions())]  # type: ignore[arg-type]
     assert kinds == ["Muon", "AdamW"]
-    assert {group["lr"] for each in build_optimizers(tiny, OptimizationOptions()) for group in each.param_groups} == {1e-2}  # type: ignore[arg-type]
+    rates = [group["lr"] for each in build_optimizers(tiny, OptimizationOptions()) for group in each.param_groups]  # type: ignore[arg-type]
+    assert rates == [5e-3, 1e-2, 1e-2]
 
 
 def test_a_run_stores_its_recipe_and_resumes_with_it(
@@ -61,3 +63,69 @@ def test_a_run_stores_its_recipe_and_resumes_with_it(
     assert "bitwise identical" in done.stdout
     again = json.loads((tmp_path / "runs/book/run.json").read_text())["options"]["optimization"]
     assert again["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"),
+    [
+        ({}, (1e-2, 5e-3)),
+        ({"learning_rate": 2e-2}, (2e-2, 1e-2)),
+        ({"muon_learning_rate": 4e-3}, (1e-2, 4e-3)),
+        ({"optimizer": "adamw"}, (3e-3, None)),
+    ],
+)
+def test_muons_matrices_have_a_rate_of_their_own(given: dict[str, object], rates: tuple[float, float | None]) -> None:
+    recipe = with_recipe(TrainOptions(optimization=OptimizationOptions(**given))).optimization  # type: ignore[arg-type]
+    assert (recipe.learning_rate, recipe.muon_learning_rate) == (pytest.approx(rates[0]), rates[1] and pytest.approx(rates[1]))
+
+
+def test_rates_rise_and_fall_together_and_the_momentum_rises(tiny: GPT) -> None:
+    options = resolved(OptimizationOptions(muon_momentum_warmup=10), 128, muon=True)
+    optimizers = build_optimizers(tiny, options)
+    for number, rate, momentum in ((0, 2e-4, 0.85), (5, 1e-2, 0.9), (10, 5e-3, 0.95), (99, 1e-3, 0.95)):
+        set_rates(optimizers, options, rate, number)
+        assert [group["lr"] for group in optimizers[0].param_groups] == [pytest.approx(rate / 2)]
+        assert [group["momentum"] for group in optimizers[0].param_groups] == [pytest.approx(momentum)]
+        assert {group["lr"] for group in optimizers[1].param_groups} == {rate}
+
+
+def test_a_run_of_before_goes_on_with_what_it_had() -> None:
+    """Its kind of model and its one rate for all, which it did not store."""
+    stored = {"model": {"preset": "nano"}, "optimization": {"optimizer": "muon", "learning_rate": 1e-2}}
+    options = with_recipe(TrainOptions.from_dict(stored))
+    assert options.model.kind == "gpt2"
+    assert (options.optimization.muon_learning_rate, options.optimization.muon_momentum_warmup) == (1e-2, 0)
+    adamw = TrainOptions.from_dict({"optimization": {"optimizer": "adamw", "learning_rate": 1e-3}})
+    assert with_recipe(adamw).optimization.muon_learning_rate is None
+    assert TrainOptions().model.kind == "qwen3"
+
+
+def test_zeros_to_start_with(onym: Run, book: Path, tmp_path: Path) -> None:
+    done = onym("train", "--data", book, *TINY_RUN, "--arch", "llama", "--zero-init", "--compile", "off", "--steps", 1)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((tmp_path / "runs/book/run.json").read_text())
+    assert stored["options"]["optimization"]["zero_init"] is True
+    assert stored["options"]["model"]["arch"] == "llama"
+
+
+def test_a_run_that_continues_with_another_rate_changes_both(onym: Run, book: Path, tmp_path: Path) -> None:
+    run = ("train", "--data", book, *WITHOUT_RECIPE, "--compile", "off", "--name", "rates")
+    assert onym(*run, "--steps", 2).returncode == 0
+    for given, rates in ((("--learning-rate", 5e-3), (5e-3, 2.5e-3)), (("--muon-learning-rate", 1e-3), (5e-3, 1e-3))):
+        assert onym("train", "--name", "rates", "--steps", 4, *given).returncode == 0
+        stored = json.loads((tmp_path / "runs/rates/run.json").read_text())["options"]["optimization"]
+        assert (stored["learning_rate"], stored["muon_learning_rate"]) == pytest.approx(rates)
+
+
+def test_a_run_does_not_become_one_of_another_kind(onym: Run, book: Path, tmp_path: Path) -> None:
+    run = ("train", "--data", book, *TINY_RUN, "--compile", "off", "--steps", 2)
+    assert onym(*run).returncode == 0
+    path = tmp_path / "runs/book/run.json"
+    stored = json.loads(path.read_text())
+    del stored["options"]["model"]["arch"], stored["options"]["optimization"]["zero_init"]  # as it was written before
+    path.write_text(json.dumps(stored))
+    for option in (("--arch", "llama"), ("--zero-init",)):
+        refused = onym("train", "--name", "book", "--steps", 4, *option)
+        assert refused.returncode == 2
+        assert f"started with other options ({option[0]} was" in refused.stderr
+    assert onym("train", "--name", "book", "--steps", 4).returncode == 0

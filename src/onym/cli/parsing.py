@@ -49,6 +49,10 @@ def parse_options(arguments: list[str]) -> TrainOptions:
     if not typed.isdisjoint(SIZES):
         plain = OptimizationOptions().batch_size
         stored = replace(stored, optimization=replace(stored.optimization, batch_size=plain, tokens_per_step=None))
+    rate, before = options.optimization.learning_rate, stored.optimization
+    if rate is not None and before.learning_rate and before.muon_learning_rate:  # both rates change, unless one is typed
+        both = before.muon_learning_rate * rate / before.learning_rate
+        stored = replace(stored, optimization=replace(stored.optimization, muon_learning_rate=both))
     if options.data.data or options.data.mix:  # two ways to name the text, of which the new one holds
         stored = replace(stored, data=replace(stored.data, data=(), mix=()))
     stored = replace(stored, run=replace(stored.run, data_changed="refuse", time_limit=None))  # each for one start only

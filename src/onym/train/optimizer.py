@@ -15,7 +15,7 @@ from onym.train.options import OptimizationOptions, TrainOptions
 
 _FIRST_MOMENTUM, _MOMENTUM = 0.85, 0.95  # of Muon; modded-nanogpt's warm-up, and torch's default
 _PEAK_RATES = {"muon": 1e-2, "adamw": 3e-3}
-_MUON_SHARE = 0.6  # of these, for Muon's matrices; measured with nano, see docs/performance.md
+_MUON_SHARE = 0.5  # of these, for Muon's matrices; measured with nano, see docs/performance.md
 _PEAK_WIDTH = 128  # up to which the rates above hold: measured for 128 (Muon) and 256 (AdamW), see docs/performance.md
 
 

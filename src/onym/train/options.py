@@ -205,7 +205,7 @@ class OptimizationOptions:
     learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by optimizer and width)")] = None
     """Peak learning rate. The default is 1e-2 (muon) or 3e-3 (adamw) for models up to 128 wide, and falls as 1/width."""
     muon_learning_rate: Annotated[
-        float | None, arg(metavar="FLOAT", help_behavior_hint="(default: 0.6 of --learning-rate)")
+        float | None, arg(metavar="FLOAT", help_behavior_hint="(default: half of --learning-rate)")
     ] = None
     """Peak learning rate of Muon's matrices; it rises and falls with the other."""
     muon_momentum_warmup: int = 200
@@ -377,7 +377,7 @@ class TrainOptions:
         for subject in dataclasses.fields(cls):
             default = getattr(cls(), subject.name)
             known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-            stored = _completed(subject.name, values.get(subject.name, {}))
+            stored = completed(subject.name, values.get(subject.name, {}))
             given = {name: value for name, value in stored.items() if name in known}
             typed = {n: type(known[n])(v) if isinstance(known[n], tuple | Path) else v for n, v in given.items()}
             subjects[subject.name] = type(default)(**{**known, **typed})
@@ -395,14 +395,15 @@ class TrainOptions:
         }
 
 
-def _completed(subject: str, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's options with those that it did not store yet, as it had them."""
+def completed(subject: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's options with those that change its arithmetic and came later, as they were before there were these."""
     before: dict[str, Any] = {}
     if subject == "model" and stored:
         before = {"arch": "gpt2"}
     elif subject == "optimization" and stored:
-        shared = stored.get("learning_rate") if stored.get("optimizer") == "muon" else None
-        before = {"muon_learning_rate": shared, "muon_momentum_warmup": 0}
+        one_rate = stored.get("learning_rate") if stored.get("optimizer") == "muon" else None
+        before = {"muon_learning_rate": one_rate, "muon_momentum_warmup": 0, "zero_init": False}
+        before |= {"document_mask": False, "packing": "stream"}
     return {**before, **stored}
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from onym.checkpoint.steps import CHECKPOINTS
 from onym.errors import RunError, storage_error
 from onym.storage.paths import replace_file
-from onym.train.options import TrainOptions, flag
+from onym.train.options import TrainOptions, completed, flag
 
 DESCRIPTION, METRICS = "run.json", "metrics.jsonl"
 RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
@@ -33,14 +33,22 @@ CHANGEABLE = {
     *("cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "keep_every", "keep_best"),
     *("log_every", "compile", "precision", "deterministic", "device", "processes", "time_limit", "data_changed", "track"),
     "peer_timeout",
-    *("steps", "epochs", "tokens", "learning_rate", "schedule", "min_learning_rate", "warmup_steps", "decay_share"),
+    *(
+        "steps",
+        "epochs",
+        "tokens",
+        "learning_rate",
+        "muon_learning_rate",
+        "muon_momentum_warmup",
+        "schedule",
+        "min_learning_rate",
+        "warmup_steps",
+        "decay_share",
+    ),
     *("micro_batch", "grad_clip", "spike_sigma", "patience", "gradient_checkpointing"),
     *("parallel", "gather_dtype", "cpu_offload"),
 }
 """Options that may differ when a run is continued."""
-
-_LATER = {"document_mask": False, "packing": "stream"}
-"""Options that change the arithmetic and came later, with what runs did before there were these."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +192,9 @@ def require_same_run(stored: Mapping[str, Mapping[str, Any]], options: TrainOpti
     changed: list[str] = []
     refused: list[str] = []
     for subject, fields in options.to_dict().items():
+        had = completed(subject, stored.get(subject, {}))
         for name, value in fields.items():
-            before = stored.get(subject, {}).get(name, _LATER.get(name, value))
+            before = had.get(name, value)
             if before == value:
                 continue
             change = f"{flag(name)} was {_shown(before)}, is {_shown(value)}"
