@@ -176,7 +176,7 @@ def book_llama() -> Step:
 
 
 def onym(tied: bool, arch: str = "gpt2") -> Step:
-    from onym.gpt.decoder_config import config_of
+    from onym.gpt.kinds import config_of
     from onym.gpt.models import make_model
     from onym.train.dry_run import prepare
     from onym.train.options import OptimizationOptions

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from onym import Decoder, DecoderConfig
 from onym.errors import ConfigError
 from onym.gpt.config import GPTConfig
-from onym.gpt.decoder_config import ARCHS, arch_of, config_of, presets
 from onym.gpt.documents import documents_of, loss_of
+from onym.gpt.kinds import ARCHS, arch_of, config_of, presets
 from onym.gpt.models import make_model, without_values
 
 TINY = DecoderConfig(vocab_size=101, context_length=32, emb_dim=32, n_heads=4, n_kv_groups=2, n_layers=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from onym import GPT
+from onym.gpt.kinds import Arch
 from onym.train import optimizer
 from onym.train.optimizer import build_optimizers, resolved, set_rates, with_recipe
 from onym.train.options import ModelOptions, OptimizationOptions, RunOptions, TrainOptions
@@ -48,7 +49,7 @@ def test_a_model_by_itself_gets_the_same(tiny: object) -> None:
     kinds = [type(each).__name__ for each in build_optimizers(tiny, OptimizationOptions())]  # type: ignore[arg-type]
     assert kinds == ["Muon", "AdamW"]
     rates = [group["lr"] for each in build_optimizers(tiny, OptimizationOptions()) for group in each.param_groups]  # type: ignore[arg-type]
-    assert rates == [5e-3, 1e-2, 1e-2]
+    assert rates == [1e-2, 1e-2, 1e-2]
 
 
 def test_a_run_stores_its_recipe_and_resumes_with_it(
@@ -66,21 +67,27 @@ def test_a_run_stores_its_recipe_and_resumes_with_it(
 
 
 @pytest.mark.parametrize(
-    ("given", "rates"),
+    ("arch", "given", "rates"),
     [
-        ({}, (1e-2, 5e-3)),
-        ({"learning_rate": 2e-2}, (2e-2, 1e-2)),
-        ({"muon_learning_rate": 4e-3}, (1e-2, 4e-3)),
-        ({"optimizer": "adamw"}, (3e-3, None)),
+        ("gpt2", {}, (1e-2, 1e-2)),
+        ("qwen3", {}, (1e-2, 5e-3)),
+        (None, {}, (1e-2, 5e-3)),
+        ("llama", {"learning_rate": 2e-2}, (2e-2, 1e-2)),
+        ("llama", {"muon_learning_rate": 4e-3}, (1e-2, 4e-3)),
+        ("llama", {"optimizer": "adamw"}, (3e-3, None)),
     ],
 )
-def test_muons_matrices_have_a_rate_of_their_own(given: dict[str, object], rates: tuple[float, float | None]) -> None:
-    recipe = with_recipe(TrainOptions(optimization=OptimizationOptions(**given))).optimization  # type: ignore[arg-type]
+def test_muons_matrices_have_a_rate_of_their_own(
+    arch: Arch | None, given: dict[str, object], rates: tuple[float, float | None]
+) -> None:
+    chosen = OptimizationOptions(**given)  # type: ignore[arg-type]
+    recipe = with_recipe(TrainOptions(model=ModelOptions(arch=arch), optimization=chosen)).optimization
+    assert recipe.muon_momentum_warmup == (0 if arch == "gpt2" else None if rates[1] is None else 200)
     assert (recipe.learning_rate, recipe.muon_learning_rate) == (pytest.approx(rates[0]), rates[1] and pytest.approx(rates[1]))
 
 
 def test_rates_rise_and_fall_together_and_the_momentum_rises(tiny: GPT) -> None:
-    options = resolved(OptimizationOptions(muon_momentum_warmup=10), 128, muon=True)
+    options = resolved(OptimizationOptions(muon_momentum_warmup=10, muon_learning_rate=5e-3), "gpt2", 128, muon=True)
     optimizers = build_optimizers(tiny, options)
     for number, rate, momentum in ((0, 2e-4, 0.85), (5, 1e-2, 0.9), (10, 5e-3, 0.95), (99, 1e-3, 0.95)):
         set_rates(optimizers, options, rate, number)
@@ -109,7 +116,7 @@ def test_zeros_to_start_with(onym: Run, book: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_continues_with_another_rate_changes_both(onym: Run, book: Path, tmp_path: Path) -> None:
-    run = ("train", "--data", book, *WITHOUT_RECIPE, "--compile", "off", "--name", "rates")
+    run = ("train", "--data", book, *WITHOUT_RECIPE, "--arch", "llama", "--compile", "off", "--name", "rates")
     assert onym(*run, "--steps", 2).returncode == 0
     for given, rates in ((("--learning-rate", 5e-3), (5e-3, 2.5e-3)), (("--muon-learning-rate", 1e-3), (5e-3, 1e-3))):
         assert onym("train", "--name", "rates", "--steps", 4, *given).returncode == 0

@@ -8,8 +8,9 @@ from typing import Any
 from onym.gpt.causal_lm import CausalLM
 from onym.gpt.config import GPTConfig, ModelConfig
 from onym.gpt.decoder import Decoder
-from onym.gpt.decoder_config import Arch, DecoderConfig
+from onym.gpt.decoder_config import DecoderConfig
 from onym.gpt.gpt2 import GPT
+from onym.gpt.kinds import Arch
 
 _CONFIGS: dict[str, type[ModelConfig]] = {"gpt": GPTConfig, "decoder": DecoderConfig}
 """By the architecture that their files name."""

@@ -10,28 +10,39 @@ from torch import Tensor, nn
 
 from onym.errors import ConfigError
 from onym.gpt.causal_lm import CausalLM
+from onym.gpt.kinds import Arch
+from onym.gpt.models import arch_named
 from onym.state.dtensor import is_sharded, local
 from onym.train.options import OptimizationOptions, TrainOptions
 
 _FIRST_MOMENTUM, _MOMENTUM = 0.85, 0.95  # of Muon; modded-nanogpt's warm-up, and torch's default
 _PEAK_RATES = {"muon": 1e-2, "adamw": 3e-3}
-_MUON_SHARE = 0.5  # of these, for Muon's matrices; measured with nano, see docs/performance.md
+# The share of these that Muon's matrices have, and the steps in which its momentum rises; measured with nano, see
+# docs/performance.md.
+_MUON: dict[Arch, tuple[float, int]] = {"gpt2": (1.0, 0), "llama": (0.5, 200), "qwen3": (0.5, 200)}
 _PEAK_WIDTH = 128  # up to which the rates above hold: measured for 128 (Muon) and 256 (AdamW), see docs/performance.md
 
 
-def resolved(options: OptimizationOptions, width: int, *, muon: bool) -> OptimizationOptions:
+def resolved(options: OptimizationOptions, arch: Arch, width: int, *, muon: bool) -> OptimizationOptions:
     """The options with the optimizer and the learning rate that a run uses, where they were not given.
 
     Args:
-        width: of the model.
+        arch, width: of the model.
         muon: whether ``auto`` may choose it: where weights are full, and training starts from the first weights.
     """
     kind = options.optimizer
     if kind == "auto":
         kind = "muon" if muon and hasattr(torch.optim, "Muon") else "adamw"
     rate = options.learning_rate or _PEAK_RATES[kind] * min(1.0, _PEAK_WIDTH / width)
-    muon_rate = options.muon_learning_rate or (_MUON_SHARE * rate if kind == "muon" else None)
-    return replace(options, optimizer=kind, learning_rate=rate, muon_learning_rate=muon_rate)
+    options = replace(options, optimizer=kind, learning_rate=rate)
+    if kind != "muon":
+        return options
+    share, warmup = _MUON[arch]
+    return replace(
+        options,
+        muon_learning_rate=options.muon_learning_rate or share * rate,
+        muon_momentum_warmup=warmup if options.muon_momentum_warmup is None else options.muon_momentum_warmup,
+    )
 
 
 def with_recipe(options: TrainOptions) -> TrainOptions:
@@ -39,7 +50,7 @@ def with_recipe(options: TrainOptions) -> TrainOptions:
     muon = options.run.parallel == "ddp" and options.model.start_from is None
     width = options.model.config(vocab_size=1).emb_dim
     model = replace(options.model, arch=options.model.kind)
-    return replace(options, model=model, optimization=resolved(options.optimization, width, muon=muon))
+    return replace(options, model=model, optimization=resolved(options.optimization, model.kind, width, muon=muon))
 
 
 def build_optimizers(model: CausalLM, options: OptimizationOptions) -> list[torch.optim.Optimizer]:
@@ -49,7 +60,7 @@ def build_optimizers(model: CausalLM, options: OptimizationOptions) -> list[torc
         ConfigError: this torch has no Muon.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options = resolved(options, model.config.emb_dim, muon=not any(map(is_sharded, parameters)))
+    options = resolved(options, arch_named(model.config), model.config.emb_dim, muon=not any(map(is_sharded, parameters)))
     assert options.learning_rate is not None
     optimizers: list[torch.optim.Optimizer] = []
     if options.optimizer == "muon":

@@ -21,7 +21,7 @@ from onym.data.remote import Progress, is_remote, local_path
 from onym.data.source_spec import PERIOD, SourceSpec
 from onym.errors import ConfigError
 from onym.gpt.config import ModelConfig
-from onym.gpt.decoder_config import Arch, arch_of, config_of
+from onym.gpt.kinds import Arch, arch_of, config_of
 from onym.units import parse_count, parse_duration, parse_size
 
 _NOT_OF_THE_SHAPE = ("preset", "arch", "start_from")
@@ -204,11 +204,10 @@ class OptimizationOptions:
     are sharded, where a run starts from other weights (--from), and where torch has no Muon (before 2.9)."""
     learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by optimizer and width)")] = None
     """Peak learning rate. The default is 1e-2 (muon) or 3e-3 (adamw) for models up to 128 wide, and falls as 1/width."""
-    muon_learning_rate: Annotated[
-        float | None, arg(metavar="FLOAT", help_behavior_hint="(default: half of --learning-rate)")
-    ] = None
-    """Peak learning rate of Muon's matrices; it rises and falls with the other."""
-    muon_momentum_warmup: int = 200
+    muon_learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by --arch)")] = None
+    """Peak learning rate of Muon's matrices; it rises and falls with the other. The default is half of that, and for gpt2 the
+    same."""
+    muon_momentum_warmup: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 200; for gpt2 0)")] = None
     """Steps in which Muon's momentum rises from 0.85 to 0.95."""
     zero_init: bool = False
     """Start with zeros in the layers that write to the residual stream, so that each block begins as the identity."""
@@ -257,9 +256,9 @@ class OptimizationOptions:
                 _require_positive(self, name)
         if self.optimizer == "adamw" and self.muon_learning_rate is not None:
             raise ConfigError("--muon-learning-rate is Muon's, and the optimizer is AdamW: leave it out.")
-        _require_not_negative(
-            self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed", "muon_momentum_warmup"
-        )
+        _require_not_negative(self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed")
+        if self.muon_momentum_warmup is not None:
+            _require_not_negative(self, "muon_momentum_warmup")
         _require_not_negative(self, "spike_sigma", "patience")
         for name in ("tokens", "tokens_per_step"):
             if (value := getattr(self, name)) is not None:

@@ -14,6 +14,7 @@ from onym.data.batches import Batch
 from onym.data.order import epoch_key
 from onym.gpt.causal_lm import CausalLM
 from onym.gpt.documents import counted, loss_of
+from onym.gpt.models import arch_named
 from onym.state.dtensor import local
 from onym.train.distributed import DistContext, GradientAllReduce
 from onym.train.optimizer import Average, build_optimizers, resolved, set_rates, step_unless
@@ -56,7 +57,7 @@ class Stepper:
     ) -> None:
         self.model, self.compute, self.ranks, self.sharding = model, compute, ranks, sharding
         self.end_of_text = end_of_text
-        self._options = resolved(options, model.config.emb_dim, muon=sharding is None)
+        self._options = resolved(options, arch_named(model.config), model.config.emb_dim, muon=sharding is None)
         self._gradients = GradientAllReduce(model, ranks if sharding is None else DistContext())
         copy_model = sharding.copy if sharding is not None else copy.deepcopy
         self.average = Average(copy_model(model), options.ema) if options.ema else None

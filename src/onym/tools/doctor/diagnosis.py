@@ -17,7 +17,7 @@ from itertools import chain
 import torch
 
 from onym.gpt.config import ModelConfig
-from onym.gpt.decoder_config import arch_of, config_of, presets
+from onym.gpt.kinds import arch_of, config_of, presets
 from onym.gpt.models import without_values
 from onym.tools.doctor.disk import IN_CONTAINER, IN_MEMORY, Disk
 from onym.tools.doctor.machine import Compiler, Cores, Gpu, Memory, Versions

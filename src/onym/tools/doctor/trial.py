@@ -27,7 +27,7 @@ from torch import nn
 
 from onym.compile.in_place import compile_in_place
 from onym.data.batches import Batch
-from onym.gpt.decoder_config import arch_of, config_of
+from onym.gpt.kinds import arch_of, config_of
 from onym.gpt.models import make_model
 from onym.train.dry_run import prepare
 from onym.train.fresh_process import FreshProcess, ProcessFailed, TimedOut, answering, command_of
