@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from onym import GPT
+from onym import GPT, save
+from onym.cli.parsing import parse_options
+from onym.errors import ConfigError
+from onym.gpt.config import GPTConfig, ModelConfig
 from onym.gpt.kinds import Arch
+from onym.gpt.models import make_model
 from onym.train import optimizer
+from onym.train.init_from import starting_point
 from onym.train.optimizer import build_optimizers, resolved, set_rates, with_recipe
-from onym.train.options import ModelOptions, OptimizationOptions, RunOptions, TrainOptions
+from onym.train.options import DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
+from onym.train.run_folder import RunFolder
 from tests.conftest import TINY_RUN, Run
 
 WITHOUT_RECIPE = TINY_RUN[: TINY_RUN.index("--optimizer")]
@@ -122,6 +129,31 @@ def test_a_run_that_continues_with_another_rate_changes_both(onym: Run, book: Pa
         assert onym("train", "--name", "rates", "--steps", 4, *given).returncode == 0
         stored = json.loads((tmp_path / "runs/rates/run.json").read_text())["options"]["optimization"]
         assert (stored["learning_rate"], stored["muon_learning_rate"]) == pytest.approx(rates)
+
+
+def test_an_option_of_gpt2_continues_a_run_of_gpt2(tmp_path: Path) -> None:
+    model = ModelOptions(arch="gpt2", drop_rate=0.1)
+    RunFolder(tmp_path / "book").describe(TrainOptions(model=model), "interrupted")
+    again = parse_options(["--runs-dir", str(tmp_path), "--name", "book", "--drop-rate", "0.1"])
+    assert again.model == model
+    with pytest.raises(ConfigError, match="--drop-rate is of --arch gpt2"):
+        parse_options(["--runs-dir", str(tmp_path), "--name", "other", "--drop-rate", "0.1"])
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        (GPTConfig(vocab_size=300, context_length=32, emb_dim=32, n_heads=4, n_layers=1), {"drop_rate": 0.2}),
+    ],
+)
+def test_from_takes_the_files_shape_and_not_the_presets(config: ModelConfig, given: dict[str, Any], tmp_path: Path) -> None:
+    save(make_model(config), tmp_path / "model.safetensors")
+    options = TrainOptions(
+        data=DataOptions(tokenizer="gpt2"), model=ModelOptions(start_from=str(tmp_path / "model.safetensors"), **given)
+    )
+    started, _ = starting_point(options)
+    wanted = config.to_dict() | {name: value for name, value in given.items() if name != "preset"}
+    assert started.model.config(vocab_size=300).to_dict() == wanted
 
 
 def test_a_run_does_not_become_one_of_another_kind(onym: Run, book: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import tyro
 
 from onym.cli.arguments import COMMANDS, TOOLS, CheckResumeArguments, TrainArguments
 from onym.cli.config import arguments_of, one_of_each
-from onym.train.options import LENGTHS, SIZES, OptimizationOptions, TrainOptions
+from onym.train.options import LENGTHS, SIZES, ModelOptions, OptimizationOptions, TrainOptions
 
 
 def parse(program: str, command: str, arguments: list[str]) -> Any:
@@ -37,12 +37,13 @@ def parse_options(arguments: list[str]) -> TrainOptions:
     if first.config is not None:
         arguments = [*arguments_of(first.config, instead=typed), *arguments]  # the last one of two counts
         first = _parse_train(arguments, TrainOptions())
-    options = first.options
+    # Without those of the model, which may fit the kind that the run has, and not the default one.
+    options = TrainOptions(first.data, ModelOptions(), first.optimization, first.run)
     from onym.train.run_folder import RunFolder  # imports torch: only after the arguments are known to be right
 
     description = RunFolder(options.run_path).description()
     if description is None:
-        return options
+        return first.options
     stored = TrainOptions.from_dict(description["options"])
     if any(getattr(options.optimization, name) is not None for name in LENGTHS):  # one takes the place of another
         stored = replace(stored, optimization=replace(stored.optimization, steps=None, epochs=None, tokens=None))

@@ -161,7 +161,8 @@ class ModelOptions:
 
     def check(self) -> None:
         """Raise a ConfigError for a value that cannot work."""
-        self.config(vocab_size=1)  # whatever is wrong with the shape is said before any text is read
+        if self.start_from is None or self.arch is not None:  # with --from alone, the file says which kind it is
+            self.config(vocab_size=1)  # whatever is wrong with the shape is said before any text is read
 
     @property
     def kind(self) -> Arch:
