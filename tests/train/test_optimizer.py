@@ -13,6 +13,7 @@ from onym import GPT, save
 from onym.cli.parsing import parse_options
 from onym.errors import ConfigError
 from onym.gpt.config import GPTConfig, ModelConfig
+from onym.gpt.decoder_config import DecoderConfig
 from onym.gpt.kinds import Arch
 from onym.gpt.models import make_model
 from onym.train import optimizer
@@ -143,6 +144,7 @@ def test_an_option_of_gpt2_continues_a_run_of_gpt2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "given"),
     [
+        (DecoderConfig(vocab_size=300, context_length=32, emb_dim=32, n_heads=4, n_layers=1), {"preset": "llama3.2-1b"}),
         (GPTConfig(vocab_size=300, context_length=32, emb_dim=32, n_heads=4, n_layers=1), {"drop_rate": 0.2}),
     ],
 )

@@ -177,6 +177,8 @@ class ModelOptions:
             if name not in _NOT_OF_THE_SHAPE and value is not None
         }
         arch = self.kind
+        if self.start_from is not None and arch != "gpt2":
+            given["rope_freq"] = self.rope_freq  # none is a value too: the preset's is not the file's
         for name in _OF_DECODERS if arch == "gpt2" else _OF_GPT2:
             if name in given:
                 other = "llama or qwen3" if arch == "gpt2" else "gpt2"
