@@ -132,6 +132,14 @@ def test_a_run_that_continues_with_another_rate_changes_both(onym: Run, book: Pa
         assert (stored["learning_rate"], stored["muon_learning_rate"]) == pytest.approx(rates)
 
 
+def test_the_same_rate_again_changes_no_bit_of_muons(tmp_path: Path) -> None:
+    # 4e-4 * 8e-4 / 8e-4 is not 4e-4
+    recipe = OptimizationOptions(optimizer="muon", learning_rate=8e-4, muon_learning_rate=4e-4)
+    RunFolder(tmp_path / "book").describe(TrainOptions(optimization=recipe), "interrupted")
+    again = parse_options(["--runs-dir", str(tmp_path), "--name", "book", "--learning-rate", "8e-4"])
+    assert again.optimization.muon_learning_rate == 4e-4
+
+
 def test_an_option_of_gpt2_continues_a_run_of_gpt2(tmp_path: Path) -> None:
     model = ModelOptions(arch="gpt2", drop_rate=0.1)
     RunFolder(tmp_path / "book").describe(TrainOptions(model=model), "interrupted")

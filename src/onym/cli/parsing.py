@@ -52,7 +52,7 @@ def parse_options(arguments: list[str]) -> TrainOptions:
         stored = replace(stored, optimization=replace(stored.optimization, batch_size=plain, tokens_per_step=None))
     rate, before = options.optimization.learning_rate, stored.optimization
     if rate is not None and before.learning_rate and before.muon_learning_rate:  # both rates change, unless one is typed
-        both = before.muon_learning_rate * rate / before.learning_rate
+        both = before.muon_learning_rate * (rate / before.learning_rate)  # in this order an equal rate changes nothing
         stored = replace(stored, optimization=replace(stored.optimization, muon_learning_rate=both))
     if options.data.data or options.data.mix:  # two ways to name the text, of which the new one holds
         stored = replace(stored, data=replace(stored.data, data=(), mix=()))
