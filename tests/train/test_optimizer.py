@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,9 @@ def test_rates_rise_and_fall_together_and_the_momentum_rises(tiny: GPT) -> None:
         assert [group["lr"] for group in optimizers[0].param_groups] == [pytest.approx(rate / 2)]
         assert [group["momentum"] for group in optimizers[0].param_groups] == [pytest.approx(momentum)]
         assert {group["lr"] for group in optimizers[1].param_groups} == {rate}
+    set_rates(optimizers, options, 1e-3, 3)
+    set_rates(optimizers, replace(options, muon_momentum_warmup=0), 1e-3, 4)  # as a run that is resumed without a warm-up
+    assert [group["momentum"] for group in optimizers[0].param_groups] == [0.95]
 
 
 def test_a_run_of_before_goes_on_with_what_it_had() -> None:

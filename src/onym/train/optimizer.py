@@ -99,8 +99,9 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], options: Optimization
         share = (options.muon_learning_rate or options.learning_rate) / options.learning_rate if is_muon else 1.0
         for group in optimizer.param_groups:
             group["lr"] = rate * share if share != 1.0 else rate
-            if is_muon and options.muon_momentum_warmup:
-                risen = min(1.0, number / options.muon_momentum_warmup)
+            if is_muon:  # without a warm-up too: a resumed run may have had one, which it left in the middle
+                warmup = options.muon_momentum_warmup
+                risen = min(1.0, number / warmup) if warmup else 1.0
                 group["momentum"] = _FIRST_MOMENTUM + risen * (_MOMENTUM - _FIRST_MOMENTUM)
 
 
