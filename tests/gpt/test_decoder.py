@@ -295,6 +295,8 @@ def test_every_preset_is_one_kinds_or_all_kinds() -> None:
         ({"head_dim": 0}, "head_dim must be a whole number of at least 1"),
         ({"hidden_dim": 1.5}, "hidden_dim must be a whole number"),
         ({"rope_base": 0}, "rope_base must be a number above 1"),
+        ({"norm_eps": 10**400}, "norm_eps must be a number above 0"),
+        ({"rope_freq": {**SCALING, "factor": 10**400}}, "factor in rope_freq must be a number above 0"),
         ({"norm_eps": -1e-5}, "norm_eps must be a number above 0"),
         ({"rope_freq": {"factor": 8.0}}, "rope_freq is Llama 3.1's scaling, with factor, low_freq_factor"),
         ({"rope_freq": {**SCALING, "factor": -1}}, "factor in rope_freq must be a number above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from onym.errors import ConfigError
 from onym.gpt.config import OTHER_ARCHITECTURES, ModelConfig, closest_divisor
 
+_LARGEST = sys.float_info.max  # JSON has larger whole numbers, which no float can be
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_context_length")
 # A gated feed-forward three times as wide as the model, and half as many heads of keys and values: twelve times the square of
 # the width in a block, as GPT-2 has.
@@ -119,7 +121,7 @@ class DecoderConfig(ModelConfig):
             )
         for name, least in (("rope_base", 1), ("norm_eps", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least < value < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= _LARGEST:
                 raise ConfigError(f"{name} must be a number above {least}, not {value!r}.")
             object.__setattr__(self, name, float(value))
         if self.rope_freq is not None:
@@ -147,7 +149,7 @@ def _scaling(values: Any) -> dict[str, float]:
         said = ", ".join(map(str, values)) if isinstance(values, Mapping) else repr(values)
         raise ConfigError(f"rope_freq is Llama 3.1's scaling, with {', '.join(_SCALING)}, not {said}.")
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
             raise ConfigError(f"{name} in rope_freq must be a number above 0, not {value!r}.")
     if values["high_freq_factor"] <= values["low_freq_factor"]:
         raise ConfigError("high_freq_factor in rope_freq must be above low_freq_factor.")
