@@ -396,6 +396,8 @@ def test_what_a_model_has_that_llama_cpp_has_not(tmp_path: Path, tokenizer: Toke
     refused(tmp_path, CheckpointError, r"gpt2 computes GELU's tanh form, .* give --drop gelu", tokenizer=known)
     onym.save(onym.Decoder(onym.DecoderConfig(**SHAPE, qk_norm=True, rope_freq=SCALING)), tmp_path / "ours")
     refused(tmp_path, CheckpointError, r"qwen3 does not scale its rotation \(rope_freq\)", tokenizer=known)
+    onym.save(onym.Decoder(onym.DecoderConfig(**{**SHAPE, "context_length": 2**32})), tmp_path / "ours")
+    refused(tmp_path, CheckpointError, r"GGUF's context length has 32 bits, and this model's is 4294967296", tokenizer=known)
 
 
 def test_rows_that_blocks_do_not_divide(tmp_path: Path, tokenizer: Tokenizer, texts: list[str]) -> None:

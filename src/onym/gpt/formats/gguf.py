@@ -61,6 +61,8 @@ def _architecture(config: DecoderConfig) -> str:
 def _decoder_refuses(config: Config) -> str | None:
     if config["qk_norm"] and config["rope_freq"] is not None:
         return "llama.cpp's qwen3 does not scale its rotation (rope_freq), and its llama does not normalise queries and keys"
+    if config["context_length"] >= 2**32:
+        return f"GGUF's context length has 32 bits, and this model's is {config['context_length']}"
     return None
 
 
