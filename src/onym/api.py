@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from onym.checkpoint.restore import stored_extra_state, stored_optimizer
 from onym.convert.clean_names import clean_names
 from onym.convert.opening import open_any, warn_of
+from onym.convert.registry import Format
 from onym.convert.sources import as_json
 from onym.convert.translation import format_of, translated
 from onym.errors import CheckpointError, ConfigError
@@ -371,7 +372,11 @@ def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) 
     raw: TensorFile = origin.contents.tensors
     renamed = recover_names(raw.names, known)
     fits = {renamed.get(name, name) for name in raw.names} - {AVERAGE_COUNTER} == known.keys() - {AVERAGE_COUNTER}
-    if fits or origin.config is None:
+    if origin.config is None:
+        return raw
+    if fits:
+        if origin.format.live(unwrap(model)) is not None:
+            _require_same_computation(checkpoint, model, origin.format)
         return raw
     if set(checkpoint.model.names) == known.keys():
         _require_same_computation(checkpoint, model)
@@ -380,9 +385,9 @@ def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) 
     format = format_of(shapes)
     if format is None or format.architecture != origin.format.architecture:
         return raw
+    _require_same_computation(checkpoint, model, format)
     if format is origin.format and not origin.dropped and len(raw.names) >= len(known):
         return raw
-    _require_same_computation(checkpoint, model)
     return translated(checkpoint.model, format, shapes)
 
 
@@ -394,17 +399,27 @@ def _in_the_models_layout(checkpoint: Checkpoint, model: nn.Module, known: Mappi
     format = format_of(shapes)
     if format is None or format.architecture != checkpoint.architecture or set(checkpoint.model.names) == known.keys():
         return checkpoint.model
+    _require_same_computation(checkpoint, model, format)
     return translated(checkpoint.model, format, shapes)
 
 
-def _require_same_computation(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Refuse settings that no tensor's shape shows, where both sides state them."""
+def _require_same_computation(checkpoint: Checkpoint, model: nn.Module, format: Format | None = None) -> None:
+    """Refuse settings that no tensor's shape shows, where both sides state them.
+
+    Args:
+        format: the layout of a model whose class is not registered.
+    """
+    origin, config = checkpoint.origin, checkpoint.config
+    hidden = (format or origin.format).hidden
+    live: Mapping[str, Any] | None
     architecture, live = describe_model(unwrap(model))
-    origin = checkpoint.origin
-    if live is None or architecture != origin.format.architecture:
+    if live is None and format is not None:
+        architecture, live = format.architecture, format.live(unwrap(model))
+    if live is None or config is None or architecture != checkpoint.architecture:
         return
-    for name in origin.format.hidden:
-        if name not in origin.assumed and (was := origin.config[name]) != (now := live[name]):
+    assumed = origin.assumed if origin is not None else set()
+    for name in hidden:
+        if name in live and name not in assumed and (was := config.get(name)) != (now := live[name]):
             raise ConfigError(
                 f"'{checkpoint.path}' was trained with {name}={was}, and this model computes with {name}={now}: its values "
                 "would load, and mean something else. Build the model with that, or use onym.load_model(path)."

@@ -99,7 +99,7 @@ def children(parent: int) -> list[int]:
         (("--batch-size", -1), "--batch-size must be more than 0, not -1"),
         (("--vocab-size", 0), "vocab_size must be a whole number of at least 1, not 0"),
         (("--context-length", -4), "context_length must be a whole number of at least 1, not -4"),
-        (("--preset", "mimi"), "There is no preset 'mimi' (did you mean 'mini'?)"),
+        (("--preset", "mimi"), "A GPT-2 has no preset 'mimi' (did you mean 'mini'?)"),
         (("--device", "tpu"), "There is no device 'tpu' here"),
         (("--out", "file"), "Could not write the ladder at 'file'"),
     ],

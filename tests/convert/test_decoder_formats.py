@@ -353,6 +353,23 @@ def test_a_setting_that_shows_in_no_shape_is_compared_before_loading(folder: Pat
             onym.load(folder, into=onym.Decoder(config_of("llama", **{field: value}, **fields)))
 
 
+def test_a_live_model_of_transformers_is_compared_before_loading_too(folder: Path) -> None:
+    """Ours and its own folder, into a class that has the same shapes and computes otherwise."""
+    config = config_of("llama")
+    onym.save(ours(config), folder / "ours")
+    transformers_model("llama", config).save_pretrained(folder / "hf")
+    for field, value in (("rope_base", 5e5), ("norm_eps", 1e-3), ("rope_freq", STRETCHED), ("n_heads", 2)):
+        fields = {"head_dim": 16, "n_kv_groups": 1} if field == "n_heads" else {}
+        other = transformers_model("llama", config_of("llama", **{field: value}, **fields))
+        before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        for source in ("ours", "hf"):
+            with pytest.raises(ConfigError, match=f"was trained with {field}="):
+                onym.load(folder / source, into=other)
+        assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+    for source in ("ours", "hf"):
+        onym.load(folder / source, into=transformers_model("llama", config))
+
+
 def test_a_mismatch_speaks_of_the_decoders_fields_and_of_whose_names_they_are(folder: Path) -> None:
     onym.save(ours(config_of("llama")), folder / "ours")
     for field, value in (("n_layers", 3), ("vocab_size", 90)):

@@ -309,3 +309,11 @@ def test_every_preset_is_one_kinds_or_all_kinds() -> None:
 def test_what_cannot_be_is_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         DecoderConfig.from_dict(values)
+
+
+def test_feed_forward_and_groups_follow_another_width_of_our_own_presets() -> None:
+    wide = DecoderConfig.preset("nano", emb_dim=192, n_heads=3)
+    assert (wide.hidden_dim, wide.n_kv_groups) == (576, 3)
+    assert DecoderConfig.preset("nano", emb_dim=192, n_heads=6).n_kv_groups == 3
+    assert DecoderConfig.preset("nano", emb_dim=192, hidden_dim=77, n_kv_groups=1).to_dict()["hidden_dim"] == 77
+    assert DecoderConfig.preset("qwen3-0.6b", emb_dim=512).hidden_dim == 3072

@@ -367,9 +367,10 @@ def restore_without_verification(run: Path) -> int | None:
 
 @reader
 def load(run: Path) -> int | None:
+    if not steps(run):  # none yet; or a listing that saw neither the step that went nor the one that came
+        return None
     model = Step()
-    if steps(run):
-        onym.load(run, into=model)
+    onym.load(run, into=model)
     return model.step
 
 

@@ -215,3 +215,24 @@ def test_a_run_on_a_relative_path_goes_on_from_another_folder(
     again = onym("train", "--data", "./book.txt", "--steps", 5)
     assert again.returncode == 0
     assert "--data was" not in again.stdout, "the same file"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--zero-init", "--from", "runs/other"), "--zero-init is about first weights, and --from brings others"),
+        (("--optimizer", "adamw", "--muon-momentum-warmup", 5), "--muon-momentum-warmup is Muon's"),
+        (("--optimizer", "adamw", "--muon-learning-rate", 1e-3), "--muon-learning-rate is Muon's"),
+        (("--arch", "llama", "--drop-rate", 0.1), "--drop-rate is of --arch gpt2, and this model is of llama"),
+        (("--arch", "gpt2", "--rope-base", 1e4), "--rope-base is of --arch llama or qwen3, and this model is of gpt2"),
+        (("--arch", "gpt2", "--preset", "llama3.2-1b"), "A GPT-2 has no preset 'llama3.2-1b'"),
+        (("--preset", "nanno"), "There is no preset 'nanno' (did you mean 'nano'?)"),
+        (("--n-kv-groups", 3), "n_heads=4 cannot share n_kv_groups=3"),
+        (("--head-dim", 31), "head_dim=31 is odd"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(onym: Run, options: tuple[object, ...], says: str) -> None:
+    refused = onym("train", *options)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert says in refused.stderr
+    assert refused.stderr.count("\n") == 1

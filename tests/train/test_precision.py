@@ -14,7 +14,7 @@ from onym.train.precision import Compute
 from onym.train.step import Stepper
 from tests.conftest import Run
 
-REAL = ("--preset", "nano", "--steps", 200, "--eval-every", 50, "--eval-batches", 4, "--log-every", 10, "--drop-rate", 0.0)
+REAL = ("--preset", "nano", "--steps", 200, "--eval-every", 50, "--eval-batches", 4, "--log-every", 10)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from onym.convert.mapping import Recipe, Rule, Shape, View
 from onym.convert.sources import Contents
@@ -227,6 +227,8 @@ class Format:
     """Which part of it the architecture does not have, where the layout alone proves that."""
     hidden: tuple[str, ...] = ()
     """Fields of the configuration that change the computation and show in no shape: they are compared before loading."""
+    live: Callable[[nn.Module], Config | None] = lambda model: None
+    """What a live model in this layout, of a class that is not registered, states of these fields."""
     extra: Callable[[str, Shape, str], Recipe | None] = lambda name, shape, dtype: None
     """A tensor of a live model in this layout that our model has not, made from its name, shape and dtype."""
     target: Target | None = None

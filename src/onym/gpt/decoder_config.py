@@ -14,6 +14,7 @@ _LARGEST = sys.float_info.max  # JSON has larger whole numbers, which no float c
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_context_length")
 # A gated feed-forward three times as wide as the model, and half as many heads of keys and values: twelve times the square of
 # the width in a block, as GPT-2 has.
+_OWN = ("nano", "micro", "mini", "small", "medium")
 _SHAPES: dict[str, dict[str, Any]] = {
     "nano": {"context_length": 128, "emb_dim": 128, "n_heads": 4, "n_kv_groups": 2, "n_layers": 4, "hidden_dim": 384},
     "micro": {"context_length": 128, "emb_dim": 256, "n_heads": 4, "n_kv_groups": 2, "n_layers": 4, "hidden_dim": 768},
@@ -89,6 +90,25 @@ class DecoderConfig(ModelConfig):
     """What is added to the mean square in norms; 1e-6 with qk_norm (Qwen3), else 1e-5 (Llama 3)."""
     tie_embeddings: bool = False
     """Use the token embedding as the output head too."""
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> DecoderConfig:
+        """One of the named shapes, with any field replaced.
+
+        Of those that are counterparts of GPT-2's, the feed-forward and the heads of keys and values follow another width or
+        number of heads.
+
+        Raises:
+            ConfigError: there is no such preset, or no such field.
+
+        >>> DecoderConfig.preset("nano", emb_dim=256, n_heads=8).hidden_dim
+        768
+        """
+        if name in _OWN:
+            width, heads = (overrides.get(key, _SHAPES[name][key]) for key in ("emb_dim", "n_heads"))
+            follows = {"hidden_dim": 3 * width, "n_kv_groups": heads if heads % 2 else heads // 2}
+            overrides = {key: value for key, value in follows.items() if value > 0} | overrides
+        return super().preset(name, **overrides)
 
     def __post_init__(self) -> None:
         self._require_counts("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")

@@ -257,8 +257,10 @@ class OptimizationOptions:
         for name in ("learning_rate", "muon_learning_rate"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)
-        if self.optimizer == "adamw" and self.muon_learning_rate is not None:
-            raise ConfigError("--muon-learning-rate is Muon's, and the optimizer is AdamW: leave it out.")
+        if self.optimizer == "adamw":
+            for name in ("muon_learning_rate", "muon_momentum_warmup"):
+                if getattr(self, name):
+                    raise ConfigError(f"{flag(name)} is Muon's, and the optimizer is AdamW: leave it out.")
         _require_not_negative(self, "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "seed")
         if self.muon_momentum_warmup is not None:
             _require_not_negative(self, "muon_momentum_warmup")
@@ -351,6 +353,8 @@ class TrainOptions:
         if self.run.parallel == "ddp" and (self.run.cpu_offload or self.run.gather_dtype != "fp32"):
             given = "--cpu-offload" if self.run.cpu_offload else f"--gather-dtype {self.run.gather_dtype}"
             raise ConfigError(f"{given} is about sharded weights: add --parallel fsdp, or leave it out.")
+        if self.optimization.zero_init and self.model.start_from is not None:
+            raise ConfigError("--zero-init is about first weights, and --from brings others: leave one of them out.")
         if self.run.parallel != "ddp":
             flags = f"--parallel {self.run.parallel}"
             if self.optimization.optimizer == "muon":

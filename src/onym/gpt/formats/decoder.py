@@ -104,7 +104,7 @@ def _configured(origin: Origin, view: View, stated: Stated, given: Config, table
     for key, value in shaped.items():
         if key in stated.config and stated.config[key] != value and key in stated.names:
             raise CheckpointError(
-                f"'{path}' does not fit together: {stated.source} says {stated.names[key]}={stated.config[key]}, and the "
+                f"'{path}' does not fit together: {stated.source} says {stated.names[key]}={stated.config[key]!r}, and the "
                 f"tensors have {value}. Take the settings that belong to the weights."
             )
         if key in given and given[key] != value:

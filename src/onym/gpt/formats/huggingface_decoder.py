@@ -11,10 +11,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from onym.convert.mapping import Rule, same
 from onym.convert.registry import Config, Format, NamedShapes, Stated, Target, Writing
 from onym.gpt.decoder_config import DecoderConfig
-from onym.gpt.formats.decoder import DecoderFormat
+from onym.gpt.formats.decoder import HIDDEN, DecoderFormat
 from onym.gpt.formats.transformers_folder import folder_texts
 
 FIELDS = {
@@ -73,16 +75,36 @@ def _stated(kind: str, found: NamedShapes) -> Stated:
     flags = {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2"}
     if "hidden_size" not in values and "model_type" not in values:
         return Stated(flags)
+    config, reason = _configuration(kind, values)
+    return Stated({**flags, **config}, "config.json", FIELDS, _not_ours(kind, values) or reason)
+
+
+def _configuration(kind: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """What their settings are in our fields; and why there is no such rotation here."""
     rotation, reason = _rotation(values)
     config: dict[str, Any] = {
-        **flags,
         "norm_eps": 1e-6,
         "tie_embeddings": False,
         "context_length": _CONTEXTS[kind],
         **{ours: values[theirs] for ours, theirs in FIELDS.items() if values.get(theirs) is not None},
         **rotation,
     }
-    return Stated(config, "config.json", FIELDS, _not_ours(kind, values) or reason)
+    return config, reason
+
+
+def _live(kind: str, model: nn.Module) -> Config | None:
+    """What an instance of one of the four classes computes with."""
+    settings: Any = getattr(model, "config", None)
+    if not hasattr(settings, "to_dict") or getattr(settings, "model_type", None) != kind:
+        return None
+    values = settings.to_dict()
+    heads = values.get("num_attention_heads") or 1
+    config, _ = _configuration(
+        kind,
+        {"head_dim": values.get("hidden_size", 0) // heads, "num_key_value_heads": heads}
+        | {key: value for key, value in values.items() if value is not None},
+    )
+    return {name: config[name] for name in HIDDEN if name in config}
 
 
 def _not_ours(kind: str, values: Mapping[str, Any]) -> str | None:
@@ -220,6 +242,7 @@ def _format(kind: str, title: str, *inner: str, written: bool = True) -> Format:
         recognise=functools.partial(_recognise, kind),
         rules=_table(*inner),
         stated=functools.partial(_stated, kind),
+        live=functools.partial(_live, kind),
         ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"),
         prefix="model",
         target=_target(kind) if written else None,
