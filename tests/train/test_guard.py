@@ -168,7 +168,7 @@ def test_spoilt_weights_are_rolled_back(onym: Run, book: Path, tmp_path: Path, s
     rows = metrics(tmp_path / "runs/book")
     *left_out, event = [row for row in rows if "event" in row]
     assert [(row["event"], row["step"]) for row in left_out] == [("skipped-step", step) for step in range(25, 31)]
-    assert "6 steps whose loss or gradient was non-finite or a spike; 1 rollbacks" in done.stdout
+    assert "6 steps whose loss or gradient was non-finite or a spike; 1 rollback" in done.stdout
     assert event == {"event": "rollback", "step": 20, "from": 30, "batches": [20, 10]}
     assert [row["step"] for row in rows if "event" not in row] == list(range(0, 61, 5)), "no row is missing, none is twice"
     longer = onym("train", "--name", "book", "--steps", 65)
@@ -327,7 +327,7 @@ def test_what_was_pending_in_the_checkpoint_is_told_once(onym: Run, book: Path, 
     assert done.returncode == 0, done.stdout + done.stderr
     left_out = [row["step"] for row in metrics(tmp_path / "runs/book") if row.get("event") == "skipped-step"]
     assert sorted(left_out) == [18, *range(31, 46)]
-    assert "16 steps whose loss or gradient was non-finite or a spike; 1 rollbacks" in done.stdout
+    assert "16 steps whose loss or gradient was non-finite or a spike; 1 rollback" in done.stdout
 
 
 def test_a_full_disk_at_a_roll_back_does_not_end_training(

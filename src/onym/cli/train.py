@@ -19,7 +19,7 @@ from onym.train.loop import Outcome
 from onym.train.options import RunOptions, TrainOptions
 from onym.train.run import train
 from onym.train.run_folder import FINISHED
-from onym.units import format_size
+from onym.units import format_size, plural
 
 
 def run(given: tuple[TrainOptions, list[str]]) -> int:
@@ -65,9 +65,10 @@ def _summarise(outcome: Outcome, display: Display) -> None:
         rate = f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.share_waited:.1%} of the time waiting for data"
         rows["speed"] = f"{rate}; {how} {compilation.seconds:.1f} s"
     if state.skipped_steps:
-        back = f"; {state.rollbacks} rollbacks" if state.rollbacks else ""
+        back = f"; {plural(state.rollbacks, 'rollback')}" if state.rollbacks else ""
         rows["skipped"] = (
-            f"{state.skipped_steps} steps whose loss or gradient was non-finite or a spike{back}: see {outcome.folder.metrics}"
+            f"{plural(state.skipped_steps, 'step')} whose loss or gradient was non-finite or a spike{back}: "
+            f"see {outcome.folder.metrics}"
         )
     if proof is not None:
         difference = abs(proof.held_out - proof.expected)
