@@ -37,6 +37,8 @@ def main() -> None:
                     "-m",
                     "onym",
                     "train",
+                    "--arch",
+                    "gpt2",
                     "--preset",
                     given.preset,
                     "--compile",

@@ -22,7 +22,20 @@ from _measure import rounds, save_results
 
 def curve(optimizer: str, rate: float, given: argparse.Namespace, folder: str) -> dict[int, float]:
     name = f"{optimizer}-{rate}"
-    command = [sys.executable, "-m", "onym", "train", "--preset", given.preset, "--optimizer", optimizer, "--compile", "whole"]
+    command = [
+        sys.executable,
+        "-m",
+        "onym",
+        "train",
+        "--arch",
+        "gpt2",
+        "--preset",
+        given.preset,
+        "--optimizer",
+        optimizer,
+        "--compile",
+        "whole",
+    ]
     command += ["--learning-rate", str(rate), "--steps", str(given.steps), "--eval-every", "25", "--runs-dir", folder]
     subprocess.run([*command, "--name", name, "--save-every", "1000000"], check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in Path(folder, name, "metrics.jsonl").read_text().splitlines()]

@@ -153,14 +153,15 @@ def convert(
 def _format(name: str, checkpoint: Checkpoint | None = None) -> Format | None:
     """The format that ``--to`` names; of several of one program, the one that holds the checkpoint's model."""
     named = [known for known in formats() if known.target is not None and name in (known.name, known.program)]
-    for known in named if checkpoint is not None and checkpoint.config is not None else ():
-        assert checkpoint is not None
-        assert checkpoint.config is not None
-        assert known.target is not None
-        if known.architecture == checkpoint.architecture and known.target.refuses(checkpoint.config) is None:
-            return known
-    fitting = (known for known in named if checkpoint is not None and known.architecture == checkpoint.architecture)
-    return next(fitting, named[0] if named else None)
+    if checkpoint is not None:
+        config = checkpoint.config
+        named.sort(key=lambda known: known.architecture != checkpoint.architecture)  # its own first
+        for known in named:
+            if known.architecture != checkpoint.architecture or config is None:
+                break
+            if known.target is not None and known.target.refuses(config) is None:
+                return known
+    return named[0] if named else None
 
 
 def _of_one_program(source: Format | None, target: Format | None) -> bool:

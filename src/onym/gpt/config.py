@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -26,7 +27,7 @@ OTHER_ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ABC):
     """What the configurations of both models have: fields as a dict and as JSON, named shapes, checks.
 
     Raises:
@@ -103,15 +104,15 @@ class ModelConfig:
         return cls.from_dict(values)
 
     @property
+    @abstractmethod
     def multiplied_weights(self) -> int:
         """Weights of the matrices that each token is multiplied with; the embeddings are looked up, the head counts, tied or
         not."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def attention_width(self) -> int:
         """Width of all heads of a block together."""
-        raise NotImplementedError
 
     def _require_counts(self, *names: str) -> None:
         for name in names:

@@ -114,7 +114,7 @@ class Decoder(CausalLM):
         self._complete()
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Tokens [batch, time] -> [batch, time, emb]; positions are told to each block."""
+        """Tokens [batch, time] -> [batch, time, emb]; positions are an input of each block."""
         return self.tok_emb(tokens)  # type: ignore[no-any-return]
 
     def per_position(self, positions: Tensor) -> tuple[Rotation]:

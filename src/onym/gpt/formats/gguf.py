@@ -7,6 +7,7 @@ queries and keys are permuted there, and halves in the other two, as here. Sourc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -213,40 +214,21 @@ def _omitted(config: Config) -> tuple[str, ...]:
     return ("output.weight",) if config["tie_embeddings"] else ()
 
 
-GGUF_GPT2 = Format(
+_GGUF = functools.partial(Format, recognise=lambda named: None, program="gguf")
+_FILE = functools.partial(
+    Target, container="file", ending=".gguf", dtypes=DTYPES, omitted=_omitted, file=_write, texts=_modelfile
+)
+GGUF_GPT2 = _GGUF(
     name="gguf-gpt2",
     title="llama.cpp's gpt2",
-    recognise=lambda named: None,
     architecture="gpt",
-    program="gguf",
     rules=GPT_RULES,
-    target=Target(
-        container="file",
-        ending=".gguf",
-        dtypes=DTYPES,
-        lacks=_gpt_lacks,
-        without=without,
-        added=_gpt_added,
-        omitted=_omitted,
-        file=_write,
-        texts=_modelfile,
-    ),
+    target=_FILE(lacks=_gpt_lacks, without=without, added=_gpt_added),
 )
-GGUF_DECODER = Format(
+GGUF_DECODER = _GGUF(
     name="gguf-decoder",
     title="llama.cpp's llama, qwen2 or qwen3",
-    recognise=lambda named: None,
     architecture="decoder",
-    program="gguf",
     rules=DECODER_RULES,
-    target=Target(
-        container="file",
-        ending=".gguf",
-        dtypes=DTYPES,
-        refuses=_decoder_refuses,
-        added=_decoder_added,
-        omitted=_omitted,
-        file=_write,
-        texts=_modelfile,
-    ),
+    target=_FILE(refuses=_decoder_refuses, added=_decoder_added),
 )
