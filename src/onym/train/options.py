@@ -407,9 +407,7 @@ def completed(subject: str, stored: Mapping[str, Any]) -> dict[str, Any]:
     if subject == "model" and stored:
         before = {"arch": "gpt2"}
     elif subject == "optimization" and stored:
-        one_rate = stored.get("learning_rate") if stored.get("optimizer") == "muon" else None
-        before = {"muon_learning_rate": one_rate, "muon_momentum_warmup": 0, "zero_init": False}
-        before |= {"document_mask": False, "packing": "stream"}
+        before = {"zero_init": False, "document_mask": False, "packing": "stream"}
     return {**before, **stored}
 
 
