@@ -24,8 +24,29 @@ class CacheShape(Protocol):
     def head_dim(self) -> int: ...
 
 
+class Cache(Protocol):
+    """The keys and values of the tokens before those that a forward pass is given."""
+
+    def positions(self, time: int) -> Tensor:
+        """Where ``time`` new tokens stand: [time], or [batch, time] where that differs from sequence to sequence."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store one layer's new keys and values, both [batch, kv groups, time, head_dim], and attend to all up to each query.
+
+        Args:
+            layer: its number.
+            q: [batch, heads, time, head_dim].
+
+        Returns:
+            [batch, heads, time, head_dim].
+        """
+
+    def advance(self, time: int) -> None:
+        """The forward pass is complete: its tokens are read."""
+
+
 class KVCache:
-    """The keys and values of the tokens read so far, in buffers allocated once.
+    """The keys and values of sequences of equal length, in buffers allocated once.
 
     Args:
         config: the model's shape.
@@ -45,7 +66,26 @@ class KVCache:
         shape = (config.n_layers, batch_size, config.n_kv_groups, capacity or config.context_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held; the model moves it on once a forward pass is complete
+        self.length = 0  # tokens held
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, length: int) -> KVCache:
+        """A cache in buffers that are there: both [layers, batch, kv groups, capacity, head_dim], of which ``length`` are held."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values, cache.length = keys, values, length
+        return cache
+
+    def positions(self, time: int) -> Tensor:
+        """The next ones: [time]."""
+        if (end := self.length + time) > (capacity := self.keys.shape[3]):
+            raise ValueError(
+                f"{end} tokens do not fit a cache of {capacity}: pass the last ones only, or use onym.generate.engine, which slides."
+            )
+        return torch.arange(self.length, end, device=self.keys.device)
+
+    def advance(self, time: int) -> None:
+        """The forward pass is complete: its tokens are read."""
+        self.length += time
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new entries and return all of that layer's so far, both [batch, kv groups, length, head_dim]."""
@@ -54,13 +94,29 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :meth:`Cache.attend`."""
+        time, mask = q.shape[2], None
+        k, v = self.append(layer, k.to(self.keys.dtype), v.to(self.values.dtype))
+        if 1 < time < k.shape[2]:  # several new tokens behind cached ones: each sees all up to itself
+            mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - time)
+        k, v = for_each_head(k, v, q.shape[1])
+        return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=time == k.shape[2])
+
+
+def for_each_head(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [batch, kv groups, …] repeated for the heads that read them: [batch, heads, …]."""
+    if k.shape[1] == heads:
+        return k, v
+    return k.repeat_interleave(heads // k.shape[1], dim=1), v.repeat_interleave(heads // v.shape[1], dim=1)
+
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     layer: int,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     documents: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -78,15 +134,10 @@ def attend(
         [batch, time, heads * head_dim].
     """
     batch, heads, time, head_dim = q.shape
-    mask = None
     if cache is not None:
-        k, v = cache.append(layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
-        q = q.to(k.dtype)
-        if 1 < time < k.shape[2]:  # several new tokens behind cached ones: each sees all up to itself
-            mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - time)
-    if k.shape[1] != heads:
-        k, v = (each.repeat_interleave(heads // each.shape[1], dim=1) for each in (k, v))
-    compiling, masked = torch.compiler.is_compiling() and cache is None, documents is not None
+        return cache.attend(layer, q, k, v).transpose(1, 2).reshape(batch, time, heads * head_dim)
+    k, v = for_each_head(k, v, heads)
+    compiling, masked = torch.compiler.is_compiling(), documents is not None
     kernel = kernel_for(q.device.type, time, head_dim, dropout, compiling=compiling, documents=masked)
     if kernel == "squares":
         x = _by_formula(q, k, v, dropout, documents)
@@ -96,7 +147,7 @@ def attend(
     elif documents is not None:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_in_documents(documents), dropout_p=dropout)
     else:
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=time == k.shape[2], dropout_p=dropout)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     return x.transpose(1, 2).reshape(batch, time, heads * head_dim)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from onym.gpt.attention import KVCache
+from onym.gpt.attention import Cache, KVCache
 from onym.gpt.config import ModelConfig
 from onym.gpt.documents import positions_of
 from onym.gpt.head_loss import IGNORED_TARGET, chunk_rows, head_loss
@@ -28,12 +28,13 @@ class Head(nn.Linear):
     """The output head: a linear layer that computes with its rows padded to a multiple of ``HEAD_MULTIPLE``.
 
     The padding exists only inside the product. The parameter, its gradient, the optimizer's state and every file have one
-    row a token, so nothing downstream needs to know of it; compiled, it is part of the cast to the compute dtype.
+    row a token, so nothing downstream needs to know of it; compiled, it is part of the cast to the compute dtype. A few rows
+    alone, as in generating, are not worth the copy.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, time, emb] -> [batch, time, vocab]
         padding = self.padded_to - self.out_features
-        if not padding:
+        if not padding or x.shape[:-1].numel() < HEAD_MULTIPLE:
             return super().forward(x)
         return F.linear(x, F.pad(self.weight, (0, 0, 0, padding)))[..., : self.out_features]
 
@@ -113,7 +114,7 @@ class CausalLM(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
         """Logits, or the loss where targets are given.
@@ -130,32 +131,36 @@ class CausalLM(nn.Module):
             Logits [batch, time, vocab] in the compute dtype; with targets, the mean cross-entropy in nats, a 0-d fp32
             tensor.
         """
-        start = cache.length if cache is not None else 0
-        end = start + tokens.shape[1]
-        if end > self.config.context_length:
-            raise ValueError(
-                f"{end} tokens do not fit a context of {self.config.context_length}: "
-                "pass the last ones only, or use onym.generate.engine, which slides."
-            )
-        if documents is None:
-            positions = torch.arange(start, end, device=tokens.device)
-        elif cache is None:
-            positions = positions_of(documents)
-        else:
-            raise ValueError("A cache holds one document: pass documents, or a cache, not both.")
-        x = self.embed(tokens, positions)  # [batch, time, emb]
-        known = self.per_position(positions)
+        x = self.hidden(tokens, cache, documents)
+        if targets is None:
+            return self.out_head(x)  # type: ignore[no-any-return]
+        return self._loss(x.flatten(0, 1), targets.flatten())
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
+        """What the head is given: [batch, time, emb], of the arguments of :meth:`forward`."""
+        x, known = self._embedded(tokens, cache, documents)
         for block in self.trf_blocks:
             if self.recompute_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, None, documents, *known, use_reentrant=False)
             else:
                 x = block(x, cache, documents, *known)
-        x = self.final_norm(x)
         if cache is not None:
-            cache.length = end
-        if targets is None:
-            return self.out_head(x)  # type: ignore[no-any-return]
-        return self._loss(x.flatten(0, 1), targets.flatten())
+            cache.advance(tokens.shape[1])
+        return self.final_norm(x)  # type: ignore[no-any-return]
+
+    def _embedded(self, tokens: Tensor, cache: Cache | None, documents: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
+        if cache is not None:
+            if documents is not None:
+                raise ValueError("A cache holds one document: pass documents, or a cache, not both.")
+            positions = cache.positions(tokens.shape[1])
+        elif (end := tokens.shape[1]) > self.config.context_length:
+            raise ValueError(
+                f"{end} tokens do not fit a context of {self.config.context_length}: "
+                "pass the last ones only, or use onym.generate.engine, which slides."
+            )
+        else:
+            positions = torch.arange(end, device=tokens.device) if documents is None else positions_of(documents)
+        return self.embed(tokens, positions), self.per_position(positions)
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:  # [tokens, emb], [tokens] -> []
         if torch.is_autocast_enabled(x.device.type):

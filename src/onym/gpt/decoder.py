@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from onym.gpt.attention import KVCache, attend
+from onym.gpt.attention import Cache, attend
 from onym.gpt.causal_lm import CausalLM, Head
 from onym.gpt.decoder_config import DecoderConfig
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(queries, config.emb_dim, bias=False)
 
     def forward(  # [batch, time, emb] -> the same
-        self, x: Tensor, cache: KVCache | None, documents: Tensor | None, rotation: Rotation
+        self, x: Tensor, cache: Cache | None, documents: Tensor | None, rotation: Rotation
     ) -> Tensor:
         # three of [batch, time, heads or groups, head_dim]
         q, k, v = (product(x).unflatten(-1, (-1, self.head_dim)) for product in (self.W_query, self.W_key, self.W_value))
@@ -85,7 +85,7 @@ class Block(nn.Module):
         self.ff = FeedForward(config)
 
     def forward(  # [batch, time, emb] -> the same
-        self, x: Tensor, cache: KVCache | None, documents: Tensor | None, rotation: Rotation
+        self, x: Tensor, cache: Cache | None, documents: Tensor | None, rotation: Rotation
     ) -> Tensor:
         x = x + self.att(self.norm1(x), cache, documents, rotation)
         return x + self.ff(self.norm2(x))  # type: ignore[no-any-return]

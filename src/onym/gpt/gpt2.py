@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from onym.gpt.attention import KVCache, attend
+from onym.gpt.attention import Cache, attend
 from onym.gpt.causal_lm import CausalLM, Head
 from onym.gpt.config import GPTConfig
 
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.emb_dim, config.emb_dim, bias=config.bias)
 
     def forward(  # [batch, time, emb] -> the same
-        self, x: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        self, x: Tensor, cache: Cache | None = None, documents: Tensor | None = None
     ) -> Tensor:
         batch, time, emb = x.shape
         # [batch, time, 3 * emb] -> three of [batch, heads, time, head_dim]
@@ -66,7 +66,7 @@ class Block(nn.Module):
         self.drop_resid = nn.Dropout(config.drop_rate)
 
     def forward(  # [batch, time, emb] -> the same
-        self, x: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        self, x: Tensor, cache: Cache | None = None, documents: Tensor | None = None
     ) -> Tensor:
         x = x + self.drop_resid(self.att(self.norm1(x), cache, documents))
         return x + self.drop_resid(self.ff(self.norm2(x)))  # type: ignore[no-any-return]
