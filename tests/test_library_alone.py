@@ -10,7 +10,8 @@ from importlib.abc import MetaPathFinder
 
 class Hidden(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[:2] in [["onym", room] for room in ("gpt", "data", "generate", "compile", "train", "tools", "cli")]:
+        rooms = ("gpt", "data", "generation", "compile", "train", "tools", "cli")
+        if name.split(".")[:2] in [["onym", room] for room in rooms]:
             raise ImportError(f"{name} is hidden")
 
 sys.meta_path.insert(0, Hidden())

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from onym.convert.dcp_reader import DCPReader as DCPReader
     from onym.convert.registry import register_format as register_format
     from onym.errors import OnymError as OnymError
+    from onym.generation.scoring import Score as Score
+    from onym.generation.scoring import score as score
+    from onym.generation.write import generate as generate
     from onym.gpt.config import GPTConfig as GPTConfig
     from onym.gpt.decoder import Decoder as Decoder
     from onym.gpt.decoder_config import DecoderConfig as DecoderConfig
@@ -43,6 +46,8 @@ _WHERE = {
     "convert.dcp_reader": ("DCPReader",),
     "convert.registry": ("register_format",),
     "errors": ("OnymError",),
+    "generation.scoring": ("Score", "score"),
+    "generation.write": ("generate",),
     "gpt.config": ("GPTConfig",),
     "gpt.decoder": ("Decoder",),
     "gpt.decoder_config": ("DecoderConfig",),

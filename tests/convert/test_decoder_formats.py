@@ -384,8 +384,8 @@ def test_transformers_writes_the_same_text(folder: Path) -> None:
     """Model and tokenizer opened by their Auto classes: the same greedy continuation as ours."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from onym.generate.engine import generate
-    from onym.generate.sampling import Sampling
+    from onym.generation.engine import generate
+    from onym.generation.sampling import Sampling
 
     tokenizer = Tokenizer.train(["some words and some more words, all of them short " * 20], 280)
     model = ours(config_of("qwen3", vocab_size=tokenizer.vocab_size, tie_embeddings=True))

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from onym.generate.sampling import Sampling
+from onym.generation.sampling import Sampling
+from onym.generation.ways import Compile, Dtype
 from onym.train.options import DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
 
 
@@ -64,11 +65,30 @@ class GenerateArguments:
     transformers."""
     prompt: Annotated[str, _arg(default="none, a new document")] = ""
     """The text to continue."""
+    prompts: Annotated[str, _arg("FILE|-", "none")] = ""
+    """Texts to continue instead, one a line; - reads them from standard input."""
+    n: int = 1
+    """Texts to write for each prompt."""
     max_new_tokens: int = 200
     """Tokens to write at the most."""
     sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    """End before the first of these strings."""
+    stop_ids: tuple[int, ...] = ()
+    """End before one of these tokens, as before the end of a document."""
+    logit_bias: Annotated[str, _arg("ID=BIAS,…", "none")] = ""
+    """Added to the logits of these tokens: -100 forbids one."""
     seed: Annotated[int | None, _arg("INT", "another text each time")] = None
-    """For the same text again."""
+    """For the same text again. Of several texts, the seed of the first; each further one's is one higher."""
+    logprobs: Annotated[int, _arg("K", "none")] = 0
+    """With --json, report this many of the likeliest tokens with each one, up to 20."""
+    prompt_logprobs: bool = False
+    """With --json, report the log-probability of each token of the prompt."""
+    dtype: Annotated[Dtype, _arg("auto|fp32|bf16|int8", "bf16 where the device multiplies it in hardware, else fp32")] = "auto"
+    """Of the weights. int8 is smaller and rounds them: the loss on held-out text is printed beside that of fp32."""
+    compile: Compile = "auto"
+    """Whether a step is compiled; auto: where that was measured to be faster here, and is there already or pays."""
+    json: Annotated[bool, _arg(purpose="Print a JSON object a text, each on a line, instead.")] = False
     step: _Step = "latest"
     tokenizer: Annotated[str | None, _arg("FILE|NAME")] = None
     """A tokenizer.json or hub name, where the model's folder holds none."""

@@ -10,12 +10,13 @@ from rich.console import Console
 
 from onym.cli.arguments import DoctorArguments
 from onym.cli.report import print_facts, print_heading, print_json
+from onym.gpt.hardware import computes_in_bf16
 from onym.tools.doctor import machine as find
 from onym.tools.doctor.diagnosis import Diagnosis, Machine, choose_precision, diagnose
 from onym.tools.doctor.disk import Disk, look_at
 from onym.tools.doctor.trial import Trial, try_compiling
 from onym.train.display import Display
-from onym.train.precision import choose_compute, computes_in_bf16
+from onym.train.precision import choose_compute
 from onym.units import format_size, plural
 
 

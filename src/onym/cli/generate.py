@@ -2,58 +2,169 @@
 
 from __future__ import annotations
 
-import itertools
+import json
+import random
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from onym.api import load_checkpoint
 from onym.cli.arguments import GenerateArguments
-from onym.cli.report import open_noting
+from onym.cli.report import as_step
 from onym.data.tokenizer import Tokenizer
-from onym.errors import CheckpointError, ConfigError, TokenizerError
-from onym.format.manifest import TOKENIZER
-from onym.format.reader import Checkpoint
-from onym.generate.engine import generate
-from onym.gpt.causal_lm import CausalLM
+from onym.errors import ConfigError, storage_error
+from onym.generation.engine import Engine, Request
+from onym.generation.opening import open_model
+from onym.generation.write import Token, prompt_ids, write
+from onym.gpt.hardware import read_bandwidth
 from onym.train.precision import choose_compute
+from onym.units import plural
+
+_MOST_SLOTS = 8  # texts side by side: on a CPU more of them take as many times as long
+_GIB = 1 << 30
 
 
 def run(given: GenerateArguments) -> int:
     """``onym generate``."""
-    settings = {name: getattr(given, name) for name in ("n_heads", "rope_base", "context_length")}
-    checkpoint = open_noting(given.model, given.step, part=given.part, settings=settings)
-    for note in checkpoint.origin.notes if checkpoint.origin is not None else []:
-        print(note, file=sys.stderr)
-    tokenizer = _tokenizer(given, checkpoint)
-    if tokenizer.vocab_size > (rows := (checkpoint.config or {}).get("vocab_size", tokenizer.vocab_size)):
-        raise TokenizerError(
-            f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model {rows:,}: name the one that it was trained with, "
-            "with --tokenizer."
-        )
-    model = load_checkpoint(checkpoint, device=choose_compute(given.device, "fp32").device)
-    if not isinstance(model, CausalLM):
-        raise CheckpointError(f"'{given.model}' is a {type(model).__name__}; only a GPT generates text here.")
-    try:
-        given.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError("The prompt is not valid UTF-8 text.") from error
-    tokens = generate(
-        model,
-        tokenizer.encode(given.prompt) or [tokenizer.end_of_text],
-        given.max_new_tokens,
-        given.sampling,
-        seed=given.seed,
-        end_of_text=tokenizer.end_of_text,
+    prompts = list(_prompts(given))
+    _check(given)
+    opened = open_model(
+        given.model,
+        step=as_step(given.step),
+        part=given.part,
+        settings={name: getattr(given, name) for name in ("n_heads", "rope_base", "context_length")},
+        tokenizer=given.tokenizer,
+        device=choose_compute(given.device, "fp32").device,
+        note=_note,
     )
-    for text in itertools.chain([given.prompt], tokenizer.decode_stream(tokens), ["\n"]):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    tokenizer = opened.tokenizer
+    requests = list(_requests(given, tokenizer, prompts))
+    context = opened.model.config.context_length
+    if (longest := max(len(request.prompt) for request in requests)) > context:
+        _note(f"The prompt has {longest:,} tokens and the model reads {context:,}: it sees the last ones alone.")
+    engine = Engine(
+        opened.model,
+        slots=min(len(requests), _MOST_SLOTS),
+        dtype=given.dtype,
+        compile=given.compile,
+        capacity=longest + max(given.max_new_tokens, 1),
+        expected_tokens=given.max_new_tokens * -(-len(requests) // _MOST_SLOTS),
+        note=_note,
+    )
+    tokens = write(engine, tokenizer, requests, given.stop)
+    texts = [prompt for prompt in prompts for _ in range(given.n)]
+    if given.json:
+        for place, of_text in _whole(tokens, len(requests)):
+            print(json.dumps(_as_json(texts[place], requests[place], of_text, tokenizer), ensure_ascii=False), flush=True)
+    elif len(requests) == 1:
+        _put(prompts[0])
+        for token in tokens:
+            _put(token.text)
+        _put("\n")
+    else:
+        for place, of_text in _whole(tokens, len(requests)):
+            _put(f"{'' if place == 0 else chr(10)}--- {place + 1} of {len(requests)}, seed {requests[place].seed}\n")
+            _put(texts[place] + "".join(token.text for token in of_text) + "\n")
+    _note(_speed(engine))
     return 0
 
 
-def _tokenizer(given: GenerateArguments, checkpoint: Checkpoint) -> Tokenizer:
-    if given.tokenizer is not None:
-        return Tokenizer.load(given.tokenizer)
-    text = checkpoint.text(TOKENIZER)
-    if text is None:
-        raise TokenizerError(f"'{given.model}' holds no tokenizer: name the one it was trained with, with --tokenizer.")
-    return Tokenizer.from_json(text)
+def _prompts(given: GenerateArguments) -> Iterator[str]:
+    if not given.prompts:
+        yield given.prompt
+        return
+    if given.prompt:
+        raise ConfigError("--prompt and --prompts exclude each other: give one of them.")
+    try:
+        text = sys.stdin.buffer.read() if given.prompts == "-" else Path(given.prompts).read_bytes()
+        lines = text.decode().splitlines()
+    except OSError as error:
+        raise storage_error("read", Path(given.prompts), error) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts '{given.prompts}' is not UTF-8 text.") from error
+    if not any(lines):
+        raise ConfigError(f"--prompts '{given.prompts}' has no line of text.")
+    yield from (line for line in lines if line)
+
+
+def _check(given: GenerateArguments) -> None:
+    if given.n < 1:
+        raise ConfigError(f"--n must be at least 1, not {given.n}.")
+    if not given.json and (given.logprobs or given.prompt_logprobs):
+        raise ConfigError("--logprobs and --prompt-logprobs need --json, which has a place for them.")
+
+
+def _requests(given: GenerateArguments, tokenizer: Tokenizer, prompts: Sequence[str]) -> Iterator[Request]:
+    first = random.SystemRandom().randrange(2**32) if given.seed is None else given.seed
+    bias, stops = _bias(given.logit_bias), (tokenizer.end_of_text, *given.stop_ids)
+    for number, prompt in enumerate(prompts):
+        ids = prompt_ids(tokenizer, prompt)
+        for sample in range(given.n):
+            seed = first + number * given.n + sample
+            yield Request(ids, given.max_new_tokens, given.sampling, seed, stops, given.logprobs, given.prompt_logprobs, bias)
+
+
+def _bias(text: str) -> dict[int, float]:
+    """``ID=BIAS,…`` as numbers."""
+    try:
+        pairs = [pair.split("=") for pair in text.split(",") if pair]
+        return {int(token): float(bias) for token, bias in pairs}
+    except ValueError as error:
+        raise ConfigError(f"--logit-bias '{text}' is not of the form ID=BIAS,…: 50256=-100, say.") from error
+
+
+def _whole(tokens: Iterator[Token], count: int) -> Iterator[tuple[int, list[Token]]]:
+    """The tokens of each text together, in the order of the requests, as soon as they have come."""
+    of_text: list[list[Token]] = [[] for _ in range(count)]
+    following, done = 0, set()
+    for token in tokens:
+        of_text[token.request].append(token)
+        if token.finish is not None:
+            done.add(token.request)
+        while following in done:
+            yield following, of_text[following]
+            following += 1
+
+
+def _as_json(prompt: str, request: Request, tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, Any]:
+    written = [token for token in tokens if token.id is not None]
+    values: dict[str, Any] = {
+        "prompt": prompt,
+        "text": "".join(token.text for token in tokens),
+        "tokens": [token.id for token in written],
+        "logprobs": [token.logprob for token in written],
+        "finish_reason": tokens[-1].finish,
+        "seed": request.seed,
+    }
+    if request.logprobs:
+        values["top_logprobs"] = [
+            [{"id": i, "text": tokenizer.decode([i]), "logprob": logprob} for i, logprob in token.best] for token in written
+        ]
+    if request.prompt_logprobs:
+        values["prompt_tokens"], values["prompt_logprobs"] = list(request.prompt), [None, *(tokens[0].prompt_logprobs or ())]
+    return values
+
+
+def _speed(engine: Engine) -> str:
+    """How fast it was, and how much of what the memory could do."""
+    parts = []
+    if engine.prefill_seconds:
+        speed = engine.prefilled_tokens / engine.prefill_seconds
+        parts.append(f"prompt: {plural(engine.prefilled_tokens, 'token')}, {speed:,.0f} tokens/s")
+    if engine.decoded_tokens:
+        bandwidth = read_bandwidth(engine.device)
+        share = engine.bytes_read / engine.decode_seconds / bandwidth
+        parts.append(
+            f"text: {engine.decoded_tokens / engine.decode_seconds:,.0f} tokens/s, {engine.dtype}, "
+            f"{'compiled' if engine.compiled else 'not compiled'}, {share:.0%} of the memory's {bandwidth / _GIB:.0f} GiB/s"
+        )
+    return "; ".join(parts)
+
+
+def _put(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

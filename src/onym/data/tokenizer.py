@@ -138,16 +138,33 @@ class Tokenizer:
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text as its tokens come, held back only while a character is incomplete; together, what :meth:`decode` gives."""
-        stream = decoders.DecodeStream(skip_special_tokens=False)
-        seen: list[int] = []
-        written = 0
+        text = Decoding(self)
         for token in ids:
-            seen.append(token)
-            if piece := stream.step(self._inner, token):
-                written += len(piece)
+            if piece := text.add(token):
                 yield piece
-        if rest := self.decode(seen)[written:]:  # an end inside a character
+        if rest := text.rest():
             yield rest
+
+
+class Decoding:
+    """The text of tokens that come one by one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = decoders.DecodeStream(skip_special_tokens=False)
+        self._seen: list[int] = []
+        self._written = 0
+
+    def add(self, token: int) -> str:
+        """What is certain with one more token; nothing while a character is incomplete."""
+        self._seen.append(token)
+        piece: str = self._stream.step(self._tokenizer._inner, token) or ""
+        self._written += len(piece)
+        return piece
+
+    def rest(self) -> str:
+        """What was held back when no more tokens come: an end inside a character."""
+        return self._tokenizer.decode(self._seen)[self._written :]
 
 
 def require_bytes(vocab_size: int) -> None:

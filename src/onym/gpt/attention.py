@@ -70,7 +70,7 @@ class KVCache:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, length: int) -> KVCache:
-        """A cache in buffers that are there: both [layers, batch, kv groups, capacity, head_dim], of which ``length`` are held."""
+        """A cache in buffers that are there, both [layers, batch, kv groups, capacity, head_dim], with ``length`` tokens."""
         cache = cls.__new__(cls)
         cache.keys, cache.values, cache.length = keys, values, length
         return cache
@@ -79,7 +79,7 @@ class KVCache:
         """The next ones: [time]."""
         if (end := self.length + time) > (capacity := self.keys.shape[3]):
             raise ValueError(
-                f"{end} tokens do not fit a cache of {capacity}: pass the last ones only, or use onym.generate.engine, which slides."
+                f"{end} tokens do not fit a cache of {capacity}: pass the last ones only, or use onym.generate, which slides."
             )
         return torch.arange(self.length, end, device=self.keys.device)
 

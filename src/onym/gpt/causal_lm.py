@@ -131,12 +131,12 @@ class CausalLM(nn.Module):
             Logits [batch, time, vocab] in the compute dtype; with targets, the mean cross-entropy in nats, a 0-d fp32
             tensor.
         """
-        x = self.hidden(tokens, cache, documents)
+        x = self.hidden_states(tokens, cache, documents)
         if targets is None:
             return self.out_head(x)  # type: ignore[no-any-return]
         return self._loss(x.flatten(0, 1), targets.flatten())
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
         """What the head is given: [batch, time, emb], of the arguments of :meth:`forward`."""
         x, known = self._embedded(tokens, cache, documents)
         for block in self.trf_blocks:
@@ -156,7 +156,7 @@ class CausalLM(nn.Module):
         elif (end := tokens.shape[1]) > self.config.context_length:
             raise ValueError(
                 f"{end} tokens do not fit a context of {self.config.context_length}: "
-                "pass the last ones only, or use onym.generate.engine, which slides."
+                "pass the last ones only, or use onym.generate, which slides."
             )
         else:
             positions = torch.arange(end, device=tokens.device) if documents is None else positions_of(documents)

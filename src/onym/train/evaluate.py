@@ -14,7 +14,7 @@ from onym.data.sources import Sources
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TokenStream
 from onym.errors import CheckpointError
-from onym.generate.engine import generate
+from onym.generation.engine import generate
 from onym.gpt.causal_lm import CausalLM
 from onym.gpt.documents import counted, loss_of
 from onym.state.collectives import all_gather_object

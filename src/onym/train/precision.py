@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from onym.errors import ConfigError
+from onym.gpt.hardware import computes_in_bf16
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,13 +66,3 @@ def choose_compute(device: str, precision: str) -> Compute:
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(chosen) else "fp32"
     return Compute(chosen, _DTYPES[precision])
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 products run in hardware; emulated, they are slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return False

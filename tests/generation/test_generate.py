@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
 
 from onym import GPT, GPTConfig
 from onym.errors import ConfigError
-from onym.generate.engine import generate
-from onym.generate.sampling import Sampling, choose
+from onym.generation.engine import generate
+from onym.generation.sampling import Sampling, choose
 from tests.conftest import TINY
 
 GREEDY = Sampling(temperature=0)
@@ -104,8 +105,8 @@ def test_what_cannot_work_is_refused(tiny: GPT, arguments: dict[str, object], me
 
 def draws(sampling: Sampling, count: int = 4000) -> torch.Tensor:
     """How often each of four tokens with probabilities 0.4, 0.3, 0.2, 0.1 is chosen."""
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(count, 4)
-    chosen = choose(logits, sampling, torch.Generator().manual_seed(0))
+    logits, uniform = torch.tensor([0.4, 0.3, 0.2, 0.1]).log(), random.Random(0)
+    chosen = torch.tensor([choose(logits, sampling, uniform.random()) for _ in range(count)])
     return torch.bincount(chosen, minlength=4) / count
 
 

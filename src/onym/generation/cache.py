@@ -1,0 +1,114 @@
+"""The keys and values of texts that are written side by side: a slot for each, which a text takes and leaves at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from onym.gpt.attention import CacheShape, KVCache
+
+ROUND = 16
+"""A step attends to a multiple of this many positions: whole vectors, so that sums are the same for any number of them."""
+
+
+class Slots:
+    """Buffers for ``slots`` texts of up to ``capacity`` tokens.
+
+    fp32 on a CPU, whatever the weights are: attention of one query is 5 to 8 times slower there in bf16 (docs/performance.md).
+    Positions come first, so that those that are held are one piece of memory.
+    """
+
+    def __init__(self, config: CacheShape, slots: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.capacity = -(-capacity // ROUND) * ROUND
+        shape = (config.n_layers, self.capacity, slots, config.n_kv_groups, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def of_slot(self, slot: int, length: int) -> KVCache:
+        """One slot's, for a forward pass over several tokens of one text, of which ``length`` are held."""
+        keys, values = (
+            each[:, :, slot : slot + 1].permute(0, 2, 3, 1, 4)  # [layers, 1, groups, capacity, head_dim]
+            for each in (self.keys, self.values)
+        )
+        return KVCache.of(keys, values, length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Take over the first tokens of another slot."""
+        for each in (self.keys, self.values):
+            each[:, :length, target] = each[:, :length, source]
+
+    def held(self, length: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of the first ``length`` positions and more, of each layer [positions, slots, groups, head_dim]."""
+        end = -(-length // ROUND) * ROUND
+        return [each[:end] for each in self.keys], [each[:end] for each in self.values]
+
+    @property
+    def slots(self) -> int:
+        """How many."""
+        return self.keys.shape[2]
+
+    @property
+    def bytes_a_position(self) -> int:
+        """Of one text, in all layers."""
+        return 2 * self.keys[:, 0, 0].numel() * self.keys.dtype.itemsize
+
+
+class OneStep:
+    """What one step of decoding sees: a token for each slot, at its own position.
+
+    Args:
+        keys, values: of each layer [positions, slots, groups, head_dim].
+        positions: [slots] int64, where the new tokens stand.
+        lengths: tokens of each slot, the new one included, 0 where it writes nothing; without them (compiled), a mask over all
+            positions does the same.
+    """
+
+    def __init__(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], positions: Tensor, lengths: Sequence[int] | None = None
+    ) -> None:
+        self.keys, self.values, self.at, self.lengths = keys, values, positions, lengths
+
+    def positions(self, time: int) -> Tensor:
+        """[slots, 1]."""
+        assert time == 1
+        return self.at[:, None]
+
+    def advance(self, time: int) -> None:
+        """The engine knows."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :meth:`onym.gpt.attention.Cache.attend`; one new token of each slot."""
+        slots, heads, _, head_dim = q.shape
+        keys, values = self.keys[layer], self.values[layer]
+        if self.lengths is None:
+            return self._compiled(keys, values, q, k, v)
+        y = torch.zeros(slots, heads, 1, head_dim, device=q.device, dtype=keys.dtype)
+        grouped = q.to(keys.dtype).view(slots, keys.shape[2], -1, head_dim)  # the queries that read the same keys
+        for slot, length in enumerate(self.lengths):
+            if length:
+                keys[length - 1, slot], values[length - 1, slot] = k[slot, :, 0], v[slot, :, 0]
+                # Of its own length, so that a text is the same whatever is written beside it.
+                part = F.scaled_dot_product_attention(
+                    grouped[slot : slot + 1],
+                    keys[:length, slot : slot + 1].permute(1, 2, 0, 3),
+                    values[:length, slot : slot + 1].permute(1, 2, 0, 3),
+                )
+                y[slot] = part.view(heads, 1, head_dim)
+        return y
+
+    def _compiled(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The formula: the compiler makes loops of it that read keys and values once."""
+        slots, heads, _, head_dim = q.shape
+        each = torch.arange(slots, device=q.device)
+        keys[self.at, each] = k[:, :, 0].to(keys.dtype)
+        values[self.at, each] = v[:, :, 0].to(values.dtype)
+        keys, values = keys.permute(1, 2, 0, 3)[:, :, None], values.permute(1, 2, 0, 3)[:, :, None]
+        grouped = q.float().view(slots, keys.shape[1], -1, 1, head_dim) * head_dim**-0.5
+        scores = (grouped * keys.float()).sum(-1)  # [slots, groups, heads / groups, positions]
+        hidden = torch.arange(keys.shape[3], device=q.device) > self.at[:, None, None, None]
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        y: Tensor = (weights[..., None] * values.float()).sum(-2)  # [slots, groups, heads / groups, head_dim]
+        return y.view(slots, heads, 1, head_dim)

@@ -1,0 +1,404 @@
+"""Texts from a model, token by token, several side by side.
+
+    submit -> a free slot -> prefill, a chunk of the prompt at a time -> one token for every slot in each step -> its end
+
+**A text does not depend on what is written beside it.** The number of slots is fixed, and all of them are computed in each
+step, so each product has the same shape whether they are in use or not; attention is of each text's own length; prompts are
+read one at a time, in chunks that begin at multiples of :data:`CHUNK`; and each request draws from its own generator. The same
+seed and prompt give the same text on the same machine, for the same number of slots, dtype and way of compiling. What a slot
+holds of an earlier text is used again where a prompt begins alike, in whole chunks, which are equal to the bit.
+
+While a text fits the context, each new token costs one forward pass of one token, and the logits are those of the whole
+sequence (within float tolerance). Past the context the window slides: keys and values hold their positions, so what is kept
+must be read again at its new ones. Sliding by one token each time is what the book's loop does, and costs a whole
+context a token; sliding by a quarter of the context costs three tokens a token, and the model still sees at least three
+quarters of what it could.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from onym.compile.in_place import without_compilation
+from onym.errors import ConfigError
+from onym.generation.cache import Slots
+from onym.generation.compiled import CompiledStep
+from onym.generation.sampling import Sampling, choose, penalised
+from onym.generation.steps import arrange, run_eagerly
+from onym.generation.ways import Compile, Dtype
+from onym.generation.weights import bytes_a_token, resolve
+from onym.gpt.attention import KVCache
+from onym.gpt.causal_lm import CausalLM
+from onym.state.collectives import broadcast_from_rank0
+from onym.state.dtensor import any_sharded, computes_on, reshard, without_gradients
+
+CHUNK = 128
+"""Tokens of a prompt that are read at once."""
+MOST_LOGPROBS = 20
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be written."""
+
+    prompt: Sequence[int]
+    """Token ids, at least one. Of more than the context, the last ones are read."""
+    max_new_tokens: int = 200
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    """For the same text again; None for another one each time."""
+    stop_ids: Collection[int] = ()
+    """Ends before one of these tokens."""
+    logprobs: int = 0
+    """How many of the likeliest tokens to report with each one."""
+    prompt_logprobs: bool = False
+    """Whether to report the log-probability of each token of the prompt."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token of a text, or its end."""
+
+    request: int
+    """The number that :meth:`Engine.submit` gave."""
+    token: int | None
+    """None where the text ends without one more."""
+    logprob: float = 0.0
+    """In nats, of the model's own logits: before temperature, penalties and biases."""
+    best: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and their log-probabilities."""
+    finish: Finish | None = None
+    """With the last event of a request: ``"stop"`` at a stop id, or ``"length"``."""
+    prompt_logprobs: tuple[float, ...] | None = None
+    """With the first one, if asked for: of the prompt's tokens from the second on."""
+
+
+@dataclass
+class _Slot:
+    """One text that is being written, and what the slot's buffers hold."""
+
+    number: int
+    held: list[int] = field(default_factory=list)
+    """The tokens whose keys and values are in the buffers."""
+    in_chunks: int = 0
+    """How many of these were read in whole chunks from the first on, and can be used again."""
+    request: Request | None = None
+    id: int = -1
+    unread: list[int] = field(default_factory=list)
+    """Tokens to be read before the next one can be chosen."""
+    text: list[int] = field(default_factory=list)
+    """Prompt and what was written."""
+    written: Counter[int] = field(default_factory=Counter)
+    draws: random.Random = field(default_factory=random.Random)
+    prompt_logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether one token is to be read, and that alone."""
+        return self.request is not None and len(self.unread) == 1 and bool(self.held)
+
+
+class Engine:
+    """Writes texts.
+
+    Args:
+        model: in evaluation mode. Its weights are copied in another dtype or order where that is faster, so later changes of
+            it are not seen.
+        slots: texts that are written side by side.
+        dtype: of the weights; ``"auto"``: bf16 where the device multiplies it in hardware, else fp32; ``"int8"`` rounds them.
+            None: the model as it is, nothing copied, for a model that trains or is sharded.
+        compile: ``"auto"``: the step is compiled where that was measured to be faster and is there already, or pays within
+            ``expected_tokens``.
+        capacity: tokens of a text that the buffers hold, the context by default.
+        slide: tokens dropped from the front when the context is full, a quarter of it by default; 1 gives exactly the result of
+            cropping to the last ``context_length`` tokens at each step.
+        expected_tokens: steps that are to come, as far as is known.
+        note: is told in a sentence why the step is not compiled where it was to be.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        slots: int = 1,
+        dtype: Dtype | None = "auto",
+        compile: Compile = "auto",  # as in every command
+        capacity: int | None = None,
+        slide: int | None = None,
+        expected_tokens: int = 0,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        context = model.config.context_length
+        self.slide = max(1, context // 4) if slide is None else slide
+        if slots < 1:
+            raise ConfigError(f"slots must be at least 1, not {slots}.")
+        if not 1 <= self.slide <= context:
+            raise ConfigError(f"slide must be from 1 to the context length {context}, not {slide}.")
+        self.context, self.vocab_size = context, model.config.vocab_size
+        self._source, self.device, self._sharded = model, computes_on(model.tok_emb.weight), any_sharded([model])
+        self.dtype = None if dtype is None else resolve(dtype, self.device)
+        buffers = torch.float32 if self.device.type == "cpu" else model.tok_emb.weight.dtype
+        self._cache = Slots(model.config, slots, min(context, capacity or context), self.device, buffers)
+        self._slots = [_Slot(number) for number in range(slots)]
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._submitted = 0
+        self.reset_timings()
+        self._model: CausalLM = model
+        self._compiled: CompiledStep | None = None
+        if self.dtype is not None:
+            with torch.no_grad(), without_compilation():
+                self._model, self._compiled = arrange(model, self._cache, self.dtype, compile, expected_tokens, note)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps are compiled."""
+        return self._compiled is not None
+
+    def submit(self, request: Request) -> int:
+        """Put a request into the queue; its number.
+
+        Raises:
+            ConfigError: the prompt is empty or has ids that the model does not know, or a number is out of range.
+        """
+        self._check(request)
+        self._submitted += 1
+        self._waiting.append((self._submitted - 1, request))
+        return self._submitted - 1
+
+    def cancel(self, number: int) -> None:
+        """Forget a request, waiting or under way; one that has ended already is no mistake."""
+        self._waiting = deque(each for each in self._waiting if each[0] != number)
+        for slot in self._slots:
+            if slot.request is not None and slot.id == number:
+                self._leave(slot)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._waiting) or any(slot.request is not None for slot in self._slots)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Submit requests, and take steps until all of them have ended.
+
+        Where FSDP2 has sharded the model, all processes have to call this, and take all events; tokens are those that the first
+        one draws.
+        """
+        for request in requests:
+            self.submit(request)
+        try:
+            while self.busy:
+                yield from self.step()
+        finally:
+            for slot in self._slots:
+                self._leave(slot)
+            if self._sharded:
+                reshard(self._source)
+
+    def step(self) -> list[Event]:
+        """Read one chunk of one prompt, then write one token of each text that is under way."""
+        # Entered anew for each step: a caller may do other things between two of them.
+        with without_gradients(self._sharded), without_compilation():
+            self._admit()
+            events: list[Event] = []
+            reading = next((slot for slot in self._slots if slot.request is not None and not slot.decoding), None)
+            if reading is not None:
+                began = time.perf_counter()
+                logits = self._read_chunk(reading)
+                self.prefill_seconds += time.perf_counter() - began
+                if logits is not None:
+                    events.append(self._choose(reading, logits))
+            decoding = [slot for slot in self._slots if slot.decoding and slot is not reading]
+            if decoding:
+                began = time.perf_counter()
+                logits = self._decode(decoding)
+                events += [self._choose(slot, logits[slot.number]) for slot in decoding]
+                self.decode_seconds += time.perf_counter() - began
+                self.decoded_tokens += len(decoding)
+                self.bytes_read += bytes_a_token(self._model) + self._cache.bytes_a_position * sum(
+                    len(slot.held) for slot in decoding
+                )
+            return events
+
+    def reset_timings(self) -> None:
+        """Set the sums to nothing: seconds, tokens, and the bytes of weights, keys and values that decoding has read."""
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prefilled_tokens = self.decoded_tokens = self.bytes_read = 0
+
+    # -- from here on, what a step is made of
+
+    def _admit(self) -> None:
+        for slot in self._slots:
+            if slot.request is None and self._waiting:
+                number, request = self._waiting.popleft()
+                prompt = list(request.prompt)
+                slot.request, slot.id, slot.text, slot.written = request, number, prompt, Counter()
+                slot.draws = random.Random(request.seed)
+                slot.prompt_logprobs = []
+                self._begin(slot, prompt[-self.context :], reuse=not request.prompt_logprobs)
+
+    def _begin(self, slot: _Slot, tokens: list[int], *, reuse: bool) -> None:
+        """Let a slot read tokens from position 0; what any slot holds of them in whole chunks is taken from there."""
+        best, source = 0, slot
+        for other in self._slots if reuse else []:
+            # At least one token is left to be read, for its logits.
+            most = min(other.in_chunks, len(tokens) - 1)
+            common = next((i for i in range(most) if tokens[i] != other.held[i]), most) // CHUNK * CHUNK
+            if common > best or (common == best and other is slot):
+                best, source = common, other
+        if best and source is not slot:
+            self._cache.copy(source.number, slot.number, best)
+        slot.held, slot.in_chunks, slot.unread = tokens[:best], best, tokens[best:]
+
+    def _read_chunk(self, slot: _Slot) -> Tensor | None:
+        """Read the next chunk of a prompt: the logits [vocab] that follow it, if it was the last one."""
+        request = slot.request
+        assert request is not None
+        chunk = slot.unread[:CHUNK]
+        cache = self._cache.of_slot(slot.number, len(slot.held))
+        scored = request.prompt_logprobs and not slot.written
+        logits = self._logits(chunk, cache, every=scored)
+        if scored:
+            start = len(slot.held)
+            following = request.prompt[-self.context :][start + 1 : start + 1 + len(chunk)]
+            each = torch.tensor(following, dtype=torch.long, device=self.device)[:, None]
+            slot.prompt_logprobs += logits[: len(following)].log_softmax(dim=-1).gather(1, each)[:, 0].tolist()
+        if len(chunk) == CHUNK and slot.in_chunks == len(slot.held):
+            slot.in_chunks += CHUNK
+        slot.held += chunk
+        slot.unread = slot.unread[CHUNK:]
+        self.prefilled_tokens += len(chunk)
+        return None if slot.unread else logits[-1]
+
+    def _decode(self, decoding: list[_Slot]) -> Tensor:
+        """Read one token of each of these slots: the logits [slots, vocab] that follow."""
+        lengths = [len(slot.held) + 1 if slot in decoding else 0 for slot in self._slots]
+        tokens = [slot.unread[0] if length else 0 for slot, length in zip(self._slots, lengths, strict=True)]
+        longest = max(lengths)
+        positions = []
+        for slot in self._slots:
+            # A compiled step writes to every slot: to one that is not decoding, behind what it holds.
+            if slot.request is None and len(slot.held) >= longest:
+                slot.held, slot.in_chunks = slot.held[: longest - 1], min(slot.in_chunks, (longest - 1) // CHUNK * CHUNK)
+            positions.append(len(slot.held))
+        longest = max(positions) + 1
+        logits = self._step(tokens, positions, lengths, longest)
+        for slot in decoding:
+            slot.held.append(slot.unread.pop())
+        return logits
+
+    def _step(self, tokens: list[int], positions: list[int], lengths: list[int], longest: int) -> Tensor:
+        token, position = torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
+        if self._compiled is not None:
+            return self._compiled(token, position, longest)
+        return run_eagerly(self._model, self._cache, token, position, lengths).float()
+
+    def _logits(self, chunk: list[int], cache: KVCache, *, every: bool) -> Tensor:
+        """[time, vocab] fp32 that follow each token of a chunk, or of the last one alone [1, vocab]."""
+        tokens = torch.tensor([chunk], device=self.device)
+        if self.dtype is None:  # as it is called in training: FSDP2 gathers weights where a model is called, nowhere else
+            logits = self._model(tokens, cache=cache)
+            return logits[0].float() if every else logits[0, -1:].float()  # type: ignore[no-any-return]
+        hidden = self._model.hidden_states(tokens, cache=cache)
+        return self._model.out_head(hidden if every else hidden[:, -1:])[0].float()  # type: ignore[no-any-return]
+
+    def _choose(self, slot: _Slot, logits: Tensor) -> Event:  # [vocab] fp32
+        request = slot.request
+        assert request is not None
+
+        def draw() -> int:
+            changed = penalised(logits, request.sampling, request.prompt, slot.written, request.logit_bias)
+            return choose(changed, request.sampling, slot.draws.random())
+
+        token = broadcast_from_rank0(draw, self._sharded)
+        scored = tuple(slot.prompt_logprobs) if request.prompt_logprobs and not slot.written else None
+        if token in request.stop_ids:
+            number = slot.id
+            self._leave(slot)
+            return Event(number, None, finish="stop", prompt_logprobs=scored)
+        normaliser = float(logits.logsumexp(dim=-1))
+        best: tuple[tuple[int, float], ...] = ()
+        if request.logprobs:
+            values, tokens = logits.topk(request.logprobs)
+            best = tuple((int(t), float(v) - normaliser) for t, v in zip(tokens, values, strict=True))
+        slot.text.append(token)
+        slot.written[token] += 1
+        finish: Finish | None = "length" if slot.written.total() == request.max_new_tokens else None
+        event = Event(slot.id, token, float(logits[token]) - normaliser, best, finish, scored)
+        if finish is not None:
+            self._leave(slot)
+        elif len(slot.held) == self.context:
+            self._begin(slot, slot.text[-(self.context - self.slide + 1) :], reuse=False)
+        else:
+            slot.unread = [token]
+        return event
+
+    def _leave(self, slot: _Slot) -> None:
+        slot.request, slot.unread = None, []
+
+    def _check(self, request: Request) -> None:
+        if request.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens must be at least 1, not {request.max_new_tokens}.")
+        if request.seed is not None and not 0 <= request.seed < 2**63:
+            raise ConfigError(f"--seed must be from 0 to 2^63 - 1, not {request.seed}.")
+        if not 0 <= request.logprobs <= MOST_LOGPROBS:
+            raise ConfigError(f"--logprobs must be from 0 to {MOST_LOGPROBS}, not {request.logprobs}.")
+        if not request.prompt:
+            raise ConfigError("The prompt has no tokens: give it some text.")
+        for what, tokens in (("The prompt", request.prompt), ("--logit-bias", request.logit_bias)):
+            if not all(0 <= token < self.vocab_size for token in tokens):
+                raise ConfigError(
+                    f"{what} has token {max(tokens)}, the model knows {self.vocab_size}: "
+                    "use the tokenizer that the model was trained with."
+                )
+        request.sampling.check()
+        needed = min(self.context, len(request.prompt) + request.max_new_tokens)
+        if needed > self._cache.capacity:
+            raise ConfigError(f"{needed} tokens do not fit the engine's capacity of {self._cache.capacity}: make it larger.")
+
+
+def generate(
+    model: CausalLM,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    seed: int | None = None,
+    end_of_text: int | None = None,
+    slide: int | None = None,
+) -> Iterator[int]:
+    """Continue a prompt with a model as it is, one token id at a time: nothing is copied, so it may be one that trains.
+
+    Args:
+        model: in evaluation mode; runs without compilation. Where FSDP2 has sharded it, all processes have to call this, and
+            take all tokens; they are those that the first one draws.
+        prompt: token ids, at least one. Of one longer than the context, the last ones are read.
+        max_new_tokens: when to stop at the latest.
+        sampling: how tokens are chosen.
+        seed: for the same text again; None for another one each time.
+        end_of_text: stop before this token.
+        slide: see :class:`Engine`.
+
+    Raises:
+        ConfigError: the prompt is empty or has ids that the model does not know, or a number is out of range.
+    """
+    stop = () if end_of_text is None else (end_of_text,)
+    request = Request(prompt, max_new_tokens, sampling or Sampling(), seed, stop)
+    capacity = len(prompt) + max(max_new_tokens, 1)
+    engine = Engine(model, dtype=None, capacity=capacity, slide=slide)
+    engine.submit(request)
+    return (event.token for event in engine.run([]) if event.token is not None)

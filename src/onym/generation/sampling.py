@@ -1,0 +1,136 @@
+"""From logits to the next token.
+
+Everything is done to one row at a time, and each draw takes one number of the request's own generator: what a text becomes
+does not depend on what is written beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from onym.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PREFIXES = (512, 4096)
+"""How many of the likeliest tokens a nucleus is looked for among, before all are ordered: 0.1, 0.7 and 3.7 ms of 50,257."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.8
+    """Below 1 sharper, above 1 more varied; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Choose among the k likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability (nucleus sampling); 1 for all."""
+    min_p: float = 0.0
+    """Choose among tokens at least this many times as likely as the likeliest; 0 for all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of prompt and text become less likely: their logits are divided by it, negative ones multiplied."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that was written already, however often."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of each token, as often as it was written already."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for a value out of its range."""
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature must be 0 or more, not {self.temperature}.")
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k must be 0 (all tokens) or more, not {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p must be above 0 and at most 1, not {self.top_p}.")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"--min-p must be from 0 to 1, not {self.min_p}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"--repetition-penalty must be above 0 (1 for none), not {self.repetition_penalty}.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise ConfigError(f"--{name.replace('_', '-')} must be a number, not {value}.")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it matters what was written before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def penalised(
+    logits: Tensor, sampling: Sampling, prompt: Iterable[int], written: Mapping[int, int], bias: Mapping[int, float]
+) -> Tensor:
+    """Logits after penalties and biases.
+
+    Args:
+        logits: [vocab]; not changed.
+        prompt: its tokens, for the repetition penalty alone.
+        written: how often each token was written so far.
+        bias: added to the logits of these tokens.
+
+    Returns:
+        [vocab]; ``logits`` themselves where nothing is to be done.
+    """
+    import torch
+
+    if not bias and not sampling.penalises:
+        return logits
+    logits = logits.clone()
+    if bias:
+        logits[list(bias)] += torch.tensor(list(bias.values()), device=logits.device)
+    if sampling.repetition_penalty != 1 and (seen := sorted({*prompt, *written})):
+        values = logits[seen]
+        factor = sampling.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / factor, values * factor)
+    if written and (sampling.presence_penalty or sampling.frequency_penalty):
+        times = torch.tensor(list(written.values()), device=logits.device)
+        logits[list(written)] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    return logits
+
+
+def choose(logits: Tensor, sampling: Sampling, uniform: float) -> int:
+    """Draw one token.
+
+    Args:
+        logits: [vocab], fp32.
+        sampling: how.
+        uniform: from [0, 1), which decides; of no matter at temperature 0.
+
+    Raises:
+        CheckpointError: a logit is NaN or infinite.
+    """
+    largest, likeliest = logits.max(dim=-1)
+    if not math.isfinite(top := float(largest)):
+        raise CheckpointError("The model's output is non-finite, and so are its weights: take an earlier step.")
+    if sampling.temperature == 0:
+        return int(likeliest)
+    tokens, weights = _candidates(logits, top, sampling)
+    reached = weights.cumsum(dim=-1)
+    # Towards the first token whose sum is above: one of weight 0 is never taken.
+    index = int((reached <= uniform * float(reached[-1])).sum())
+    index = min(index, len(weights) - 1)
+    return index if tokens is None else int(tokens[index])
+
+
+def _candidates(logits: Tensor, top: float, sampling: Sampling) -> tuple[Tensor | None, Tensor]:
+    """The tokens among which one is drawn (None: all, in their order) and their probabilities, up to a factor, fp64."""
+    # Below the largest, so that a tiny temperature leads to 0 and never to a NaN.
+    scaled = (logits.double() - top) / max(sampling.temperature, 1e-30)
+    weights = scaled.exp()
+    limit = sampling.top_k if 0 < sampling.top_k < len(weights) else len(weights)
+    if limit == len(weights) and sampling.top_p == 1:
+        return None, weights.where(weights >= sampling.min_p, 0.0) if sampling.min_p else weights
+    sizes = [limit] if limit < len(weights) else [*(size for size in _PREFIXES if size < limit), limit]
+    for size in sizes:
+        ordered, tokens = weights.topk(size)
+        reached = ordered.cumsum(dim=-1)
+        enough = sampling.top_p * float(reached[-1] if size == limit else weights.sum())
+        if float(reached[-1]) >= enough:
+            break
+    # A token stays when those before it have not reached top_p yet; so the first one always does.
+    stays = (reached - ordered < enough) & (ordered >= sampling.min_p)
+    return tokens[stays], ordered[stays]

@@ -1,0 +1,167 @@
+"""Texts from a model: ``onym.generate``, and what the command and the server build on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from onym.data.tokenizer import Tokenizer
+from onym.errors import ConfigError, TokenizerError
+from onym.generation.engine import Engine, Finish, Request
+from onym.generation.opening import open_model, require_fitting
+from onym.generation.sampling import Sampling
+from onym.generation.text import Text, check_stops
+from onym.generation.ways import Compile, Dtype
+from onym.gpt.causal_lm import CausalLM
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a text; printing the texts of all of them prints the text."""
+
+    text: str
+    """What became certain with it: nothing while a character, or what may be a stop string, is incomplete."""
+    id: int | None
+    """None where the text ends with a stop token, which is not part of it."""
+    logprob: float
+    """In nats, of the model's own logits: before temperature, penalties and biases."""
+    best: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens instead of it and their log-probabilities, if asked for."""
+    finish: Finish | None = None
+    """With the last one: ``"stop"`` or ``"length"``."""
+    request: int = 0
+    """Of several texts, whose it is."""
+    prompt_logprobs: tuple[float, ...] | None = None
+    """With the first one, if asked for: of the prompt's tokens from the second on."""
+
+
+def generate(
+    model: CausalLM | str | Path,
+    prompt: str | Sequence[int] = "",
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    stop: str | Sequence[str] = (),
+    stop_ids: Collection[int] | None = None,
+    seed: int | None = None,
+    logprobs: int = 0,
+    tokenizer: Tokenizer | str | Path | None = None,
+    dtype: Dtype = "auto",
+    compile: Compile = "auto",  # as in every command
+    device: str | torch.device = "cpu",
+) -> Iterator[Token]:
+    """Continue a text.
+
+    >>> for token in onym.generate("runs/first", "def main():", seed=1):  # doctest: +SKIP
+    ...     print(token.text, end="", flush=True)
+
+    Args:
+        model: a :class:`onym.GPT` or :class:`onym.Decoder`, or where one is: a run, a checkpoint, a file or folder of Onym's or
+            another program's. It is put into evaluation mode. Its weights are copied for decoding, so changes that follow are
+            not seen.
+        prompt: text, or token ids. Without any text: a new document. Of one longer than the context, the last tokens are read.
+        max_new_tokens: when to stop at the latest.
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: see
+            :class:`onym.generation.sampling.Sampling`.
+        logit_bias: added to the logits of these tokens.
+        stop: end before the first of these strings.
+        stop_ids: end before one of these tokens; by default the end of a document.
+        seed: for the same text again.
+        logprobs: how many of the likeliest tokens to report with each one, up to 20.
+        tokenizer: where the model has none beside it.
+        dtype: of the weights: ``"auto"``, ``"fp32"``, ``"bf16"``, or ``"int8"``, which rounds them.
+        compile: ``"auto"``: where it was measured to be faster and pays; ``"on"``, ``"off"``.
+        device: where to put a model that is opened.
+
+    Raises:
+        OnymError: the model or its tokenizer cannot be opened, or a value is out of range; before the first token.
+    """
+    if isinstance(model, str | Path):
+        model, known, _ = open_model(model, tokenizer=tokenizer, device=device)
+    elif tokenizer is None:
+        raise TokenizerError("A model that is no file has no tokenizer beside it: give one as tokenizer=.")
+    else:
+        known = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+        require_fitting(known, model.config.vocab_size)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    check_stops(stops)
+    ids = prompt_ids(known, prompt)
+    request = Request(
+        ids,
+        max_new_tokens,
+        sampling,
+        seed,
+        (known.end_of_text,) if stop_ids is None else stop_ids,
+        logprobs,
+        False,
+        logit_bias or {},
+    )
+    capacity = len(ids) + max(max_new_tokens, 1)
+    engine = Engine(model.eval(), dtype=dtype, compile=compile, capacity=capacity, expected_tokens=max_new_tokens)
+    return write(engine, known, [request], stops)
+
+
+def write(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], stops: Sequence[str] = ()) -> Iterator[Token]:
+    """Write texts side by side, to the end of each.
+
+    Args:
+        engine: which has nothing else to do.
+        requests: one a text; :attr:`Token.request` is its place here.
+        stops: strings that end a text.
+
+    Raises:
+        ConfigError: a request is out of range; before the first token.
+    """
+    check_stops(stops)
+    numbers: dict[int, int] = {}
+    try:
+        for place, request in enumerate(requests):
+            numbers[engine.submit(request)] = place
+    except ConfigError:
+        for number in numbers:
+            engine.cancel(number)
+        raise
+    return _written(engine, {number: (place, Text(tokenizer, stops)) for number, place in numbers.items()})
+
+
+def _written(engine: Engine, texts: dict[int, tuple[int, Text]]) -> Iterator[Token]:
+    try:
+        while engine.busy:
+            for event in engine.step():
+                place, text = texts[event.request]
+                finish, piece = event.finish, "" if event.token is None else text.add(event.token)
+                if text.stopped:
+                    engine.cancel(event.request)
+                elif finish is not None:
+                    piece += text.rest()
+                finish = "stop" if text.stopped else finish
+                yield Token(piece, event.token, event.logprob, event.best, finish, place, event.prompt_logprobs)
+    finally:
+        for number in texts:
+            engine.cancel(number)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """The tokens of a prompt; of an empty text, the token that a new document follows.
+
+    Raises:
+        ConfigError: it is not valid UTF-8 text.
+    """
+    if not isinstance(prompt, str):
+        return list(prompt)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("The prompt is not valid UTF-8 text.") from error
+    return tokenizer.encode(prompt) or [tokenizer.end_of_text]

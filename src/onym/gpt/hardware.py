@@ -1,0 +1,28 @@
+"""What a device computes fast."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run in hardware; emulated, they are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return False
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second that the device reads from its memory: the best of a few sums over more than its caches hold."""
+    values = torch.ones(64 << 20, device=device)  # 256 MiB
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        float(values.sum())
+        best = max(best, values.nbytes / (time.perf_counter() - began))
+    return best

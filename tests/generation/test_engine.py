@@ -1,0 +1,303 @@
+"""The engine: texts do not depend on each other, whichever way steps are computed; log-probabilities, ends, prefixes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from onym import GPT, Decoder, DecoderConfig, GPTConfig
+from onym.errors import CheckpointError, ConfigError
+from onym.generation import compiled, engine, steps
+from onym.generation.compiled import CompiledStep
+from onym.generation.engine import CHUNK, Engine, Event, Request
+from onym.generation.sampling import Sampling
+from onym.gpt.causal_lm import CausalLM
+
+GREEDY = Sampling(temperature=0)
+CONFIGS = {
+    "gpt2": GPTConfig(vocab_size=101, context_length=32, emb_dim=32, n_heads=4, n_layers=1),
+    "qwen3": DecoderConfig(
+        vocab_size=67,
+        context_length=32,
+        emb_dim=32,
+        hidden_dim=48,
+        n_heads=4,
+        n_kv_groups=2,
+        head_dim=16,
+        tie_embeddings=True,
+        n_layers=2,
+        qk_norm=True,
+    ),
+}
+SLOTS = 3
+
+
+def random_model(config: GPTConfig | DecoderConfig, seed: int) -> CausalLM:
+    """One whose logits are far apart, so that rounding does not change which is largest."""
+    torch.manual_seed(seed)
+    model = (GPT if isinstance(config, GPTConfig) else Decoder)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0) if parameter.dim() == 2 else parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def uncached(model: CausalLM, prompt: list[int], count: int) -> tuple[list[int], float]:
+    """Greedy tokens without a cache, the context cropped at each step; and how near the second likeliest ever came."""
+    tokens, nearest = list(prompt), float("inf")
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[-model.config.context_length :]]))[0, -1]
+        first, second = logits.topk(2).values.tolist()
+        nearest = min(nearest, first - second)
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :], nearest
+
+
+def texts(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    written: dict[int, list[int]] = {}
+    first = engine.submit(requests[0])
+    for event in engine.run(requests[1:]):
+        written.setdefault(event.request - first, [])
+        if event.token is not None:
+            written[event.request - first].append(event.token)
+    return [written[number] for number in range(len(requests))]
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "qwen3"])
+def compiled_engine(request: pytest.FixtureRequest, cache_folder: Path) -> Callable[[CausalLM], Engine]:
+    """Makes engines with a compiled step, of any weights of the shape: each is compiled once, for all tests."""
+    reasons: list[str] = []
+
+    def make(model: CausalLM, **options: object) -> Engine:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ONYM_CACHE_DIR", str(cache_folder))
+            made = Engine(model, slots=SLOTS, dtype="fp32", compile="on", note=reasons.append, **options)  # type: ignore[arg-type]
+        assert made.compiled, reasons
+        return made
+
+    make.config = CONFIGS[request.param]  # type: ignore[attr-defined]
+    return make
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(CONFIGS)), st.integers(0, 10**6), st.lists(st.integers(1, 45), min_size=1, max_size=4))
+def test_greedy_tokens_are_those_of_the_uncached_forward(kind: str, seed: int, lengths: list[int]) -> None:
+    check_against_uncached(
+        random_model(CONFIGS[kind], seed), seed, lengths, lambda model: Engine(model, slots=2, dtype="fp32", slide=1)
+    )
+
+
+def check_against_uncached(model: CausalLM, seed: int, lengths: list[int], make: Callable[[CausalLM], Engine]) -> None:
+    torch.manual_seed(seed)
+    prompts = [torch.randint(0, model.config.vocab_size, (length,)).tolist() for length in lengths]
+    expected = [uncached(model, prompt, 12) for prompt in prompts]
+    written = texts(make(model), [Request(prompt, 12, GREEDY) for prompt in prompts])
+    for (tokens, nearest), found in zip(expected, written, strict=True):
+        assert found == tokens or nearest < 1e-3
+
+
+@pytest.mark.slow
+def test_so_are_those_of_a_compiled_step_which_is_compiled_once(compiled_engine: Callable[..., Engine]) -> None:
+    config = compiled_engine.config  # type: ignore[attr-defined]
+    made = CompiledStep.made
+    compiled_engine(random_model(config, 0))
+    assert CompiledStep.made == made + 1
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.integers(0, 10**6), st.lists(st.integers(1, 45), min_size=1, max_size=4))
+    def check(seed: int, lengths: list[int]) -> None:
+        check_against_uncached(random_model(config, seed), seed, lengths, lambda model: compiled_engine(model, slide=1))
+
+    check()
+    other = compiled_engine(random_model(config, 1), capacity=17)
+    texts(other, [Request([1, 2], 3, Sampling(top_p=0.5), seed=1), Request([3], 9, Sampling(1.0, min_p=0.1), seed=2)])
+    assert CompiledStep.made == made + 1, "other weights, lengths, batches and settings are the same function"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["eager fp32", "eager bf16", "eager int8", "as it is", "compiled"])
+def test_a_text_is_the_same_whatever_is_written_beside_it(way: str, compiled_engine: Callable[..., Engine]) -> None:
+    config = compiled_engine.config  # type: ignore[attr-defined]
+    model = random_model(config, 3)
+    one = Request([5, 6, 7], 40, Sampling(1.2, top_p=0.95), seed=11)
+
+    def make() -> Engine:
+        if way == "compiled":
+            return compiled_engine(model)
+        dtype = None if way == "as it is" else way.removeprefix("eager ")
+        return Engine(model, slots=SLOTS, dtype=dtype, compile="off")  # type: ignore[arg-type]
+
+    alone = texts(make(), [one])[0]
+    assert len(alone) == 40
+    assert texts(make(), [one])[0] == alone
+    others = [Request([number + 1] * (1 + 9 * number % 31), 5 + 7 * number, Sampling(1.0), seed=number) for number in range(8)]
+    for place in (0, 3, 8):
+        assert texts(make(), [*others[:place], one, *others[place:]])[place] == alone
+    used = make()
+    texts(used, others)
+    assert texts(used, [one])[0] == alone, "what the slots held before does not matter either"
+
+
+def test_a_prompt_that_begins_alike_is_not_read_again_and_gives_the_same_bits() -> None:
+    config = dataclasses.replace(CONFIGS["gpt2"], context_length=4 * CHUNK)
+    model = random_model(config, 0)
+    torch.manual_seed(1)
+    prompt = torch.randint(0, 101, (2 * CHUNK + 30,)).tolist()
+
+    def events(made: Engine) -> list[tuple[int | None, float]]:
+        return [(event.token, event.logprob) for event in made.run([Request(prompt, 8, GREEDY)])]
+
+    made = Engine(model, slots=2, dtype="fp32", compile="off")
+    fresh = events(made)
+    assert made.prefilled_tokens == len(prompt)
+    made.reset_timings()
+    assert events(made) == fresh
+    assert made.prefilled_tokens == 30
+    # From a slot that is being written to, into another one; and of half of the prompt.
+    made.reset_timings()
+    half = [*prompt[: CHUNK + 50], 1, 2, 3]
+    both = texts(made, [Request(prompt, 8, GREEDY), Request(half, 8, GREEDY)])
+    assert made.prefilled_tokens == 30 + 53
+    assert both[0] == [token for token, _ in fresh]
+    assert both[1] == texts(Engine(model, slots=2, dtype="fp32", compile="off"), [Request(half, 8, GREEDY)])[0]
+
+
+def test_log_probabilities_are_the_models_own(tiny: GPT) -> None:
+    tiny.eval()
+    prompt = [3, 1, 4, 1, 5]
+    odd = Sampling(0.5, top_k=3, repetition_penalty=1.5, presence_penalty=0.2, frequency_penalty=0.1)
+    request = Request(prompt, 6, odd, seed=0, logprobs=4, prompt_logprobs=True, logit_bias={7: 2.0})
+    events = list(Engine(tiny, dtype="fp32", compile="off").run([request]))
+    tokens = [*prompt, *(event.token for event in events if event.token is not None)]
+    with torch.no_grad():
+        expected = F.log_softmax(tiny(torch.tensor([tokens]))[0], dim=-1)
+    assert events[0].prompt_logprobs == pytest.approx([float(expected[i, t]) for i, t in enumerate(prompt[1:])], abs=1e-5)
+    assert events[1].prompt_logprobs is None
+    for place, event in enumerate(events, start=len(prompt) - 1):
+        assert event.logprob == pytest.approx(float(expected[place, event.token]), abs=1e-5)  # type: ignore[index]
+        values, likeliest = expected[place].topk(4)
+        assert [token for token, _ in event.best] == likeliest.tolist()
+        assert [logprob for _, logprob in event.best] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def test_the_end_is_told_once_and_a_slot_is_free_again(tiny: GPT) -> None:
+    made = Engine(tiny.eval(), slots=1, dtype="fp32", compile="off")
+    endless = [event.token for event in made.run([Request([1], 12, GREEDY)])]
+    events = list(made.run([Request([1], 12, GREEDY, stop_ids={endless[5]}), Request([2], 3, GREEDY)]))  # type: ignore[arg-type]
+    first = [event for event in events if event.request == 1]
+    assert [event.token for event in first] == [*endless[: endless.index(endless[5])], None]
+    assert [event.finish for event in first[-2:]] == [None, "stop"]
+    assert [event.finish for event in events if event.request == 2] == [None, None, "length"]
+    assert not made.busy
+
+
+def test_a_request_that_is_cancelled_writes_no_more(tiny: GPT) -> None:
+    made = Engine(tiny.eval(), slots=1, dtype="fp32", compile="off")
+    running, waiting, last = (made.submit(Request([1], 50)) for _ in range(3))
+    seen: list[Event] = []
+    while len(seen) < 3:
+        seen += made.step()
+    made.cancel(running)
+    made.cancel(waiting)
+    rest = list(itertools.chain.from_iterable(iter(made.step, [])))
+    assert {event.request for event in rest} == {last}
+    assert len(rest) == 50
+
+
+def test_weights_in_bf16_and_int8_are_near(tiny: GPT) -> None:
+    tiny.eval()
+    prompt = torch.randint(0, 101, (30,)).tolist()
+
+    def logprobs(dtype: str) -> torch.Tensor:
+        (event, *_) = Engine(tiny, dtype=dtype, compile="off").run([Request(prompt, 1, GREEDY, prompt_logprobs=True)])  # type: ignore[arg-type]
+        return torch.tensor(event.prompt_logprobs)
+
+    expected = logprobs("fp32")
+    assert 0 < (logprobs("bf16") - expected).abs().max() < 0.02
+    assert 0 < (logprobs("int8") - expected).abs().max() < 0.05
+
+
+def test_a_step_that_does_not_compile_is_told_and_done_without(
+    tiny: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONYM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
+    reasons: list[str] = []
+    made = Engine(tiny.eval(), dtype="fp32", compile="on", note=reasons.append)
+    assert not made.compiled
+    assert "The step is not compiled" in reasons[0]
+    assert len(texts(made, [Request([1], 5)])[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("known", "expected_tokens", "way"),
+    [
+        (None, 10, "off"),  # nothing is known, and it would not pay
+        (compiled.Measured(40.0, 0.02, 0.01), 1, "load"),
+        (compiled.Measured(40.0, 0.01, 0.02), 10**9, "off"),
+    ],
+)
+def test_what_was_measured_decides(
+    known: compiled.Measured | None, expected_tokens: int, way: str, tiny: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr(CompiledStep, "recall", lambda _: known)
+    monkeypatch.setattr(CompiledStep, "load", lambda self: loaded.append(self) is None)
+    monkeypatch.setattr(steps, "_seconds", lambda *_: 0.001)
+    made = Engine(tiny.eval(), dtype="fp32", expected_tokens=expected_tokens)
+    assert made.compiled == bool(loaded) == (way == "load")
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), "no tokens"),
+        (Request([101]), "token 101, the model knows 101"),
+        (Request([-1]), "the model knows 101"),
+        (Request([1], 0), "--max-new-tokens"),
+        (Request([1], logprobs=21), "--logprobs must be from 0 to 20"),
+        (Request([1], seed=-1), "--seed"),
+        (Request([1], logit_bias={500: 1.0}), "--logit-bias has token 500"),
+        (Request([1], sampling=Sampling(top_p=0)), "--top-p"),
+        (Request([1], sampling=Sampling(min_p=2)), "--min-p"),
+        (Request([1], sampling=Sampling(repetition_penalty=0)), "--repetition-penalty"),
+        (Request([1], sampling=Sampling(presence_penalty=float("nan"))), "--presence-penalty"),
+        (Request([1] * 9, 9), "capacity of 16"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_harms_no_other(tiny: GPT, request_: Request, message: str) -> None:
+    made = Engine(tiny.eval(), capacity=16, dtype="fp32", compile="off")
+    with pytest.raises(ConfigError, match=message):
+        made.submit(request_)
+    assert not made.busy
+    assert len(texts(made, [Request([1], 5)])[0]) == 5
+
+
+def test_weights_that_are_not_finite_are_told(tiny: GPT) -> None:
+    with torch.no_grad():
+        tiny.final_norm.weight.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="non-finite"):
+        list(Engine(tiny.eval(), dtype="fp32", compile="off").run([Request([1], 3)]))
+
+
+def test_slots_and_slide_have_a_range(tiny: GPT) -> None:
+    with pytest.raises(ConfigError, match="slots must be at least 1"):
+        Engine(tiny, slots=0)
+    with pytest.raises(ConfigError, match="slide must be"):
+        Engine(tiny, slide=33)
+    assert engine.MOST_LOGPROBS == 20
