@@ -100,6 +100,43 @@ class GenerateArguments:
 
 
 @dataclass(frozen=True)
+class EvaluateArguments:
+    """Measure how well models predict a text: loss, perplexity, and bits per byte, which compares between tokenizers.
+
+    Without --data, the text is the held-out part of what the first run among the models was trained on, or else of the
+    documentation that Python carries.
+    """
+
+    models: Annotated[Positional[tuple[str, ...]], _arg("MODEL [MODEL ...]")]
+    """Runs, checkpoints, files or folders; also another program's GPT-2, Llama or Qwen."""
+    data: Annotated[tuple[str, ...], _arg("PATH [PATH ...]", "what is held out")] = ()
+    """Files, folders, globs or addresses of text, JSON lines or tables: all of it is scored."""
+    text_field: str = "text"
+    """Field of JSON lines, or column of tables, that holds the text."""
+    limit: Annotated[str | None, _arg("SIZE", "all")] = None
+    """Most text to score: 1MB, say. Documents are taken in order, and the last one is cut."""
+    stride: Annotated[int | None, _arg("INT", "half of the context")] = None
+    """New tokens in each window of a document that is longer than the context: fewer mean more before each, and more work."""
+    suite: bool = False
+    """Also answer cloze and multiple-choice questions made from held-out parts of Python's documentation."""
+    step: _Step = "latest"
+    all_steps: bool = False
+    """Of one run, evaluate every step that is kept."""
+    plot: Annotated[Path | None, _arg("FILE")] = None
+    """With --all-steps, draw bits per byte and loss over the steps: .png, .svg or .pdf."""
+    batch_size: int = 16
+    """Windows that are computed at once; a smaller one needs less memory."""
+    tokenizer: Annotated[str | None, _arg("FILE|NAME")] = None
+    """A tokenizer.json or hub name, where a model's folder holds none."""
+    part: _Part = None
+    n_heads: _Heads = None
+    rope_base: _Base = None
+    context_length: _Context = None
+    device: _Device = "cpu"
+    json: _Json = False
+
+
+@dataclass(frozen=True)
 class RunsArguments:
     """List runs, the newest first; with --plot, draw their losses into one picture too."""
 
@@ -284,6 +321,7 @@ class CacheArguments:
 
 COMMANDS: dict[str, type] = {
     "train": TrainArguments,
+    "evaluate": EvaluateArguments,
     "generate": GenerateArguments,
     "runs": RunsArguments,
     "inspect": InspectArguments,

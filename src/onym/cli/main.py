@@ -24,6 +24,7 @@ INTERRUPTED = 130
 
 _COMMANDS = {
     "train": "train a GPT on text",
+    "evaluate": "measure how well models predict a text: loss, perplexity, bits per byte",
     "generate": "continue a text with a trained GPT",
     "runs": "list runs: how far each is, and how well it does; draw their losses",
     "inspect": "show what a file or folder is: steps, tensors, configuration, origin, tokens",

@@ -42,10 +42,7 @@ class Sources:
     @cached_property
     def key(self) -> str:
         """A hash of the text, the tokenizer and the shares."""
-        if not self.mixed:
-            return self.sources[0].tokens.path.name
-        parts = [[source.name, weight, source.tokens.path.name] for source, weight in self._shared()]
-        return blake3(json.dumps(parts).encode()).hexdigest()[:32]
+        return key_of([(source.name, source.weight, source.tokens.path.name) for source in self.sources])
 
     @property
     def training_tokens(self) -> int:
@@ -135,3 +132,12 @@ class Sources:
     def _shared(self) -> list[tuple[Source, float]]:
         total = sum(source.weight for source in self.sources)
         return [(source, source.weight / total) for source in self.sources]
+
+
+def key_of(parts: Sequence[tuple[str, float, str]]) -> str:
+    """:attr:`Sources.key` of sources by their names, weights and the names of their token folders."""
+    if len(parts) == 1:
+        return parts[0][2]
+    total = sum(weight for _, weight, _ in parts)
+    shared = [[name, weight / total, folder] for name, weight, folder in parts]
+    return blake3(json.dumps(shared).encode()).hexdigest()[:32]

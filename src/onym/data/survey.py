@@ -106,6 +106,17 @@ class Survey:
         if all_of_it.digest() != self._digests[number]:
             raise changed(f"'{source.name}'" if source else self.corpus.description)
 
+    def held_out_texts(self) -> Iterator[str]:
+        """The documents that are held out, and the last part of one that is split, in order, each as a whole."""
+        parts: list[bytes] = []
+        for number in range(self.file_count):
+            for piece in self.pieces(number):
+                if piece.split == "held_out":
+                    parts.append(piece.text)
+                    if piece.ends:
+                        yield b"".join(parts).decode()
+                        parts = []
+
     @property
     def file_count(self) -> int:
         """Of the numbers that :meth:`pieces` takes."""

@@ -56,8 +56,7 @@ def tokenise(
         StorageError: the cache cannot be written; the shards that are complete stay, to go on from.
     """
     tokenizer_json = tokenizer.to_json()
-    recipe = [_RECIPE, found.fingerprint, found.longest_whole, found.held_out_below, found.train_share, tokenizer_json]
-    folder = cache / "tokens" / blake3(json.dumps(recipe).encode()).hexdigest()[:32]
+    folder = cache / "tokens" / key_of_tokens(found, tokenizer)
     if (data := open_tokens(folder)) is not None:
         return data
     try:
@@ -77,6 +76,12 @@ def tokenise(
     written = open_tokens(folder)
     assert written is not None, "the tokens just written do not open"
     return written
+
+
+def key_of_tokens(found: Survey, tokenizer: Tokenizer) -> str:
+    """The name of a folder of tokens: a hash of the text, the tokenizer and the way they are split."""
+    recipe = [_RECIPE, found.fingerprint, found.longest_whole, found.held_out_below, found.train_share, tokenizer.to_json()]
+    return blake3(json.dumps(recipe).encode()).hexdigest()[:32]
 
 
 @contextmanager

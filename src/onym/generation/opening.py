@@ -26,29 +26,48 @@ class OpenedModel(NamedTuple):
     checkpoint: Checkpoint
 
 
-def open_model(
+class FoundModel(NamedTuple):
+    """A checkpoint and its tokenizer, which fit; no weights are in memory yet."""
+
+    path: str | Path
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+
+    def load(self, device: str | torch.device = "cpu") -> OpenedModel:
+        """Build the model.
+
+        Raises:
+            CheckpointError: it is damaged, or no GPT.
+        """
+        model = load_checkpoint(self.checkpoint, device=device)
+        if not isinstance(model, CausalLM):
+            raise CheckpointError(f"'{self.path}' is a {type(model).__name__}; only a GPT generates text or scores it here.")
+        return OpenedModel(model, self.tokenizer, self.checkpoint)
+
+
+def find_model(
     path: str | Path,
     *,
     step: int | str = "latest",
     part: str | None = None,
     settings: Mapping[str, Any] | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
-    device: str | torch.device = "cpu",
+    only_missing: bool = False,
     note: Callable[[str], None] = warnings.warn,
-) -> OpenedModel:
-    """Open a GPT and its tokenizer.
+) -> FoundModel:
+    """Open a GPT's checkpoint and its tokenizer.
 
     Args:
         path: a run, a checkpoint, a model folder or file, Onym's or another program's (docs/formats.md).
         step: of a run, ``"latest"`` (the newest good one), a number, or the name of a pinned one.
         part: of a file with several models, which.
         settings: fields of the configuration that the file does not state, as ``{"n_heads": 12}``.
-        tokenizer: where the model's folder holds none, or instead of it: a tokenizer, a tokenizer.json, or a hub name.
-        device: where to put the model.
+        tokenizer: instead of the one in the model's folder: a tokenizer, a tokenizer.json, or a hub name.
+        only_missing: take that only where the model's folder holds none.
         note: called with what was assumed, and with damaged steps that were skipped for an older one.
 
     Raises:
-        CheckpointError: there is no model, it is damaged, or it is no GPT.
+        CheckpointError: there is no model, or it is damaged.
         TokenizerError: there is no tokenizer, or it has tokens that the model does not know.
     """
     found = open_any(path, step, part=part, settings=dict(settings or {}))
@@ -57,12 +76,20 @@ def open_model(
         note(f"Passed over '{skipped}': {reason}")
     for assumed in checkpoint.origin.notes if checkpoint.origin is not None else []:
         note(assumed)
-    known = _tokenizer(path, checkpoint, tokenizer)
+    own = checkpoint.text(TOKENIZER) if tokenizer is None or only_missing else None
+    if own is not None:
+        known = Tokenizer.from_json(own)
+    elif tokenizer is not None:
+        known = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    else:
+        raise TokenizerError(f"'{path}' holds no tokenizer: name the one it was trained with, with --tokenizer.")
     require_fitting(known, (checkpoint.config or {}).get("vocab_size", known.vocab_size))
-    model = load_checkpoint(checkpoint, device=device)
-    if not isinstance(model, CausalLM):
-        raise CheckpointError(f"'{path}' is a {type(model).__name__}; only a GPT generates text or scores it here.")
-    return OpenedModel(model, known, checkpoint)
+    return FoundModel(path, checkpoint, known)
+
+
+def open_model(path: str | Path, *, device: str | torch.device = "cpu", **how: Any) -> OpenedModel:
+    """:func:`find_model`, whose arguments ``how`` are, and its weights on a device."""
+    return find_model(path, **how).load(device)
 
 
 def require_fitting(tokenizer: Tokenizer, rows: int) -> None:
@@ -72,14 +99,3 @@ def require_fitting(tokenizer: Tokenizer, rows: int) -> None:
             f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model {rows:,}: name the one that it was trained with, "
             "with --tokenizer."
         )
-
-
-def _tokenizer(path: str | Path, checkpoint: Checkpoint, given: str | Path | Tokenizer | None) -> Tokenizer:
-    if isinstance(given, Tokenizer):
-        return given
-    if given is not None:
-        return Tokenizer.load(given)
-    text = checkpoint.text(TOKENIZER)
-    if text is None:
-        raise TokenizerError(f"'{path}' holds no tokenizer: name the one it was trained with, with --tokenizer.")
-    return Tokenizer.from_json(text)

@@ -109,6 +109,34 @@ def plot_runs(runs: Mapping[str, Rows], path: Path, unit: str) -> None:
     _save(figure, path)
 
 
+def plot_evaluations(points: Sequence[tuple[int, float]], path: Path, title: str, loss_of_a_bit: float) -> None:
+    """Draw how a run's steps did in ``onym evaluate``: bits per byte over steps, with the loss on the right.
+
+    Args:
+        points: steps and bits per byte.
+        path: of the picture; its ending is the format.
+        title: above it.
+        loss_of_a_bit: nats a token at one bit per byte: of one text and one tokenizer both are the same curve.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*points, strict=True), color=HELD_OUT, linewidth=1.8, marker="o", markersize=3.5)
+    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+
+    def loss_of(bits: Any) -> Any:
+        return bits * loss_of_a_bit
+
+    def bits_of(loss: Any) -> Any:
+        return loss / loss_of_a_bit
+
+    right = axes.secondary_yaxis("right", functions=(loss_of, bits_of))
+    right.set_ylabel("loss, nats per token")
+    _tidy(axes)
+    _save(figure, path)
+
+
 def plot_ladder(figures: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw the rungs of ``onym tools ladder``: this machine's on the left, the book's A100's on the right.
 
