@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,9 +72,9 @@ def _status(field: str) -> int:
     return int(line.split()[1])
 
 
-def ask(process: subprocess.Popen[str], steps: int) -> dict[str, object]:
-    """Let a child that waits take so many steps; its answer."""
-    process.stdin.write(f"{steps}\n")
+def ask(process: subprocess.Popen[str], what: int | str) -> dict[str, Any]:
+    """Let a child that waits take so many steps, or do what else it knows; its answer."""
+    process.stdin.write(f"{what}\n")
     process.stdin.flush()
     return json.loads(process.stdout.readline())
 
