@@ -78,22 +78,28 @@ def of_steps(times: list[float], ids: Prompts) -> Decoded:
 def onym(folder: Path, batch: int, dtype: str, compiled: bool) -> Peer:
     """The engine of this working copy."""
     import onym as package
-    from onym.generate.engine import Engine, Request
-    from onym.generate.sampling import Sampling
+    from onym.generation.engine import Engine, Request
+    from onym.generation.sampling import Sampling
 
     engine = Engine(package.load_model(folder / "onym"), slots=batch, dtype=dtype, compile="on" if compiled else "off")
     plain: list[Any] = []
 
     def decode(prompts: Prompts, count: int) -> Decoded:
         requests = [Request(prompt, max_new_tokens=count, sampling=Sampling(temperature=0)) for prompt in prompts]
-        ids: Prompts = [[] for _ in prompts]
+        ids: dict[int, list[int]] = {}
         engine.reset_timings()
         start = time.perf_counter()
         for event in engine.run(requests):
-            ids[event.request].append(event.token)
+            ids.setdefault(event.request, []).append(event.token)
         total = time.perf_counter() - start
         # What the engine spends between its steps is part of decoding, so only its reading of prompts is taken off.
-        return Decoded(total, engine.prefill_seconds, total - engine.prefill_seconds, (count - 1) * len(prompts), ids)
+        return Decoded(
+            total,
+            engine.prefill_seconds,
+            total - engine.prefill_seconds,
+            (count - 1) * len(prompts),
+            [ids[number] for number in sorted(ids)],
+        )
 
     def forward(prompt: list[int]) -> float:
         if not plain:  # there is no int8 model but the engine's own, which computes in bf16
@@ -106,9 +112,10 @@ def onym(folder: Path, batch: int, dtype: str, compiled: bool) -> Peer:
 
 def before(folder: Path, batch: int) -> Peer:
     """``generate`` as it was: the caller has that version's sources in PYTHONPATH."""
-    import onym as package
     from onym.generate.engine import generate
     from onym.generate.sampling import Sampling
+
+    import onym as package
 
     assert batch == 1
     assert "before" in Path(package.__file__).parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,13 @@ def test_stops_and_biases(model: Path, capsys: pytest.CaptureFixture[str]) -> No
     ended = json.loads(generate(capsys, *asked, "--stop-ids", token)[1])
     assert ended["tokens"] == free["tokens"][: free["tokens"].index(token)]
     assert token not in json.loads(generate(capsys, *asked, "--logit-bias", f"{token}=-100")[1])["tokens"]
+
+
+def test_what_int8_costs_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = generate(capsys, model, "--dtype", "int8", "--max-new-tokens", 2)
+    assert code == 0
+    rounded, exact = re.search(r"int8: loss ([\d.]+), fp32 ([\d.]+), on 8,192 bytes of the held-out part", err).groups()  # type: ignore[union-attr]
+    assert 0 < abs(float(rounded) - float(exact)) < 0.05
 
 
 def test_a_prompt_beyond_the_context_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

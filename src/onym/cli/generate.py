@@ -9,34 +9,41 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from onym.cli.arguments import GenerateArguments
 from onym.cli.report import as_step
 from onym.data.tokenizer import Tokenizer
-from onym.errors import ConfigError, storage_error
+from onym.errors import ConfigError, OnymError, storage_error
 from onym.generation.engine import Engine, Request
-from onym.generation.opening import open_model
+from onym.generation.opening import find_model
+from onym.generation.scoring import Score, score_texts
 from onym.generation.write import Token, prompt_ids, write
+from onym.gpt.causal_lm import CausalLM
 from onym.gpt.hardware import read_bandwidth
+from onym.tools.evaluation import Candidate, held_out_text
+from onym.train.display import Display
 from onym.train.precision import choose_compute
 from onym.units import plural
 
 _MOST_SLOTS = 8  # texts side by side: on a CPU more of them take as many times as long
 _GIB = 1 << 30
+_SCORED_BYTES = 8192  # of held-out text, to tell what int8 costs
 
 
 def run(given: GenerateArguments) -> int:
     """``onym generate``."""
     prompts = list(_prompts(given))
     _check(given)
-    opened = open_model(
+    found = find_model(
         given.model,
         step=as_step(given.step),
         part=given.part,
         settings={name: getattr(given, name) for name in ("n_heads", "rope_base", "context_length")},
         tokenizer=given.tokenizer,
-        device=choose_compute(given.device, "fp32").device,
         note=_note,
     )
+    opened = found.load(choose_compute(given.device, "fp32").device)
     tokenizer = opened.tokenizer
     requests = list(_requests(given, tokenizer, prompts))
     context = opened.model.config.context_length
@@ -52,6 +59,8 @@ def run(given: GenerateArguments) -> int:
         note=_note,
     )
     tokens = write(engine, tokenizer, requests, given.stop)
+    if engine.dtype == "int8":
+        _note(_cost_of_int8(Candidate(given.model, found), opened.model, engine))
     texts = [prompt for prompt in prompts for _ in range(given.n)]
     if given.json:
         for place, of_text in _whole(tokens, len(requests)):
@@ -143,6 +152,18 @@ def _as_json(prompt: str, request: Request, tokens: Sequence[Token], tokenizer: 
     if request.prompt_logprobs:
         values["prompt_tokens"], values["prompt_logprobs"] = list(request.prompt), [None, *(tokens[0].prompt_logprobs or ())]
     return values
+
+
+def _cost_of_int8(candidate: Candidate, model: CausalLM, engine: Engine) -> str:
+    """The loss on held-out text with rounded weights, beside that with the model's own."""
+    try:
+        text = held_out_text([candidate], _SCORED_BYTES, Display(Console(stderr=True, quiet=True)))
+    except OnymError as error:
+        return f"What int8 costs is not known: {error}"
+    exact, rounded = (
+        Score.total(score_texts(each, candidate.found.tokenizer, text.documents)).loss for each in (model, engine.model)
+    )
+    return f"int8: loss {rounded:.4f}, fp32 {exact:.4f}, on {text.bytes:,} bytes of {text.description}"
 
 
 def _speed(engine: Engine) -> str:

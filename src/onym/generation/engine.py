@@ -163,6 +163,12 @@ class Engine:
         if self.dtype is not None:
             with torch.no_grad(), without_compilation():
                 self._model, self._compiled = arrange(model, self._cache, self.dtype, compile, expected_tokens, note)
+        self._bytes_of_weights = bytes_a_token(self._model)
+
+    @property
+    def model(self) -> CausalLM:
+        """With the weights that it computes with."""
+        return self._model
 
     @property
     def compiled(self) -> bool:
@@ -210,26 +216,26 @@ class Engine:
                 reshard(self._source)
 
     def step(self) -> list[Event]:
-        """Read one chunk of one prompt, then write one token of each text that is under way."""
+        """Read prompts, :data:`CHUNK` tokens or a little more, then write one token of each text that is under way."""
         # Entered anew for each step: a caller may do other things between two of them.
         with without_gradients(self._sharded), without_compilation():
             self._admit()
             events: list[Event] = []
-            reading = next((slot for slot in self._slots if slot.request is not None and not slot.decoding), None)
-            if reading is not None:
-                began = time.perf_counter()
-                logits = self._read_chunk(reading)
-                self.prefill_seconds += time.perf_counter() - began
-                if logits is not None:
-                    events.append(self._choose(reading, logits))
-            decoding = [slot for slot in self._slots if slot.decoding and slot is not reading]
+            decoding = [slot for slot in self._slots if slot.decoding]
+            began, before = time.perf_counter(), self.prefilled_tokens
+            for slot in self._slots:
+                if slot.request is not None and not slot.decoding and self.prefilled_tokens - before < CHUNK:
+                    logits = self._read_chunk(slot)
+                    if logits is not None:
+                        events.append(self._choose(slot, logits))
+            self.prefill_seconds += time.perf_counter() - began
             if decoding:
                 began = time.perf_counter()
                 logits = self._decode(decoding)
                 events += [self._choose(slot, logits[slot.number]) for slot in decoding]
                 self.decode_seconds += time.perf_counter() - began
                 self.decoded_tokens += len(decoding)
-                self.bytes_read += bytes_a_token(self._model) + self._cache.bytes_a_position * sum(
+                self.bytes_read += self._bytes_of_weights + self._cache.bytes_a_position * sum(
                     len(slot.held) for slot in decoding
                 )
             return events
