@@ -94,7 +94,7 @@ _ROOMS = {
     "gpt": "The GPT, and its registration with the library.",
     "gpt/formats": "Other programs' layouts of GPT-2, one adapter a file.",
     "data": "Text -> tokens -> batches in an exact order.",
-    "generation": "Text out, and scores of text.",
+    "generation": "Text out, and how likely a text is.",
     "compile": "torch.compile: in place, where it pays, with a cache of its own.",
     "train": "The trainer: the loop, and a file for each thing that it needs.",
     "tools": "What helps before and after a run.",

@@ -19,6 +19,7 @@ from onym.generation.scoring import Score
 from tests.cli.test_train import EAGER
 from tests.conftest import TINY, WORDS, Run
 
+ROOT = Path(__file__).parents[2]
 TEXT = "the lamp and the river and the stone, "
 
 
@@ -39,7 +40,9 @@ def untrained(tmp_path: Path) -> GPT:
     return model
 
 
-def test_a_run_is_evaluated_on_what_it_did_not_train_on_and_beside_its_exports(onym: Run, tmp_path: Path) -> None:
+def test_a_run_is_evaluated_on_what_it_did_not_train_on_and_beside_its_exports(
+    onym: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [
         f"The {a} was the {n}th thing, and the {b} knew it."
         for n, (a, b) in enumerate(zip(WORDS * 9, WORDS[1:] * 10, strict=False))
@@ -66,6 +69,10 @@ def test_a_run_is_evaluated_on_what_it_did_not_train_on_and_beside_its_exports(o
     assert (mine["step"], mine["stride"], mine["context_length"]) == (10, 16, 32)
     assert mine["perplexity"] == pytest.approx(math.exp(mine["loss"]))
     assert mine["bits_per_byte"] == pytest.approx(mine["loss"] * mine["tokens"] / mine["bytes"] / math.log(2))
+
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/evaluating.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(program.replace("runs/book", "runs/mine"))
+    assert re.fullmatch(r"(-\d+\.\d\d nats, \d+ tokens, \d+\.\d{3} bits a byte\n){2}", capsys.readouterr().out)
 
     done = onym("evaluate", "runs/mine", "--all-steps", "--plot", "steps.svg")
     assert done.returncode == 0, done.stderr
