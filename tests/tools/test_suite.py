@@ -101,9 +101,10 @@ def by_hand(model: GPT, tokenizer: Tokenizer, items: list[Item]) -> dict[str, fl
         return sum(float(values[len(before) - 1 + place, token]) for place, token in enumerate(after))
 
     right: dict[str, list[bool]] = {}
+    neutral = {CONTINUATION: "This is a sentence.", DESCRIPTION: ""}
     for item in items:
         if item.task != CLOZE:
-            gains = [likelihood(item.context, choice) - likelihood("", choice) for choice in item.choices]
+            gains = [likelihood(item.context, choice) - likelihood(neutral[item.task], choice) for choice in item.choices]
             right.setdefault(item.task, []).append(gains.index(max(gains)) == item.answer)
     return {task: sum(each) / len(each) for task, each in right.items()}
 

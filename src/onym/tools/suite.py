@@ -9,9 +9,10 @@ compare models with each other, of equal tokenizers or not. They are no publishe
 - ``continuation``: which of four sentences follows, given the document up to it; the wrong ones are of other documents.
 - ``description``: which of four first sentences of docstrings belongs to a function's name.
 
-Of four choices that one is taken which the context makes likelier by more than the others: the log-likelihood with the context
-minus that without it (Holtzman et al. 2021). That takes away that some sentences are likelier than others anyway; by
-log-likelihood a byte, the default model answers ``description`` as often right as a guess does.
+Of four choices that one is taken which the context makes likelier by more than the others: the log-likelihood after the context
+minus that after a neutral one (Holtzman et al. 2021, "Surface form competition"). That takes away that some sentences are
+likelier than others anyway: by log-likelihood a byte, models of a million parameters are right in 30 % of the continuations, by
+this in 45 to 50 %.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _CHOICES = 4
 _SENTENCE = re.compile(r"[A-Z][^.!?:\n]*(?:\n[^.!?:\n]+)*\.(?=\s|$)")  # no blank line in it
 _LAST_WORD = re.compile(r"(?<=[a-z,)'])( [a-z]{3,})\.$")
 _FEWEST_WORDS = 5
-_MOST_A_DOCUMENT = 3  # or a few long ones would be half of a task
+_NEUTRAL = {CONTINUATION: "This is a sentence.", DESCRIPTION: ""}  # nothing: a docstring begins with its first sentence
+_MOST_A_DOCUMENT = 6  # or a few long ones would be half of a task
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def measure(
     """
     asked: dict[tuple[str, str], int] = {}  # context and choice, each once: without its context, a choice is one of many items
     for item in items:
-        for context in (item.context,) if item.task == CLOZE else (item.context, ""):
+        for context in (item.context,) if item.task == CLOZE else (item.context, _NEUTRAL[item.task]):
             for choice in item.choices:
                 asked.setdefault((context, choice), len(asked))
     pairs = _encoded(tokenizer, list(asked))
@@ -142,7 +144,7 @@ def measure(
         if item.task == CLOZE:
             is_right = likelihoods[0].greedy
         else:
-            without = [found[asked["", choice]] for choice in item.choices]
+            without = [found[asked[_NEUTRAL[item.task], choice]] for choice in item.choices]
             gains = [one.log_likelihood - other.log_likelihood for one, other in zip(likelihoods, without, strict=True)]
             is_right = all(gains[item.answer] > gain for place, gain in enumerate(gains) if place != item.answer)
         right.setdefault(item.task, []).append(is_right)
