@@ -206,3 +206,12 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tiny: GPT, tokenizer: Tokenize
         log_likelihoods(tiny, [([1], [101])])
     with pytest.raises(ConfigError, match="A context has no tokens"):
         log_likelihoods(tiny, [([], [1])])
+
+
+def test_a_long_text_is_encoded_in_pieces_that_end_with_lines(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "the lamp\nand the river\n\nand the stone, " * 9 + "x" * 90
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(scoring, "PIECE", 50)
+    in_pieces = scoring._encoded(tokenizer, text)
+    assert tokenizer.decode(in_pieces) == text
+    assert len(whole) <= len(in_pieces) < len(whole) + 9

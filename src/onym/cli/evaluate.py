@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import Any
 
 from rich.console import Console
 
@@ -33,12 +34,9 @@ def run(given: EvaluateArguments) -> int:
     def note(text: str) -> None:
         print(text, file=sys.stderr)
 
-    if given.all_steps:
-        models = all_steps(given.models[0], note, tokenizer=given.tokenizer)
-    else:
-        settings = {name: getattr(given, name) for name in ("n_heads", "rope_base", "context_length")}
-        step = as_step(given.step)
-        models = candidates(given.models, step, note, part=given.part, settings=settings, tokenizer=given.tokenizer)
+    settings = {name: getattr(given, name) for name in ("n_heads", "rope_base", "context_length")}
+    how: dict[str, Any] = {"part": given.part, "settings": settings, "tokenizer": given.tokenizer, "note": note}
+    models = all_steps(given.models[0], **how) if given.all_steps else candidates(given.models, as_step(given.step), **how)
     for each in models:
         if context := (each.found.checkpoint.config or {}).get("context_length"):
             stride_of(context, given.stride)  # before the first one is computed

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from onym.compile.in_place import without_compilation
+from onym.data.survey import PIECE
 from onym.data.tokenizer import Tokenizer
 from onym.errors import ConfigError
 from onym.generation.opening import open_model, require_fitting
@@ -147,12 +148,22 @@ def score_texts(
         sizes = [len(text.encode()) for text in texts]
     except UnicodeEncodeError as error:
         raise ConfigError("A text is not valid UTF-8.") from error
-    documents = tokenizer.encode_batch(list(texts))
+    documents = [_encoded(tokenizer, text) for text in texts]
     if empty := next((number for number, tokens in enumerate(documents, start=1) if not tokens), None):
         raise ConfigError(f"Text {empty:,} of {len(texts):,} is empty: there is nothing to score.")
     pairs = [([tokenizer.end_of_text], tokens) for tokens in documents]
     found = log_likelihoods(model, pairs, stride=stride, batch_size=batch_size, progress=progress)
     return [Score(each.log_likelihood, each.tokens, size) for each, size in zip(found, sizes, strict=True)]
+
+
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A long text in pieces that end with lines, as for training: encoded at once, it would take twenty times its size."""
+    pieces, start = list[str](), 0
+    while len(text) - start > PIECE:
+        cut = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        pieces.append(text[start:cut])
+        start = cut
+    return [token for tokens in tokenizer.encode_batch([*pieces, text[start:]]) for token in tokens]
 
 
 class Window(NamedTuple):

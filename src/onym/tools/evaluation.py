@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from onym.checkpoint.steps import CHECKPOINTS, step_folder, steps
+from onym.checkpoint.steps import CHECKPOINTS, TO_BUILD, open_step, step_folder, steps
 from onym.data.corpus import Corpus, LongDocument
 from onym.data.sources import key_of
 from onym.data.survey import survey
 from onym.data.token_files import is_token_data
 from onym.data.tokenise import key_of_tokens
 from onym.errors import CheckpointError, ConfigError, DataError, OnymError
-from onym.format.reader import Checkpoint
+from onym.format.reader import Checkpoint, require_path
 from onym.generation.opening import FoundModel, find_model
 from onym.generation.scoring import Progress, Score, score_texts, stride_of
 from onym.storage.paths import as_path
@@ -92,49 +92,49 @@ class Candidate:
         return manifest.step if manifest is not None else None
 
 
-def candidates(
-    names: Sequence[str], step: int | str, note: Note, *, part: str | None, settings: Mapping[str, Any], tokenizer: str | None
-) -> list[Candidate]:
+def candidates(names: Sequence[str], step: int | str, **how: Any) -> list[Candidate]:
     """Open models without reading their weights.
 
     Args:
         names: paths.
         step: of each that is a run.
-        note: see above.
-        part, settings: as of :func:`onym.generation.opening.find_model`.
-        tokenizer: of those whose folder holds none; of one model alone, instead of its own.
+        how: as of :func:`onym.generation.opening.find_model`; of several, a tokenizer is that of those whose folder holds none.
     """
     found = []
     for name in names:
-        at = step if checkpoints_of(name) is not None else "latest"
-        only_missing = len(names) > 1
-        of_it = find_model(
-            name, step=at, part=part, settings=settings, tokenizer=tokenizer, only_missing=only_missing, note=note
-        )
-        found.append(Candidate(name, of_it))
+        at = step if checkpoints_of(name) is not None or len(names) == 1 else "latest"
+        found.append(Candidate(name, find_model(name, step=at, only_missing=len(names) > 1, **how)))
     return found
 
 
-def all_steps(name: str, note: Note, *, tokenizer: str | None) -> list[Candidate]:
-    """The steps of a run that are kept and good.
+def all_steps(name: str, note: Note, **how: Any) -> list[Candidate]:
+    """The steps of a run that are kept and good, in ascending order.
+
+    Args:
+        name: the run, or the folder of its steps.
+        note: called with those that are damaged.
+        how: as of :func:`onym.generation.opening.find_model`.
 
     Raises:
         ConfigError: it is no run.
-        CheckpointError: none is good.
+        CheckpointError: no step is good.
     """
+    require_path(as_path(name))
     folder = checkpoints_of(name)
     if folder is None:
         raise ConfigError(f"'{name}' has no steps: --all-steps takes a run of onym train, or a folder of checkpoints.")
     found: list[Candidate] = []
-    first: OnymError | None = None
+    problem = CheckpointError(f"'{name}' has no checkpoints yet.")
     for step in steps(folder):
+        path = step_folder(folder, step)
         try:
-            found.append(Candidate(name, find_model(step_folder(folder, step), tokenizer=tokenizer, note=note)))
+            open_step(path, files=TO_BUILD)
+            found.append(Candidate(name, find_model(path, note=note, **how)))
         except CheckpointError as error:
-            first = first or error
+            problem = error
             note(f"Passed over step {step}: {error}")
     if not found:
-        raise first or CheckpointError(f"'{name}' has no checkpoints yet.")
+        raise problem
     return found
 
 
