@@ -263,6 +263,26 @@ def test_what_was_measured_decides(
     assert made.compiled == bool(loaded) == (way == "load")
 
 
+@pytest.mark.slow
+def test_a_step_that_is_damaged_or_gone_is_compiled_anew(
+    compiled_engine: Callable[..., Engine], cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(compiled_engine.config, 0)  # type: ignore[attr-defined]
+    compiled_engine(model)
+    made = CompiledStep.made
+    monkeypatch.setattr(CompiledStep, "compile", lambda self: (_ for _ in ()).throw(RuntimeError("compiled anew")))
+    kept = {file: file.read_bytes() for file in (cache_folder / "compiled").glob("*/decode/*.pt2")}
+    for harm in (lambda file: file.write_bytes(kept[file][:1000]), Path.unlink):
+        for file in kept:
+            harm(file)  # type: ignore[operator]
+        with pytest.raises(AssertionError, match="compiled anew"):
+            compiled_engine(model)
+        for file, content in kept.items():
+            file.write_bytes(content)
+    assert compiled_engine(model).compiled
+    assert CompiledStep.made == made
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -272,6 +292,7 @@ def test_what_was_measured_decides(
         (Request([1], 0), "--max-new-tokens"),
         (Request([1], logprobs=21), "--logprobs must be from 0 to 20"),
         (Request([1], seed=-1), "--seed"),
+        (Request([1], stop=["x"] * 10_000), "10,000 stop strings"),
         (Request([1], logit_bias={500: 1.0}), "--logit-bias has token 500"),
         (Request([1], sampling=Sampling(top_p=0)), "--top-p"),
         (Request([1], sampling=Sampling(min_p=2)), "--min-p"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_a_stop_string_ends_it_in_the_middle_of_others(model: GPT, tokenizer: To
     stop = free[1][5:8]
     stopped: dict[int, str] = dict.fromkeys(range(3), "")
     finishes = {}
-    for token in write(engine, tokenizer, requests, [stop]):
+    for token in write(engine, tokenizer, [dataclasses.replace(request, stop=[stop]) for request in requests]):
         stopped[token.request] += token.text
         finishes[token.request] = token.finish
     for place in range(3):

@@ -72,9 +72,9 @@ class GenerateArguments:
     max_new_tokens: int = 200
     """Tokens to write at the most."""
     sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], _arg("TEXT …", "none")] = ()
     """End before the first of these strings."""
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: Annotated[tuple[int, ...], _arg("ID …", "none")] = ()
     """End before one of these tokens, as before the end of a document."""
     logit_bias: Annotated[str, _arg("ID=BIAS,…", "none")] = ""
     """Added to the logits of these tokens: -100 forbids one."""

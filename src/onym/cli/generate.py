@@ -58,7 +58,7 @@ def run(given: GenerateArguments) -> int:
         expected_tokens=given.max_new_tokens * -(-len(requests) // _MOST_SLOTS),
         note=_note,
     )
-    tokens = write(engine, tokenizer, requests, given.stop)
+    tokens = write(engine, tokenizer, requests)
     if engine.dtype == "int8":
         _note(_cost_of_int8(Candidate(given.model, found), opened.model, engine))
     texts = [prompt for prompt in prompts for _ in range(given.n)]
@@ -105,12 +105,21 @@ def _check(given: GenerateArguments) -> None:
 
 def _requests(given: GenerateArguments, tokenizer: Tokenizer, prompts: Sequence[str]) -> Iterator[Request]:
     first = random.SystemRandom().randrange(2**32) if given.seed is None else given.seed
-    bias, stops = _bias(given.logit_bias), (tokenizer.end_of_text, *given.stop_ids)
+    bias, stop_ids = _bias(given.logit_bias), (tokenizer.end_of_text, *given.stop_ids)
     for number, prompt in enumerate(prompts):
         ids = prompt_ids(tokenizer, prompt)
         for sample in range(given.n):
-            seed = first + number * given.n + sample
-            yield Request(ids, given.max_new_tokens, given.sampling, seed, stops, given.logprobs, given.prompt_logprobs, bias)
+            yield Request(
+                ids,
+                given.max_new_tokens,
+                given.sampling,
+                first + number * given.n + sample,
+                given.stop,
+                stop_ids,
+                given.logprobs,
+                given.prompt_logprobs,
+                bias,
+            )
 
 
 def _bias(text: str) -> dict[int, float]:

@@ -80,6 +80,7 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     display.table(list(rows.items()))
     display.note("Next:", style="bold")
     display.note(f"  {command} generate {quote(str(run))} --prompt 'Return the'")
+    display.note(f"  {command} evaluate {quote(str(run))}    (bits per byte, which compare with any other model's)")
     display.note(f"  {command} train --name {quote(run.name)} --steps {2 * outcome.state.step}{_runs_dir(run)}    (longer)")
     display.note(f"  {_python()} -c {quote(f'import onym; print(onym.load_model({json.dumps(str(run))}))')}")
 

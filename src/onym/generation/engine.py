@@ -33,6 +33,7 @@ from onym.generation.cache import Slots
 from onym.generation.compiled import CompiledStep
 from onym.generation.sampling import Sampling, choose, penalised
 from onym.generation.steps import arrange, run_eagerly
+from onym.generation.text import check_stops
 from onym.generation.ways import Compile, Dtype
 from onym.generation.weights import bytes_a_token, resolve
 from onym.gpt.attention import KVCache
@@ -57,6 +58,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     """For the same text again; None for another one each time."""
+    stop: Sequence[str] = ()
+    """Ends before the first of these strings, where :func:`onym.generation.write.write` makes text of the tokens."""
     stop_ids: Collection[int] = ()
     """Ends before one of these tokens."""
     logprobs: int = 0
@@ -181,10 +184,17 @@ class Engine:
         Raises:
             ConfigError: the prompt is empty or has ids that the model does not know, or a number is out of range.
         """
-        self._check(request)
+        self.check(request)
         self._submitted += 1
         self._waiting.append((self._submitted - 1, request))
         return self._submitted - 1
+
+    def submit_all(self, requests: Iterable[Request]) -> list[int]:
+        """All of them, or none where one is refused."""
+        requests = list(requests)
+        for request in requests:
+            self.check(request)
+        return [self.submit(request) for request in requests]
 
     def cancel(self, number: int) -> None:
         """Forget a request, waiting or under way; one that has ended already is no mistake."""
@@ -204,14 +214,13 @@ class Engine:
         Where FSDP2 has sharded the model, all processes have to call this, and take all events; tokens are those that the first
         one draws.
         """
-        for request in requests:
-            self.submit(request)
+        numbers = self.submit_all(requests)
         try:
             while self.busy:
                 yield from self.step()
         finally:
-            for slot in self._slots:
-                self._leave(slot)
+            for number in numbers:
+                self.cancel(number)
             if self._sharded:
                 reshard(self._source)
 
@@ -356,7 +365,8 @@ class Engine:
     def _leave(self, slot: _Slot) -> None:
         slot.request, slot.unread = None, []
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise a ConfigError for a request that :meth:`submit` would refuse."""
         if request.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens must be at least 1, not {request.max_new_tokens}.")
         if request.seed is not None and not 0 <= request.seed < 2**63:
@@ -366,12 +376,14 @@ class Engine:
         if not request.prompt:
             raise ConfigError("The prompt has no tokens: give it some text.")
         for what, tokens in (("The prompt", request.prompt), ("--logit-bias", request.logit_bias)):
-            if not all(0 <= token < self.vocab_size for token in tokens):
+            unknown = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
+            if unknown is not None:
                 raise ConfigError(
-                    f"{what} has token {max(tokens)}, the model knows {self.vocab_size}: "
+                    f"{what} has token {unknown}, the model knows {self.vocab_size}: "
                     "use the tokenizer that the model was trained with."
                 )
         request.sampling.check()
+        check_stops(request.stop)
         needed = min(self.context, len(request.prompt) + request.max_new_tokens)
         if needed > self._cache.capacity:
             raise ConfigError(f"{needed} tokens do not fit the engine's capacity of {self._cache.capacity}: make it larger.")
@@ -403,7 +415,7 @@ def generate(
         ConfigError: the prompt is empty or has ids that the model does not know, or a number is out of range.
     """
     stop = () if end_of_text is None else (end_of_text,)
-    request = Request(prompt, max_new_tokens, sampling or Sampling(), seed, stop)
+    request = Request(prompt, max_new_tokens, sampling or Sampling(), seed, stop_ids=stop)
     capacity = len(prompt) + max(max_new_tokens, 1)
     engine = Engine(model, dtype=None, capacity=capacity, slide=slide)
     engine.submit(request)

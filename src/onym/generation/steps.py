@@ -49,11 +49,14 @@ def arrange(
     by_rows = for_decoding(model, dtype, pack=False)
     step = CompiledStep(by_rows, cache)
     known = step.recall()
-    if known is not None and (wanted == "on" or known.compiled < known.eager) and step.load():
-        return by_rows, step
-    packed = for_decoding(model, dtype, pack=on_cpu)
+    if known is not None and (wanted == "on" or known.compiled < known.eager):
+        if step.load():
+            return by_rows, step
+        known = None  # it was deleted, or is damaged
     if wanted == "auto" and known is not None:
-        return packed, None
+        del by_rows, step  # before another copy is made
+        return for_decoding(model, dtype, pack=on_cpu), None
+    packed = for_decoding(model, dtype, pack=on_cpu)
     eager = _seconds(lambda tokens, positions: run_eagerly(packed, cache, tokens, positions, [1] * cache.slots), cache)
     if wanted == "auto" and not pays(expected, eager):
         return packed, None

@@ -15,7 +15,7 @@ class Text:
 
     Args:
         tokenizer: of the model.
-        stops: the text ends before the first of these; at most :data:`MOST_STOPS`.
+        stops: the text ends before that of these which is complete first; at most :data:`MOST_STOPS`.
 
     Raises:
         ConfigError: a stop string is empty, or there are too many.
@@ -44,10 +44,10 @@ class Text:
         if self.stopped:
             return ""
         text = self._held + piece
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if found:
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:  # the one that is complete first, so that it does not matter how the text is cut into tokens
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

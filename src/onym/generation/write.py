@@ -13,7 +13,7 @@ from onym.errors import ConfigError, TokenizerError
 from onym.generation.engine import Engine, Finish, Request
 from onym.generation.opening import open_model, require_fitting
 from onym.generation.sampling import Sampling
-from onym.generation.text import Text, check_stops
+from onym.generation.text import Text
 from onym.generation.ways import Compile, Dtype
 from onym.gpt.causal_lm import CausalLM
 
@@ -94,45 +94,36 @@ def generate(
         known = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
         require_fitting(known, model.config.vocab_size)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    check_stops(stops)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
     ids = prompt_ids(known, prompt)
     request = Request(
         ids,
         max_new_tokens,
         sampling,
         seed,
+        stops,
         (known.end_of_text,) if stop_ids is None else stop_ids,
         logprobs,
-        False,
-        logit_bias or {},
+        logit_bias=logit_bias or {},
     )
     capacity = len(ids) + max(max_new_tokens, 1)
     engine = Engine(model.eval(), dtype=dtype, compile=compile, capacity=capacity, expected_tokens=max_new_tokens)
-    return write(engine, known, [request], stops)
+    return write(engine, known, [request])
 
 
-def write(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], stops: Sequence[str] = ()) -> Iterator[Token]:
+def write(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request]) -> Iterator[Token]:
     """Write texts side by side, to the end of each.
 
     Args:
         engine: which has nothing else to do.
         requests: one a text; :attr:`Token.request` is its place here.
-        stops: strings that end a text.
 
     Raises:
         ConfigError: a request is out of range; before the first token.
     """
-    check_stops(stops)
-    numbers: dict[int, int] = {}
-    try:
-        for place, request in enumerate(requests):
-            numbers[engine.submit(request)] = place
-    except ConfigError:
-        for number in numbers:
-            engine.cancel(number)
-        raise
-    return _written(engine, {number: (place, Text(tokenizer, stops)) for number, place in numbers.items()})
+    numbers = engine.submit_all(requests)
+    texts = (Text(tokenizer, request.stop) for request in requests)
+    return _written(engine, dict(zip(numbers, enumerate(texts), strict=True)))
 
 
 def _written(engine: Engine, texts: dict[int, tuple[int, Text]]) -> Iterator[Token]:

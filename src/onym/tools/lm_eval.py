@@ -9,6 +9,7 @@ end-of-text as the prefix of an empty context: the same tokens, the same windows
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 
 from onym.errors import ConfigError, OnymError
-from onym.generation.engine import generate
+from onym.generation.engine import Engine, Request
 from onym.generation.opening import open_model
 from onym.generation.sampling import Sampling
 from onym.generation.scoring import Progress, log_likelihoods
+from onym.generation.write import write
 
 _MISSING = "lm-eval is not installed: pip install 'onym[eval]'."
 
@@ -123,26 +125,28 @@ class OnymLM(TemplateLM):  # type: ignore[misc]
         return [(each.log_likelihood, each.greedy) for each in found]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context, one after another, up to one of its stop sequences, which is not part of the text."""
-        asked = [(request.args[0], _how(request.args[1], self.max_gen_toks)) for request in requests]
-        written = []
-        for request, (context, (sampling, stops, count)) in zip(requests, tqdm(asked, disable=disable_tqdm), strict=True):
-            text = self._continued(context, sampling, stops, count)
+        """Continue each context up to one of its stop sequences, which is not part of the text."""
+        asked = [self._request(*request.args) for request in requests]
+        written = [""] * len(asked)
+        with tqdm(total=len(asked), disable=disable_tqdm) as bar:
+            for token in write(self._engine, self._tokenizer, asked):
+                written[token.request] += token.text
+                bar.update(token.finish is not None)
+        for request, text in zip(requests, written, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
-            written.append(text)
         return written
 
-    def _continued(self, context: str, sampling: Sampling, stops: list[str], count: int) -> str:
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        # In fp32, as the log-likelihoods, and as lm-eval's hf has it by default on a CPU.
+        return Engine(self._model, slots=self.batch_size, dtype="fp32")
+
+    def _request(self, context: str, how: Mapping[str, Any]) -> Request:
+        sampling, stops, count = _how(how, self.max_gen_toks)
         room = self.max_length - count  # for the context, as lm-eval's hf has it; where nothing is left, the engine slides
         prompt = self.tok_encode(context)[-(room if room > 0 else max(1, self.max_length // 2)) :] or [self.eot_token_id]
         seed = int(torch.randint(2**31, ())) if sampling.temperature else None  # from lm-eval's --seed
-        tokens = generate(self._model, prompt, count, sampling, seed=seed, end_of_text=self.eot_token_id)
-        text = ""
-        for piece in self._tokenizer.decode_stream(tokens):
-            text += piece
-            if found := [place for stop in stops if (place := text.find(stop)) >= 0]:
-                return text[: min(found)]
-        return text
+        return Request(prompt, count, sampling, seed, stops, (self.eot_token_id,))
 
 
 def _how(given: Mapping[str, Any], count: int) -> tuple[Sampling, list[str], int]:
