@@ -130,7 +130,10 @@ def test_so_are_those_of_a_compiled_step_which_is_compiled_once(compiled_engine:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["eager fp32", "eager bf16", "eager int8", "as it is", "compiled"])
-def test_a_text_is_the_same_whatever_is_written_beside_it(way: str, compiled_engine: Callable[..., Engine]) -> None:
+def test_a_text_is_the_same_whatever_is_written_beside_it(
+    way: str, compiled_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CHUNK", 8)  # so that prompts take several, and are used again
     config = compiled_engine.config  # type: ignore[attr-defined]
     model = random_model(config, 3)
     one = Request([5, 6, 7], 40, Sampling(1.2, top_p=0.95), seed=11)
@@ -150,6 +153,13 @@ def test_a_text_is_the_same_whatever_is_written_beside_it(way: str, compiled_eng
     used = make()
     texts(used, others)
     assert texts(used, [one])[0] == alone, "what the slots held before does not matter either"
+    long = Request(list(range(1, 30)), 3, Sampling(1.0), seed=5)
+    beside = Request(list(range(20)), 8, Sampling(1.0), seed=6)  # goes on while the other slot is idle
+    expected = texts(make(), [long])[0]
+    assert texts(used, [long, beside])[0] == expected
+    used.reset_timings()
+    assert texts(used, [long])[0] == expected
+    assert used.prefilled_tokens in (29 - 16, 29 - 24), "its beginning was not read again"
 
 
 def test_a_prompt_that_begins_alike_is_not_read_again_and_gives_the_same_bits() -> None:

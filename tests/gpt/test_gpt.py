@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from onym import GPT, GPTConfig
-from onym.gpt.causal_lm import HEAD_MULTIPLE
+from onym.gpt.causal_lm import HEAD_MULTIPLE, Head
 from tests.conftest import TINY
 
 
@@ -38,6 +38,16 @@ def test_a_fresh_model_knows_nothing() -> None:
     model = GPT(GPTConfig(vocab_size=1000, context_length=32, emb_dim=64, n_heads=4, n_layers=2))
     data = torch.randint(0, 1000, (8, 33))
     assert model(data[:, :-1], data[:, 1:]).item() == pytest.approx(math.log(1000), abs=0.1)
+
+
+def test_a_head_of_few_rows_is_not_copied_to_be_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, padded = Head(8, 101, bias=False), []
+    pad = F.pad
+    monkeypatch.setattr(F, "pad", lambda *given: padded.append(given) or pad(*given))
+    assert head(torch.zeros(1, 1, 8)).shape == (1, 1, 101)
+    assert not padded
+    assert head(torch.zeros(1, HEAD_MULTIPLE, 8)).shape == (1, HEAD_MULTIPLE, 101)
+    assert padded
 
 
 @pytest.mark.parametrize("vocab_size", [HEAD_MULTIPLE - 1, HEAD_MULTIPLE, HEAD_MULTIPLE + 1, 101])

@@ -9,20 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from onym.cli.arguments import GenerateArguments
 from onym.cli.report import as_step
 from onym.data.tokenizer import Tokenizer
 from onym.errors import ConfigError, OnymError, storage_error
 from onym.generation.engine import Engine, Request
-from onym.generation.opening import find_model
+from onym.generation.opening import FoundModel, find_model
 from onym.generation.scoring import Score, score_texts
 from onym.generation.write import Token, prompt_ids, write
 from onym.gpt.causal_lm import CausalLM
 from onym.gpt.hardware import read_bandwidth
-from onym.tools.evaluation import Candidate, held_out_text
-from onym.train.display import Display
 from onym.train.precision import choose_compute
 from onym.units import plural
 
@@ -60,7 +56,7 @@ def run(given: GenerateArguments) -> int:
     )
     tokens = write(engine, tokenizer, requests)
     if engine.dtype == "int8":
-        _note(_cost_of_int8(Candidate(given.model, found), opened.model, engine))
+        _note(_cost_of_int8(given.model, found, opened.model, engine))
     texts = [prompt for prompt in prompts for _ in range(given.n)]
     if given.json:
         for place, of_text in _whole(tokens, len(requests)):
@@ -163,15 +159,18 @@ def _as_json(prompt: str, request: Request, tokens: Sequence[Token], tokenizer: 
     return values
 
 
-def _cost_of_int8(candidate: Candidate, model: CausalLM, engine: Engine) -> str:
+def _cost_of_int8(name: str, found: FoundModel, model: CausalLM, engine: Engine) -> str:
     """The loss on held-out text with rounded weights, beside that with the model's own."""
+    from rich.console import Console
+
+    from onym.tools.evaluation import Candidate, held_out_text
+    from onym.train.display import Display
+
     try:
-        text = held_out_text([candidate], _SCORED_BYTES, Display(Console(stderr=True, quiet=True)))
+        text = held_out_text([Candidate(name, found)], _SCORED_BYTES, Display(Console(stderr=True, quiet=True)))
     except OnymError as error:
         return f"What int8 costs is not known: {error}"
-    exact, rounded = (
-        Score.total(score_texts(each, candidate.found.tokenizer, text.documents)).loss for each in (model, engine.model)
-    )
+    exact, rounded = (Score.total(score_texts(each, found.tokenizer, text.documents)).loss for each in (model, engine.model))
     return f"int8: loss {rounded:.4f}, fp32 {exact:.4f}, on {text.bytes:,} bytes of {text.description}"
 
 

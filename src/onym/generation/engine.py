@@ -128,7 +128,7 @@ class Engine:
         slide: tokens dropped from the front when the context is full, a quarter of it by default; 1 gives exactly the result of
             cropping to the last ``context_length`` tokens at each step.
         expected_tokens: steps that are to come, as far as is known.
-        note: is told in a sentence why the step is not compiled where it was to be.
+        note: called with a sentence that says why the step is not compiled where it was to be.
 
     Raises:
         ConfigError: a number is out of range.

@@ -92,6 +92,24 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu", **how: A
     return find_model(path, **how).load(device)
 
 
+def model_and_tokenizer(
+    model: CausalLM | str | Path, tokenizer: Tokenizer | str | Path | None, device: str | torch.device
+) -> tuple[CausalLM, Tokenizer]:
+    """A model that is given with its tokenizer, or both from a path.
+
+    Raises:
+        TokenizerError: a model comes without its tokenizer, or with one that does not fit.
+    """
+    if not isinstance(model, CausalLM):
+        opened = open_model(model, tokenizer=tokenizer, device=device)
+        return opened.model, opened.tokenizer
+    if tokenizer is None:
+        raise TokenizerError("A model alone does not know its tokens: give its tokenizer too, as tokenizer=….")
+    known = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    require_fitting(known, model.config.vocab_size)
+    return model, known
+
+
 def require_fitting(tokenizer: Tokenizer, rows: int) -> None:
     """Raise a TokenizerError where a tokenizer has tokens that a model with so many rows in its embedding does not know."""
     if tokenizer.vocab_size > rows:

@@ -29,7 +29,7 @@ from onym.compile.in_place import without_compilation
 from onym.data.survey import PIECE
 from onym.data.tokenizer import Tokenizer
 from onym.errors import ConfigError
-from onym.generation.opening import open_model, require_fitting
+from onym.generation.opening import model_and_tokenizer
 from onym.gpt.causal_lm import CausalLM
 from onym.gpt.head_loss import chunk_rows
 
@@ -123,14 +123,7 @@ def score(
     """
     if isinstance(texts, str):
         raise ConfigError("texts is a list of texts, not one text: put it into brackets.")
-    if isinstance(model_or_path, CausalLM):
-        if tokenizer is None:
-            raise ConfigError("A model alone does not know its tokens: give its tokenizer too, as tokenizer=….")
-        model = model_or_path
-        known = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
-        require_fitting(known, model.config.vocab_size)
-    else:
-        model, known, _ = open_model(model_or_path, tokenizer=tokenizer, device=device)
+    model, known = model_and_tokenizer(model_or_path, tokenizer, device)
     return score_texts(model, known, texts, stride=stride, batch_size=batch_size)
 
 

@@ -38,7 +38,7 @@ def arrange(
         dtype: of the weights.
         wanted: whether to compile.
         expected: steps to come.
-        note: is told why the step is not compiled where that was asked for.
+        note: called with the reason why the step is not compiled where that was asked for.
 
     Returns:
         The model with :class:`~onym.generation.weights.Product` for its linear layers, and its step if it is compiled.

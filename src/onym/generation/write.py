@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from onym.data.tokenizer import Tokenizer
-from onym.errors import ConfigError, TokenizerError
+from onym.errors import ConfigError
 from onym.generation.engine import Engine, Finish, Request
-from onym.generation.opening import open_model, require_fitting
+from onym.generation.opening import model_and_tokenizer
 from onym.generation.sampling import Sampling
 from onym.generation.text import Text
 from onym.generation.ways import Compile, Dtype
@@ -86,13 +86,7 @@ def generate(
     Raises:
         OnymError: the model or its tokenizer cannot be opened, or a value is out of range; before the first token.
     """
-    if isinstance(model, str | Path):
-        model, known, _ = open_model(model, tokenizer=tokenizer, device=device)
-    elif tokenizer is None:
-        raise TokenizerError("A model that is no file has no tokenizer beside it: give one as tokenizer=.")
-    else:
-        known = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
-        require_fitting(known, model.config.vocab_size)
+    model, known = model_and_tokenizer(model, tokenizer, device)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     ids = prompt_ids(known, prompt)
