@@ -7,7 +7,7 @@ with ``data-*.arrow`` files, whose order ``state.json`` gives.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,53 @@ def read_table(path: Path, source: str, text_field: str) -> Iterator[tuple[int, 
             raise DataError(f"'{source}' is damaged after row {row:,}: {_sentence(error)}.") from error
 
 
+def read_columns(path: Path, source: str, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row's number, from 1, and its values in those of these columns that there are.
+
+    Raises:
+        DataError: it is no such file, or is damaged.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(f"Reading '{source}' needs pyarrow: pip install 'onym[parquet]'.") from error
+    row = 0
+    with ExitStack() as stack:
+        try:
+            for batch in (_parquet_batches if path.suffix == ".parquet" else _arrow_batches)(path, names, stack):
+                batch.validate(full=True)  # offsets that lead out of a damaged file would end the process
+                for start in range(0, batch.num_rows, _ROWS):
+                    for values in batch.slice(start, _ROWS).to_pylist():
+                        row += 1
+                        yield row, values
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            if isinstance(error, DataError):
+                raise
+            where = f"is damaged after row {row:,}" if row else f"is not a readable {path.suffix} file"
+            raise DataError(f"'{source}' {where}: {_sentence(error)}.") from error
+
+
+def _parquet_batches(path: Path, names: Sequence[str], stack: ExitStack) -> Iterator[Any]:
+    import pyarrow.parquet as parquet
+
+    file = stack.enter_context(parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False))
+    there = [name for name in file.schema_arrow.names if name in names]
+    return file.iter_batches(_ROWS, columns=there)  # type: ignore[no-any-return]
+
+
+def _arrow_batches(path: Path, names: Sequence[str], stack: ExitStack) -> Iterator[Any]:
+    from pyarrow import ipc
+
+    file, is_file = _open_ipc(path, stack)
+    there = [
+        number
+        for number, name in enumerate((ipc.open_file if is_file else ipc.open_stream)(file).schema.names)
+        if name in names
+    ]
+    file.seek(0)
+    return _ipc_batches(file, is_file, there)
+
+
 def _open_parquet(path: Path, text_field: str, stack: ExitStack) -> tuple[Any, Iterator[Any]]:
     import pyarrow.parquet as parquet
 
@@ -63,20 +110,32 @@ def _open_parquet(path: Path, text_field: str, stack: ExitStack) -> tuple[Any, I
 
 
 def _open_arrow(path: Path, text_field: str, stack: ExitStack) -> tuple[Any, Iterator[Any]]:
-    import pyarrow
     from pyarrow import ipc
 
-    file = stack.enter_context(pyarrow.memory_map(str(path)) if can_be_mapped(path) else pyarrow.OSFile(str(path)))
-    is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
-    open_reader = ipc.open_file if is_file else ipc.open_stream
-    file.seek(0)
-    schema = open_reader(file).schema
+    file, is_file = _open_ipc(path, stack)
+    schema = (ipc.open_file if is_file else ipc.open_stream)(file).schema
     if text_field not in schema.names:
         return schema, iter(())
     file.seek(0)
-    reader = open_reader(file, options=ipc.IpcReadOptions(included_fields=[schema.names.index(text_field)]))
-    batches = (reader.get_batch(number) for number in range(reader.num_record_batches)) if is_file else reader
-    return schema, (batch.column(0) for batch in batches)
+    return schema, (batch.column(0) for batch in _ipc_batches(file, is_file, [schema.names.index(text_field)]))
+
+
+def _open_ipc(path: Path, stack: ExitStack) -> tuple[Any, bool]:
+    """An Arrow file at its beginning, and whether it has the file format; else it is a stream."""
+    import pyarrow
+
+    file = stack.enter_context(pyarrow.memory_map(str(path)) if can_be_mapped(path) else pyarrow.OSFile(str(path)))
+    is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+    file.seek(0)
+    return file, is_file
+
+
+def _ipc_batches(file: Any, is_file: bool, fields: Sequence[int]) -> Iterator[Any]:
+    """The record batches, of these columns alone."""
+    from pyarrow import ipc
+
+    reader = (ipc.open_file if is_file else ipc.open_stream)(file, options=ipc.IpcReadOptions(included_fields=list(fields)))
+    return (reader.get_batch(number) for number in range(reader.num_record_batches)) if is_file else reader
 
 
 def _sentence(error: Exception) -> str:
