@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onym.data.tokenizer import END_OF_TEXT, Tokenizer
+from onym.data.tokenizer import END_OF_TEXT, TURN_TOKENS, Tokenizer
 from onym.errors import TokenizerError
 
 TRAINED = Tokenizer.train(["the cat sat on the mat, the cat sat\n" * 20, "def f(x):\n    return x\n" * 20], 320)
@@ -61,6 +61,38 @@ def test_a_tokenizer_without_an_end_of_text_token_gets_one() -> None:
 
     bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     assert Tokenizer(bare).end_of_text == 2
+
+
+def test_a_tokenizer_trained_here_reserves_the_tokens_of_turns() -> None:
+    assert TRAINED.special_tokens == {
+        END_OF_TEXT: 0,
+        "<|im_start|>": TRAINED.vocab_size - 2,
+        "<|im_end|>": TRAINED.vocab_size - 1,
+    }
+    assert Tokenizer.train(["many words of a text " * 99, "".join(map(chr, range(32, 999)))], 300).vocab_size == 300
+    before = Tokenizer.train(["the cat sat on the mat, the cat sat\n" * 20], 274)
+    assert before.special_tokens == {END_OF_TEXT: 0}
+    assert not {320, 319} & set(TRAINED.encode("<|im_start|>user<|im_end|>"))
+
+
+def test_special_tokens_are_added_at_the_end() -> None:
+    assert TRAINED.with_special_tokens(["<|im_end|>", END_OF_TEXT]) is TRAINED
+    small = Tokenizer.train(["the cat sat on the mat, the cat sat\n" * 20], 270)
+    more = small.with_special_tokens(TURN_TOKENS)
+    assert small.special_tokens == {END_OF_TEXT: 0}, "it is not changed"
+    assert [more.special_tokens[token] for token in TURN_TOKENS] == [small.vocab_size, small.vocab_size + 1]
+    assert Tokenizer.from_json(more.to_json()).special_tokens == more.special_tokens
+    text = "the cat <|im_start|> mat"
+    assert more.encode(text) == small.encode(text)
+
+
+def test_a_token_that_texts_may_become_is_made_special() -> None:
+    import tokenizers
+
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "<|im_end|>": 1}, merges=[]))
+    known = Tokenizer(bare)
+    assert "<|im_end|>" not in known.special_tokens
+    assert known.with_special_tokens(["<|im_end|>"]).special_tokens["<|im_end|>"] == 1
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:

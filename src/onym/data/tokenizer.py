@@ -18,13 +18,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from onym.errors import TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
+"""What begins and ends a turn of a conversation in ChatML."""
 # What other tokenizers call the token that ends a document.
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _SMALLEST_VOCABULARY = 257  # every byte, and the end of a document
+_SMALLEST_WITH_TURNS = _SMALLEST_VOCABULARY + len(TURN_TOKENS) + 16  # a smaller one needs its few merges more
 
 
 class Tokenizer:
-    """A ``tokenizer.json``, with the one special token that training needs: the end of a document."""
+    """A ``tokenizer.json``, with the special token that training needs: the end of a document."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         vocabulary = inner.get_vocab(with_added_tokens=True)
@@ -44,35 +47,39 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn ``vocab_size`` tokens (fewer, if the text is too short for so many) from the texts.
 
+        The end of a document is the first of them, and :func:`reserved_tokens` the last ones, so that the model can be taught
+        to converse later.
+
         Raises:
             TokenizerError: the vocabulary could not hold every byte.
         """
         require_bytes(vocab_size)
-        inner = _byte_level()
+        inner, reserved = _byte_level(), reserved_tokens(vocab_size)
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - len(reserved),
             special_tokens=[END_OF_TEXT],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         inner.train_from_iterator(texts, trainer)
+        inner.add_special_tokens(list(reserved))
         return cls(inner)
 
     @classmethod
     def of_merges(cls, merges: Iterable[tuple[bytes, bytes]], vocab_size: int) -> Tokenizer:
         """What :meth:`train` gives, from the merges that training finds, in order."""
-        inner = _byte_level()
+        inner, reserved = _byte_level(), reserved_tokens(vocab_size)
         vocabulary = {END_OF_TEXT: 0}
         for character in sorted(_characters()):
             vocabulary[character] = len(vocabulary)
         pairs: list[tuple[str, str]] = []
         for left, right in merges:
-            if len(vocabulary) >= vocab_size:
+            if len(vocabulary) >= vocab_size - len(reserved):
                 break
             pairs.append((_as_text(left), _as_text(right)))
             vocabulary.setdefault("".join(pairs[-1]), len(vocabulary))
         inner.model = models.BPE(vocabulary, pairs)
-        inner.add_special_tokens([END_OF_TEXT])
+        inner.add_special_tokens([END_OF_TEXT, *reserved])
         return cls(inner)
 
     @classmethod
@@ -118,6 +125,26 @@ class Tokenizer:
     @functools.cached_property
     def _json(self) -> str:
         return json.dumps(json.loads(self._inner.to_str()), ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that no text becomes, and their ids."""
+        added = self._inner.get_added_tokens_decoder()
+        return {token.content: number for number, token in sorted(added.items()) if token.special}
+
+    @functools.cached_property
+    def special_tokens_that_strip(self) -> dict[int, tuple[bool, bool]]:
+        """The special tokens that take the white space before them, or after, into themselves; by id."""
+        added = self._inner.get_added_tokens_decoder()
+        return {number: (token.lstrip, token.rstrip) for number, token in added.items() if token.lstrip or token.rstrip}
+
+    def with_special_tokens(self, names: Iterable[str]) -> Tokenizer:
+        """The same tokenizer with these special tokens: new ids at the end for those that it lacks; itself if it has all."""
+        if not (missing := [name for name in dict.fromkeys(names) if name not in self.special_tokens]):
+            return self
+        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        inner.add_special_tokens(missing)
+        return Tokenizer(inner)
 
     def bytes_of(self, token: int) -> bytes:
         """What a token of a byte-level vocabulary stands for."""
@@ -165,6 +192,11 @@ class Decoding:
     def rest(self) -> str:
         """What was held back when no more tokens come: an end inside a character."""
         return self._tokenizer.decode(self._seen)[self._written :]
+
+
+def reserved_tokens(vocab_size: int) -> tuple[str, ...]:
+    """The special tokens that a vocabulary of this size, trained here, has besides the end of a document."""
+    return TURN_TOKENS if vocab_size >= _SMALLEST_WITH_TURNS else ()
 
 
 def require_bytes(vocab_size: int) -> None:

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from onym.data.fast_bpe import SEPARATOR, Encoder, Warn, some_of, train_merges
 from onym.data.survey import Progress, Survey
-from onym.data.tokenizer import Tokenizer, require_bytes
+from onym.data.tokenizer import Tokenizer, require_bytes, reserved_tokens
 from onym.errors import TokenizerError, storage_error
 from onym.storage.paths import replace_file
 
@@ -52,7 +52,8 @@ def cached_tokenizer(
     fingerprint = surveys[0].fingerprint
     if len(surveys) > 1:
         fingerprint = blake3("".join(found.fingerprint for found in surveys).encode()).hexdigest()
-    path = cache / "tokenizers" / f"{fingerprint[:32]}-{surveys[0].train_share:g}-{vocab_size}{sampled}.json"
+    turns = "-turns" if reserved_tokens(vocab_size) else ""  # another name than in older caches, which lack them
+    path = cache / "tokenizers" / f"{fingerprint[:32]}-{surveys[0].train_share:g}-{vocab_size}{sampled}{turns}.json"
     with suppress(TokenizerError):  # a damaged one is made again
         if path.exists():
             with suppress(OSError):
@@ -107,7 +108,7 @@ def _train(folder: Path, texts: Iterator[bytes], vocab_size: int, progress: Prog
         progress("Training the tokenizer", 0, 0)
     small, right = min(vocab_size, _COMPARED_VOCABULARY), list[Tokenizer]()
     merges = train_merges(
-        [([part], small - 1), (sample, vocab_size - 1)],
+        [([part], _learned(small)), (sample, _learned(vocab_size))],
         meanwhile=lambda: right.append(Tokenizer.train((text.decode() for text in compared), small)),
     )
     if merges is None:
@@ -116,7 +117,7 @@ def _train(folder: Path, texts: Iterator[bytes], vocab_size: int, progress: Prog
         why = "finds other merges than tokenizers in this text"
     else:
         tokenizer = Tokenizer.of_merges(merges[1], vocab_size)
-        if _uses_last_token(tokenizer, sample):
+        if _uses_last_token(tokenizer, tokenizer.vocab_size - 1 - len(reserved_tokens(vocab_size)), sample):
             return tokenizer
         why = ""  # where no pair is left it goes on to merge what never occurs; tokenizers stops
     if warn and why:
@@ -124,9 +125,14 @@ def _train(folder: Path, texts: Iterator[bytes], vocab_size: int, progress: Prog
     return Tokenizer.train((text.decode() for text in _separated(sample)), vocab_size)
 
 
-def _uses_last_token(tokenizer: Tokenizer, sample: Sequence[Path]) -> bool:
+def _learned(vocab_size: int) -> int:
+    """The bytes and merges of a vocabulary: all but its special tokens."""
+    return vocab_size - 1 - len(reserved_tokens(vocab_size))
+
+
+def _uses_last_token(tokenizer: Tokenizer, last: int, sample: Sequence[Path]) -> bool:
     """Whether the last merge occurs in the text: then so do all before it."""
-    encode, last = Encoder(tokenizer, []), tokenizer.vocab_size - 1
+    encode = Encoder(tokenizer, [])
     token = tokenizer.bytes_of(last)
     return any(last in encode([text])[0] for text in _separated(sample) if token in text)
 
