@@ -279,8 +279,7 @@ def test_the_sources_dtype_is_the_files(tmp_path: Path, tokenizer: Tokenizer, dt
 
 
 def test_a_folder_of_transformers_with_a_chat_template(tmp_path: Path, texts: list[str]) -> None:
-    inner = tokenizers.Tokenizer.from_str(Tokenizer.train(texts, VOCABULARY - 2).to_json())
-    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    inner = tokenizers.Tokenizer.from_str(Tokenizer.train(texts, VOCABULARY).to_json())
     inner.add_tokens(["<tool>"])
     model = scattered(MODELS["gpt2"]())
     onym.save(model, tmp_path / "ours")
@@ -296,7 +295,9 @@ def test_a_folder_of_transformers_with_a_chat_template(tmp_path: Path, texts: li
     assert said == "<|im_start|>user\nHello<|im_end|>\n"
     assert engine.tokens(said, special=True) == inner.encode(said, add_special_tokens=False).ids
     assert engine.tokens("a<tool> b<|im_end|>") == Tokenizer(inner).encode("a<tool> b<|im_end|>")
-    assert gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.eos_token_id").contents() == VOCABULARY - 1
+    assert gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.eos_token_id").contents() == inner.token_to_id(
+        "<|im_end|>"
+    )
     assert (tmp_path / "m.Modelfile").read_text() == (
         "FROM ./m.gguf\n"
         'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n'

@@ -16,7 +16,7 @@ from onym.convert.clean_names import clean_names
 from onym.convert.folders import open_contents, open_part, open_state
 from onym.convert.mapping import Recipe, View, to_ours
 from onym.convert.registry import Config, Format, NamedShapes, Origin, family_of, formats
-from onym.convert.sources import Contents
+from onym.convert.sources import TEMPLATE_TEXTS, Contents
 from onym.convert.understand import by_rules, shape_of
 from onym.errors import CheckpointError, ConfigError, OnymError
 from onym.format.manifest import TOKENIZER
@@ -199,15 +199,16 @@ def warn_of(checkpoint: Checkpoint) -> None:
 
 
 def _own_texts(contents: Contents) -> dict[str, str]:
-    """The tokenizer beside the weights."""
-    if TOKENIZER in contents.texts:
-        return {TOKENIZER: contents.texts[TOKENIZER]}
+    """The tokenizer beside the weights, and its chat template."""
+    texts = {name: contents.texts[name] for name in (TOKENIZER, *TEMPLATE_TEXTS) if name in contents.texts}
+    if TOKENIZER in texts:
+        return texts
     if {"vocab.json", "merges.txt"} <= contents.texts.keys():
         try:
-            return {TOKENIZER: _from_vocabulary(contents.texts["vocab.json"], contents.texts["merges.txt"])}
+            return {**texts, TOKENIZER: _from_vocabulary(contents.texts["vocab.json"], contents.texts["merges.txt"])}
         except (ValueError, TypeError, IndexError) as error:
             raise CheckpointError(f"The vocabulary beside '{contents.path}' is damaged: {error}.") from error
-    return {}
+    return texts
 
 
 def _from_vocabulary(vocabulary: str, merges: str) -> str:

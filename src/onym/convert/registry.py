@@ -138,7 +138,7 @@ class Writing:
     texts: Mapping[str, str]
     """The texts beside the weights of a source of the same format, which are preserved."""
     beside: Mapping[str, str]
-    """The texts beside the weights of any source, where the tokenizer is the source's own."""
+    """The texts beside the weights of any source, where the tokenizer is the source's own; of Onym's own, its chat template."""
     dtype: str | None
     """Of the values, where the user names one of the target's ``dtypes``."""
     notes: list[str]

@@ -20,6 +20,7 @@ from onym.errors import CheckpointError, NoWeightsError, nearest
 from onym.format.extra_state import with_extra_state
 from onym.format.manifest import MOST_JSON_BYTES, parse_json
 from onym.format.pth import PickledFile, read_pickle
+from onym.format.reader import Checkpoint
 from onym.format.safetensors import begins_file
 from onym.format.safetensors_file import open_safetensors
 from onym.format.stand_ins import StandIn, key_said, kind_of, with_states
@@ -43,6 +44,8 @@ _TEXTS = (
     "model_config.yaml",
     "params.json",
 )
+TEMPLATE_TEXTS = ("tokenizer_config.json", "chat_template.jinja")
+"""Of these, the ones that say how a conversation becomes a text; Onym's own checkpoints may have them too."""
 # Entries that hold no model: an optimizer's state, random number generators, what a loop counts.
 NO_MODEL = re.compile(
     r"(?i:optim.*|(\w+_)?rng(_\w+)?|random.*|(lr_)?sched.*|train(er|ing)?_state|data_?loader.*|(grad_)?scaler|metrics?|callbacks|loops|.*_extra_state)"
@@ -219,6 +222,11 @@ def _tied(file: TensorFile) -> TensorFile:
 def texts_of(folder: Path) -> dict[str, str]:
     """The texts that describe the weights in a folder."""
     return {name: text_of(folder / name) for name in _TEXTS if (folder / name).is_file()}
+
+
+def template_texts(checkpoint: Checkpoint) -> dict[str, str]:
+    """Of an opened checkpoint, those of :data:`TEMPLATE_TEXTS` that it has."""
+    return {name: text for name in TEMPLATE_TEXTS if (text := checkpoint.text(name)) is not None}
 
 
 def text_of(path: Path) -> str:

@@ -16,7 +16,7 @@ from onym.convert.lazy import compare, lazily, mapped_on_disk, sharded
 from onym.convert.mapping import Recipe, View, counts, nbytes
 from onym.convert.opening import cropped, open_any
 from onym.convert.registry import Config, FileJob, Format, Target, Writing, family_of, formats, targets
-from onym.convert.sources import as_json
+from onym.convert.sources import TEMPLATE_TEXTS, as_json, template_texts
 from onym.convert.translation import their_recipes
 from onym.errors import CheckpointError, ConfigError, StorageError, nearest
 from onym.format.manifest import CONFIG, MODEL, TOKENIZER
@@ -265,7 +265,7 @@ def _unused(checkpoint: Checkpoint, target: str, path: Path) -> list[str]:
         used.add(CONFIG)
     folder = not plain and _container(target) == "folder"
     if folder and path.suffix != ".safetensors":
-        used |= {TOKENIZER, "vocab.json", "merges.txt"}
+        used |= {TOKENIZER, "vocab.json", "merges.txt", *TEMPLATE_TEXTS}
     if checkpoint.manifest is not None:
         return [file for file in checkpoint.holds if file not in used]
     if checkpoint.origin is None:
@@ -429,12 +429,14 @@ class _Translated:
             write_safetensors(self.path, lazily(self.theirs), architecture, config, self.how.progress)
             return
         text = self.checkpoint.text(TOKENIZER)
-        texts = {CONFIG: as_json(config)} | ({TOKENIZER: text} if text is not None else {})
+        kept = template_texts(self.checkpoint) if self.how.keeps_texts else {}
+        texts = {CONFIG: as_json(config), **kept} | ({TOKENIZER: text} if text is not None else {})
         write_folder(self.path, {MODEL: lazily(self.theirs)}, texts, About(architecture), self.how.progress)
 
     def _writing(self) -> Writing:
         origin = self.checkpoint.origin
         same = origin is not None and _of_one_program(origin.format, self.format) and self.how.keeps_texts
+        kept = template_texts(self.checkpoint) if origin is None else origin.contents.texts
         return Writing(
             checkpoint=self.checkpoint,
             path=self.path,
@@ -442,7 +444,7 @@ class _Translated:
             config=self.config,
             tokenizer=self.checkpoint.text(TOKENIZER),
             texts=origin.contents.texts if origin is not None and same else {},
-            beside=origin.contents.texts if origin is not None and self.how.keeps_texts else {},
+            beside=kept if self.how.keeps_texts else {},
             dtype=self.how.dtype,
             notes=self.report.notes,
             used=set(),

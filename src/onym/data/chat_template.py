@@ -153,7 +153,7 @@ class ChatTemplate:
             CheckpointError: ``tokenizer_config.json`` is damaged.
         """
         source = template_of(texts)
-        return None if source is None else cls(source, tokenizer, _named_tokens(_settings(texts)))
+        return None if source is None else cls(source, tokenizer, named_tokens(texts))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text that transformers' ``apply_chat_template(tokenize=False)`` gives.
@@ -356,11 +356,19 @@ def _settings(texts: Mapping[str, str]) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that it names: each a text, or an object with its content."""
-    values = {name: settings.get(name) for name in _SPECIAL}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+def named_tokens(texts: Mapping[str, str]) -> dict[str, str]:
+    """The special tokens that the ``tokenizer_config.json`` of these texts names, by what they are for, as ``eos_token``.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    settings, named = _settings(texts), dict[str, str]()
+    for name in _SPECIAL:
+        value = settings.get(name)
+        value = value.get("content") if isinstance(value, dict) else value  # a text, or an object with its content
+        if isinstance(value, str):
+            named[name] = value
+    return named
 
 
 # -- Jinja

@@ -146,6 +146,11 @@ class Tokenizer:
         inner.add_special_tokens(missing)
         return Tokenizer(inner)
 
+    def id_of(self, token: str | None, default: int) -> int:
+        """The id of a token by its text, special or not; ``default`` where there is none."""
+        number = None if token is None else self._inner.token_to_id(token)
+        return default if number is None else number
+
     def bytes_of(self, token: int) -> bytes:
         """What a token of a byte-level vocabulary stands for."""
         byte_of = {character: byte for byte, character in enumerate(_characters())}

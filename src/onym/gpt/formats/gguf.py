@@ -18,6 +18,7 @@ from torch import Tensor
 from onym.convert.gguf_file import DTYPES, GGUFFile, dtype_of, package, plan
 from onym.convert.mapping import Change, Recipe, Shape, made, same, weight_and_bias
 from onym.convert.registry import Config, Format, Target, Writing
+from onym.data.chat_template import ALPACA
 from onym.errors import CheckpointError
 from onym.format.manifest import CONFIG, TOKENIZER
 from onym.format.tensors import TensorFile
@@ -32,6 +33,23 @@ _POSITIONS = "position_embd.weight"
 _CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
+"""
+_ALPACA = """{{- range $i, $m := .Messages }}
+{{- if eq $m.Role "system" }}{{ $m.Content }}
+
+{{ else if eq $m.Role "user" }}{{ if eq $i 0 }}Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
+
+{{ end }}### Instruction:
+{{ $m.Content }}{{ else }}
+
+### Response:
+{{ $m.Content }}{end}
+
+{{ end }}
+{{- end }}
+
+### Response:
 """
 _OLLAMA_CONTEXT = 4096  # tokens, by default
 
@@ -172,6 +190,8 @@ def _template(tokenizer: GGMLTokenizer) -> list[str]:
     if "<|im_start|>" in tokenizer.chat_template:
         return [f'TEMPLATE """{_CHATML}"""', 'PARAMETER stop "<|im_end|>"']
     stop = tokenizer.tokens[tokenizer.eos].replace('"', '\\"')
+    if tokenizer.chat_template == ALPACA:
+        return [f'TEMPLATE """{_ALPACA.replace("{end}", stop)}"""', f'PARAMETER stop "{stop}"']
     return ["# TEMPLATE: Ollama takes the chat template in the file, where it knows it.", f'PARAMETER stop "{stop}"']
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import tokenizers
 
+from onym.data.chat_template import named_tokens, template_of
 from onym.data.tokenizer import Tokenizer
-from onym.errors import CheckpointError, TokenizerError
-from onym.format.manifest import parse_json
+from onym.errors import TokenizerError
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,6 +46,8 @@ class GGMLTokenizer:
     adds_bos: bool
     adds_eos: bool
     chat_template: str | None = None
+    end_of_turn: int | None = None
+    """What ends a reply, where the template writes ``eos`` there; otherwise llama.cpp looks for one that it knows."""
     notes: list[str] = field(default_factory=list)
 
     def write(self, writer: Any) -> None:
@@ -62,6 +64,8 @@ class GGMLTokenizer:
             writer.add_add_eos_token(True)
         if self.chat_template is not None:
             writer.add_chat_template(self.chat_template)
+        if self.end_of_turn is not None:
+            writer.add_eot_token_id(self.end_of_turn)
 
 
 def ggml_tokenizer(text: str, rows: int, beside: Mapping[str, str]) -> GGMLTokenizer:
@@ -78,7 +82,7 @@ def ggml_tokenizer(text: str, rows: int, beside: Mapping[str, str]) -> GGMLToken
     known = Tokenizer.from_json(text)
     inner = tokenizers.Tokenizer.from_str(text)
     values = json.loads(inner.to_str())  # old files leave out what newer ones say
-    about = _settings(beside)
+    named = named_tokens(beside)
     pre = _pre_of(values)
     pieces: dict[int, tuple[str, int]] = {number: (piece, _NORMAL) for piece, number in values["model"]["vocab"].items()}
     for each in values.get("added_tokens") or ():
@@ -90,15 +94,16 @@ def ggml_tokenizer(text: str, rows: int, beside: Mapping[str, str]) -> GGMLToken
         )
     tokens = [pieces.get(number, (f"[PAD{number}]", _UNUSED)) for number in range(rows)]
     ids = {piece: number for number, (piece, _) in pieces.items()}
-    end = ids.get(_named(about, "eos_token") or known.end_of_text_token)
+    end = ids.get(named.get("eos_token", known.end_of_text_token))
     if end is None:
         raise TokenizerError(
             "The tokenizer names no token that ends a text, and llama.cpp would take token 11 for it: give one that has "
             "<|endoftext|> (--tokenizer)."
         )
     first, last = _added(inner)
-    begin = first if first is not None else ids.get(_named(about, "bos_token") or "", end)
-    notes = []
+    begin = first if first is not None else ids.get(named.get("bos_token", ""), end)
+    template, notes = template_of(beside), list[str]()
+    ends_turns = template is not None and (tokens[end][0] in template or "eos_token" in template)
     if len(pieces) < rows:
         notes.append(f"The model has {rows} rows for {len(pieces)} tokens: the others are marked as unused.")
     if values.get("normalizer"):
@@ -114,7 +119,8 @@ def ggml_tokenizer(text: str, rows: int, beside: Mapping[str, str]) -> GGMLToken
         eos=end,
         adds_bos=first is not None,
         adds_eos=last is not None,
-        chat_template=_chat_template(about, beside),
+        chat_template=template,
+        end_of_turn=end if ends_turns else None,
         notes=notes,
     )
 
@@ -160,18 +166,6 @@ def _unknown(reason: str) -> TokenizerError:
     )
 
 
-def _settings(beside: Mapping[str, str]) -> Mapping[str, Any]:
-    values = parse_json(beside.get("tokenizer_config.json", "{}"), "tokenizer_config.json")
-    return values if isinstance(values, dict) else {}
-
-
-def _named(about: Mapping[str, Any], key: str) -> str | None:
-    """A special token of ``tokenizer_config.json``: a text, or an object with its content."""
-    value = about.get(key)
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
-
-
 def _added(inner: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
     """The tokens that the tokenizer itself puts before and after a text."""
     plain, full = (inner.encode("x", add_special_tokens=each).ids for each in (False, True))
@@ -180,14 +174,3 @@ def _added(inner: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
     if before > 1 or after > 1:
         raise _unknown(f"it puts {before} tokens before a text and {after} after it")
     return (full[0] if before else None), (full[-1] if after else None)
-
-
-def _chat_template(about: Mapping[str, Any], beside: Mapping[str, str]) -> str | None:
-    if (text := beside.get("chat_template.jinja")) is not None:
-        return text
-    template = about.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError("chat_template in tokenizer_config.json is not a text.")
-    return template

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from onym.convert.registry import Writing
-from onym.convert.sources import as_json
+from onym.convert.sources import TEMPLATE_TEXTS, as_json
+from onym.data.chat_template import named_tokens, tokenizer_config
 from onym.data.tokenizer import Tokenizer
 from onym.format.manifest import parse_json
 
@@ -24,7 +25,8 @@ _TOKENIZER = (
 def folder_texts(writing: Writing, settings: dict[str, Any], kept: tuple[str, ...], end: int | None = None) -> dict[str, str]:
     """The files beside the weights, by name; ``config.json`` last.
 
-    What the texts of a source of transformers' own state besides is preserved, but for the names of code (``auto_map``).
+    What the texts of a source of transformers' own state besides is preserved, but for the names of code (``auto_map``); of any
+    source, the chat template, and the token that ends a turn, which then ends a text.
 
     Args:
         settings: what ``config.json`` says of the model.
@@ -34,16 +36,16 @@ def folder_texts(writing: Writing, settings: dict[str, Any], kept: tuple[str, ..
     tokenizer, theirs, vocabulary = writing.tokenizer, writing.texts, writing.config["vocab_size"]
     said = parse_json(theirs.get("config.json", "{}"), "config.json")
     said = said if isinstance(said, dict) else {}
-    files = {name: text for name, text in theirs.items() if name in _TOKENIZER and '"auto_map"' not in text}
-    if "tokenizer_config.json" in files and tokenizer is not None:
-        files["tokenizer.json"] = tokenizer
-    elif tokenizer is not None:
+    template = {name: text for name, text in writing.beside.items() if name in TEMPLATE_TEXTS}
+    files = {name: text for name, text in {**template, **theirs}.items() if name in _TOKENIZER and '"auto_map"' not in text}
+    begin = end
+    if tokenizer is not None:
         known = Tokenizer.from_json(tokenizer)
-        end, special = known.end_of_text, known.end_of_text_token
         files["tokenizer.json"] = tokenizer
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": writing.config["context_length"]}
-        files["tokenizer_config.json"] = as_json({**about, "bos_token": special, "eos_token": special, "unk_token": special})
-    ends = {key: said.get(key, end) for key in ("bos_token_id", "eos_token_id")}
+        files.setdefault("tokenizer_config.json", tokenizer_config(known, None, writing.config["context_length"]))
+        tokens = named_tokens(files)
+        begin, end = (known.id_of(tokens.get(name), known.end_of_text) for name in ("bos_token", "eos_token"))
+    ends = {"bos_token_id": said.get("bos_token_id", begin), "eos_token_id": said.get("eos_token_id", end)}
     ends = {key: None if isinstance(number, int) and number >= vocabulary else number for key, number in ends.items()}
     generation = as_json({"_from_model_config": True, **ends})
     files["generation_config.json"] = theirs.get("generation_config.json", generation)
