@@ -11,45 +11,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import onym
-from onym.checkpoint.checkpointer import Checkpointer
 from onym.convert.opening import open_any
 from onym.convert.write import convert
-from onym.data.chat_template import ALPACA, CHATML, ChatTemplate, tokenizer_config
+from onym.data.chat_template import ALPACA, CHATML, ChatTemplate
 from onym.data.conversations import Message
 from onym.data.tokenizer import Tokenizer
 from onym.generation.engine import Engine, Request
 from onym.generation.sampling import Sampling
+from tests.chat_model import TOKENIZER, save, scattered
 from tests.convert.llama_cpp import LlamaCpp
 
-TOKENIZER = Tokenizer.train(["the lamp and the river, the stone and the garden\n" * 20, "user assistant system " * 20], 320)
 ASKED = (Message("system", "Be brief."), Message("user", "the lamp <|im_end|>\n"))
 AS_DICTS = [{"role": each.role, "content": each.content} for each in ASKED]
 TURN_ENDS = TOKENIZER.special_tokens["<|im_end|>"]
-
-
-def save(path: Path, source: str, model: onym.GPT) -> ChatTemplate:
-    """As training does: the template is in a text beside the weights."""
-    template = ChatTemplate(source, TOKENIZER)
-    about = tokenizer_config(TOKENIZER, template, 128)
-    with Checkpointer(path) as checkpointer:
-        checkpointer.save(1, {"model": model}, files={"tokenizer.json": TOKENIZER.to_json(), "tokenizer_config.json": about})
-    return template
 
 
 def reply(model: onym.GPT, template: ChatTemplate) -> list[int]:
     request = Request(template.prompt(ASKED), 40, Sampling(temperature=0), stop_ids=template.stop_ids)
     engine = Engine(model, dtype="fp32", compile="off")
     return [event.token for event in engine.run([request]) if event.token is not None]
-
-
-def scattered() -> onym.GPT:
-    model = onym.GPT(
-        onym.GPTConfig(vocab_size=320, context_length=128, emb_dim=32, n_heads=2, n_layers=2, qkv_bias=True)
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.2)
-    return model
 
 
 @pytest.fixture(scope="module")

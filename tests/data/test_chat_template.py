@@ -244,8 +244,11 @@ def test_a_template_that_drops_thoughts_is_refused_where_it_does() -> None:
     thought = Message("assistant", "<think>hm</think>\nyes")
     assert counted(template, (USER, thought)) == ["<think>hm</think>\nyes<|im_end|>"]
     assert counted(template, (USER, REPLY, USER, thought))[0] == "sat on the mat<|im_end|>"
+    several = (USER, thought, USER, REPLY)
     with pytest.raises(ConfigError, match="drops or rewrites"):
-        template.encode((USER, thought, USER, REPLY))
+        template.encode(several)
+    prompt = template.prompt(several[:3])  # to go on is possible
+    assert TOKENIZER.decode(prompt) == template.render(several[:3], add_generation_prompt=True)
 
 
 def test_a_template_that_looks_at_contents_is_refused_where_it_matters() -> None:

@@ -100,6 +100,43 @@ class GenerateArguments:
 
 
 @dataclass(frozen=True)
+class ChatArguments:
+    """Converse with a model in the terminal, or by a pipe, one message a line. /help there lists what can be typed besides.
+
+    A model that was trained on conversations has a chat template, which is used. A base model has none; it continues the text
+    of all that was said.
+    """
+
+    model: Annotated[Positional[str], _arg("MODEL")]
+    """A run, a checkpoint, a file or folder, as for generate."""
+    system: Annotated[str, _arg("TEXT", "none")] = ""
+    """What the model is told first: who it is, how it should reply."""
+    chat_template: Annotated[str | None, _arg("chatml|alpaca|FILE", "the model's")] = None
+    """How a conversation becomes the model's text, where its folder does not say, or otherwise than it does."""
+    max_new_tokens: int = 512
+    """Tokens of a reply at the most."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Annotated[tuple[str, ...], _arg("TEXT …", "none")] = ()
+    """End a reply before the first of these strings."""
+    stop_ids: Annotated[tuple[int, ...], _arg("ID …", "none")] = ()
+    """End a reply before one of these tokens, as before the end of a turn."""
+    seed: Annotated[int | None, _arg("INT", "other replies each time")] = None
+    """For the same replies again; each further reply's is one higher."""
+    dtype: Annotated[Dtype, _arg("auto|fp32|bf16|int8", "bf16 where the device multiplies it in hardware, else fp32")] = "auto"
+    """Of the weights. int8 is smaller and rounds them."""
+    compile: Compile = "auto"
+    """Whether a step is compiled; auto: where that was measured to be faster here, and is there already or pays."""
+    step: _Step = "latest"
+    tokenizer: Annotated[str | None, _arg("FILE|NAME")] = None
+    """A tokenizer.json or hub name, where the model's folder holds none."""
+    part: _Part = None
+    n_heads: _Heads = None
+    rope_base: _Base = None
+    context_length: _Context = None
+    device: _Device = "cpu"
+
+
+@dataclass(frozen=True)
 class EvaluateArguments:
     """Measure how well models predict a text: loss, perplexity, and bits per byte, which compares between tokenizers.
 
@@ -323,6 +360,7 @@ COMMANDS: dict[str, type] = {
     "train": TrainArguments,
     "evaluate": EvaluateArguments,
     "generate": GenerateArguments,
+    "chat": ChatArguments,
     "runs": RunsArguments,
     "inspect": InspectArguments,
     "verify": VerifyArguments,

@@ -26,6 +26,7 @@ _COMMANDS = {
     "train": "train a GPT on text",
     "evaluate": "measure how well models predict a text: loss, perplexity, bits per byte",
     "generate": "continue a text with a trained GPT",
+    "chat": "converse with a model in the terminal",
     "runs": "list runs: how far each is, and how well it does; draw their losses",
     "inspect": "show what a file or folder is: steps, tensors, configuration, origin, tokens",
     "verify": "read and check every byte of a run, a checkpoint or a file",

@@ -221,10 +221,13 @@ class ChatTemplate:
             )
         assistants = [number for number, each in enumerate(messages) if each.role == "assistant"]
         if replies is None or len(replies) != len(assistants):
-            raise ConfigError(
-                "The chat template drops or rewrites what the assistant says in this conversation, so which tokens are the "
-                "assistant's is not known: take another template, or leave out what it rewrites."
-            )
+            if add_generation_prompt:  # nobody asks which tokens are the assistant's
+                assistants, replies = [], []
+            else:
+                raise ConfigError(
+                    "The chat template drops or rewrites what the assistant says in this conversation, so which tokens are the "
+                    "assistant's is not known: take another template, or leave out what it rewrites."
+                )
         spans, is_closed = list[tuple[int, int]](), False
         for number, (start, end) in zip(assistants, replies, strict=True):
             following = next((each for each in special if each.start >= end), None)
