@@ -90,6 +90,7 @@ _ROOMS = {
     "format": "What the bytes mean: files are hashed while they are written, and checked before they are used.",
     "checkpoint": "A training loop's checkpoints: capture, write, commit, verify, prune; and restore.",
     "convert": "Other programs' checkpoints: recognised, understood, written. It knows formats only by their registration.",
+    "adapters": "LoRA: matrices beside a frozen model's layers, their files, and the model that both make.",
     "integrations": "The same promises under other people's trainers, each an extra.",
     "gpt": "The GPT, and its registration with the library.",
     "gpt/formats": "Other programs' layouts of GPT-2, one adapter a file.",

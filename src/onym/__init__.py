@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onym.adapters.lora import LoRA as LoRA
     from onym.api import load as load
     from onym.api import load_model as load_model
     from onym.api import load_state as load_state
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from onym.state.optimizer import optimizer_state as optimizer_state
 
 _WHERE = {
+    "adapters.lora": ("LoRA",),
     "api": ("load", "load_model", "load_state", "open_checkpoint", "save", "save_state", "stored_optimizer_state"),
     "checkpoint.checkpointer": ("Checkpointer", "Restored"),
     "checkpoint.dcp": ("DCPWriter",),

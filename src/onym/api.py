@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onym.adapters.exporting import save_folder
+from onym.adapters.lora import LoRA
+from onym.adapters.merging import merged_checkpoint
+from onym.adapters.opening import load_adapter, stored_adapter
 from onym.checkpoint.restore import stored_extra_state, stored_optimizer
 from onym.convert.clean_names import clean_names
 from onym.convert.opening import open_any, warn_of
@@ -48,7 +52,7 @@ from onym.state.model import (
 from onym.storage.paths import NO_MODELS, as_path, ending
 
 
-def save(model: nn.Module, path: str | Path) -> None:
+def save(model: nn.Module, path: str | Path, *, merged: bool = False) -> None:
     """Save a model under its own names, plain or wrapped, durably: the file exists completely or not at all.
 
     The path's ending decides what is written:
@@ -62,7 +66,9 @@ def save(model: nn.Module, path: str | Path) -> None:
     Args:
         model: any module. A tied tensor is stored once, with its further names; tensors may be on any device. Where FSDP2 has
             sharded it every process has to call this, and the first one writes the whole model.
-        path: where to; a file there is replaced.
+        path: where to; a file there is replaced. A folder of an :class:`onym.LoRA` is in peft's layout.
+        merged: of an :class:`onym.LoRA`, the model with its adapters merged instead of the adapters alone; the live model stays
+            as it is.
 
     Raises:
         CheckpointError: the model has something that the format cannot hold.
@@ -77,7 +83,11 @@ def save(model: nn.Module, path: str | Path) -> None:
     """
     require_module(model)
     path = _path(path)
+    if merged and not isinstance(model, LoRA):
+        raise ConfigError("merged=True is for an onym.LoRA; of a model with adapters in it, that is onym.LoRA.of(model).")
     state, mine_to_write = full_state_dict(state_dict(model))
+    if merged and isinstance(model, LoRA):
+        state, model = model.merged_state(), model.model
     if not mine_to_write:
         return
     architecture, config = describe_model(unwrap(model))
@@ -88,6 +98,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         write_pth(path, state)
     elif kind.endswith(NO_MODELS):
         raise ConfigError(f"A model cannot be saved as '{kind}': end the path in .safetensors, .pth, or / for a folder.")
+    elif isinstance(model, LoRA):
+        save_folder(model, path, state)
     else:
         texts = {CONFIG: as_json(config)} if config is not None else {}
         write_folder(path, {MODEL: state}, texts, About(architecture))
@@ -130,7 +142,12 @@ def load(
     {'_orig_mod.weight': 'weight', '_orig_mod.bias': 'bias'}
     """
     require_module(into)
-    found = _found(path, verify=verify, part=part)
+    found = _found(path, verify=verify, part=part, complete=False)
+    if not _adapters_of(into) and (adapter := stored_adapter(found)) is not None:
+        lora = into if isinstance(into, LoRA) else LoRA.of(into)
+        if lora is not None:
+            return load_adapter(adapter, lora, strict=strict, dtype=dtype, verify=verify, skip_mismatched=skip_mismatched)
+        found = merged_checkpoint(found)
     return _load_into(found, into, strict=strict, dtype=dtype, skip_mismatched=skip_mismatched, verify=verify)
 
 
@@ -367,7 +384,7 @@ def _adapter_in(state: Mapping[str, Any], known: Mapping[str, Any], model: nn.Mo
 def _stored(checkpoint: Checkpoint, model: nn.Module, known: Mapping[str, Any]) -> TensorFile:
     """The tensors to load: as they are stored where they fit, else in the model's layout, where both formats are registered."""
     origin = checkpoint.origin
-    if origin is None:
+    if origin is None or origin.completed:
         return _in_the_models_layout(checkpoint, model, known)
     raw: TensorFile = origin.contents.tensors
     renamed = recover_names(raw.names, known)
@@ -448,9 +465,10 @@ def _found(
     verify: bool = True,
     part: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    complete: bool = True,
 ) -> Checkpoint:
     """The checkpoint that a path means; warns of damaged ones that were skipped."""
-    found = open_any(_path(path), step, verify=verify, part=part, settings=settings)
+    found = open_any(_path(path), step, verify=verify, part=part, settings=settings, complete=complete)
     for skipped, reason in found.skipped:
         warnings.warn(f"Passed over '{skipped}': {reason}", stacklevel=3)
     return found.checkpoint

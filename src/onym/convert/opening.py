@@ -15,7 +15,7 @@ from onym.checkpoint.steps import GoodCheckpoint, find_checkpoint, is_ours
 from onym.convert.clean_names import clean_names
 from onym.convert.folders import open_contents, open_part, open_state
 from onym.convert.mapping import Recipe, View, to_ours
-from onym.convert.registry import Config, Format, NamedShapes, Origin, family_of, formats
+from onym.convert.registry import Config, Format, NamedShapes, Origin, completed, family_of, formats
 from onym.convert.sources import TEMPLATE_TEXTS, Contents
 from onym.convert.understand import by_rules, shape_of
 from onym.errors import CheckpointError, ConfigError, OnymError
@@ -34,6 +34,7 @@ def open_any(
     verify: bool = True,
     part: str | None = None,
     settings: Config | None = None,
+    complete: bool = True,
 ) -> GoodCheckpoint:
     """Open a run, checkpoint, folder or file of Onym's, or of any program whose format is registered.
 
@@ -42,11 +43,17 @@ def open_any(
         step, verify: of a run; see :func:`onym.checkpoint.retention.find_checkpoint`.
         part: of a file with several models, which.
         settings: fields of the configuration that the file does not state, as ``{"n_heads": 12}``.
+        complete: of adapters alone, open their base too, and merge them; otherwise the adapters as they are.
 
     Raises:
         CheckpointError: it is none of these, or damaged.
         ConfigError: the file states another value than ``settings``.
     """
+    found = _open(path, step, verify, part, settings)
+    return GoodCheckpoint(completed(found.checkpoint), found.skipped) if complete else found
+
+
+def _open(path: str | Path, step: int | str, verify: bool, part: str | None, settings: Config | None) -> GoodCheckpoint:
     path = as_path(path)
     settings = {name: value for name, value in (settings or {}).items() if value is not None}
     require_path(path)
@@ -55,7 +62,7 @@ def open_any(
         checkpoint = found.checkpoint
         index = checkpoint.chunk_index
         if part is not None and index is not None and index.paths and f"{part}." != index.prefix:
-            return GoodCheckpoint(_understood(open_part(path, checkpoint, part), settings), found.skipped)
+            return GoodCheckpoint(understood(open_part(path, checkpoint, part), settings), found.skipped)
         nested = is_state(checkpoint)
         if not nested and (checkpoint.architecture is not None or not is_local(path)):
             _require_unsaid(checkpoint, part, settings)
@@ -63,16 +70,16 @@ def open_any(
         contents = Contents(path, "a file that Onym wrote", checkpoint.model)
         if nested:
             contents = open_state(path, checkpoint, part)
-        understood = _understood(contents, settings)
-        if understood.origin.format is None and not nested:
+        result = understood(contents, settings)
+        if result.origin.format is None and not nested:
             return found
-        understood.provenance = checkpoint.provenance
-        return GoodCheckpoint(understood, found.skipped)
+        result.provenance = checkpoint.provenance
+        return GoodCheckpoint(result, found.skipped)
     if step != "latest":
         raise CheckpointError(f"'{path}' is no run, so there is no step {step} to choose in it.")
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"'{path}' is neither a file nor a folder.")
-    return GoodCheckpoint(_understood(open_contents(path, part), settings), [])
+    return GoodCheckpoint(understood(open_contents(path, part), settings), [])
 
 
 def _require_unsaid(checkpoint: Checkpoint, part: str | None, settings: Config) -> None:
@@ -85,8 +92,9 @@ def _require_unsaid(checkpoint: Checkpoint, part: str | None, settings: Config) 
             raise ConfigError(f"'{checkpoint.path}' says {name}={stated}, and {value} was given: leave it out.")
 
 
-def _understood(contents: Contents, settings: Config) -> Checkpoint:
-    origin = Origin(contents, contents.tensors)
+def understood(contents: Contents, settings: Config) -> Checkpoint:
+    """Another program's tensors as a checkpoint: its format recognised, its names those of the architecture."""
+    origin = Origin(contents, contents.tensors, given=settings)
     origin.clean, named = _recognised(origin)
     model = origin.clean if named is None else _ours(origin, named, settings)
     checkpoint = Checkpoint(contents.path, model=model, texts=_own_texts(contents))

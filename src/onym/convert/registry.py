@@ -81,6 +81,10 @@ class Origin:
     """Why it cannot be the model that it seems to be: something is missing or contradicts itself."""
     config: Config | None = None
     """Of a complete model, its configuration."""
+    given: Config = field(default_factory=dict)
+    """Fields of the configuration that the user gave."""
+    completed: bool = False
+    """Whether its tensors were made of several checkpoints' and are the architecture's already."""
 
     @property
     def kind(self) -> str:
@@ -245,10 +249,16 @@ class Family:
     architecture: str
     outputs: Callable[[TensorFile, Config], Tensor] | None = None
     """The model's outputs for some fixed input, to compare before and after a conversion."""
+    peft: Callable[[Config], Format | None] | None = None
+    """The format whose names a model of this configuration has in transformers, and its adapters in peft's files."""
     crop_vocabulary: Callable[[TensorFile, Config, int], tuple[TensorFile, Config]] | None = None
     """The model with fewer rows in its vocabulary."""
 
 
+Completion = Callable[[Checkpoint], "Checkpoint | None"]
+"""A checkpoint that is no model by itself (adapters alone) -> the model; None of any other."""
+
+_COMPLETIONS: list[Completion] = []
 _FORMATS: dict[str, Format] = {}
 _FAMILIES: dict[str, Family] = {}
 RESERVED = ("safetensors", "pth", "onym")
@@ -278,6 +288,17 @@ def register_format(known: Format) -> None:
 def register_family(family: Family) -> None:
     """Let conversions of an architecture compare outputs and crop vocabularies."""
     _FAMILIES[family.architecture] = family
+
+
+def register_completion(complete: Completion) -> None:
+    """Let everything that opens a model open a checkpoint that needs another one beside it."""
+    _COMPLETIONS.append(complete)
+
+
+def completed(checkpoint: Checkpoint) -> Checkpoint:
+    """The model that a checkpoint is a part of; itself where it is one already."""
+    load_families()
+    return next((whole for each in _COMPLETIONS if (whole := each(checkpoint)) is not None), checkpoint)
 
 
 def formats() -> list[Format]:

@@ -64,7 +64,7 @@ def repair(path: str | Path, *, dry_run: bool = False) -> Repaired:
         if len(indexes) != 1:
             raise CheckpointError(f"'{path}' is a folder without an index: name the file in it that is to be repaired.")
         return _repair_index(indexes[0], dry_run)
-    origin = open_any(path).checkpoint.origin
+    origin = open_any(path, complete=False).checkpoint.origin
     if origin is None:
         return Repaired(str(path), "a file that Onym wrote", "nothing: its names are clean")
     contents: Contents = origin.contents

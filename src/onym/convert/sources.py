@@ -33,6 +33,7 @@ _DEEPEST = 4
 # The texts beside the weights that say what they are, or how text becomes tokens.
 _TEXTS = (
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

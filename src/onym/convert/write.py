@@ -150,7 +150,7 @@ def convert(
     return report
 
 
-def _format(name: str, checkpoint: Checkpoint | None = None) -> Format | None:
+def format_named(name: str, checkpoint: Checkpoint | None = None) -> Format | None:
     """The format that ``--to`` names; of several of one program, the one that holds the checkpoint's model."""
     named = [known for known in formats() if known.target is not None and name in (known.name, known.program)]
     if checkpoint is not None:
@@ -171,7 +171,7 @@ def _of_one_program(source: Format | None, target: Format | None) -> bool:
 
 def _container(target: str) -> str:
     """``pth``, ``folder`` or ``file``."""
-    known = _format(target)
+    known = format_named(target)
     return known.target.container if known is not None and known.target is not None else "pth" if target == "pth" else "folder"
 
 
@@ -182,7 +182,7 @@ def _target(to: str | None, path: Path, checkpoint: Checkpoint) -> tuple[str, st
             raise ConfigError(f"There is no format {to!r}{nearest(to, known)}; there are {', '.join(known)}.")
         if _container(to) == "pth" and kind not in _PICKLES:
             raise ConfigError(f"{to} is a file of torch.save: end '{path}' in .pth or .pt.")
-        if _format(to) is not None and _container(to) == "folder" and kind in (*_PICKLES, ".safetensors"):
+        if format_named(to) is not None and _container(to) == "folder" and kind in (*_PICKLES, ".safetensors"):
             raise ConfigError(f"{to} is a folder: leave the ending of '{path}' away.")
         wanted = _ending(to)
         if wanted and kind != wanted:
@@ -206,13 +206,13 @@ def _target(to: str | None, path: Path, checkpoint: Checkpoint) -> tuple[str, st
 
 def _ending(target: str) -> str:
     """How the name of a file must end, for a format that says so."""
-    known = _format(target)
+    known = format_named(target)
     return known.target.ending if known is not None and known.target is not None else ""
 
 
 def _require_used(target: str, path: Path, shard_bytes: int | None, tokenizer: str | None, dtype: str | None) -> None:
     """Refuse options that would have no effect."""
-    known = _format(target)
+    known = format_named(target)
     dtypes = known.target.dtypes if known is not None and known.target is not None else ()
     if dtype is not None and not dtypes:
         raise ConfigError(
@@ -235,7 +235,7 @@ def _require_used(target: str, path: Path, shard_bytes: int | None, tokenizer: s
 
 def _require_architecture(checkpoint: Checkpoint, target: str) -> None:
     """Refuse what cannot be written in a format of its architecture."""
-    known, origin = _format(target, checkpoint), checkpoint.origin
+    known, origin = format_named(target, checkpoint), checkpoint.origin
     if checkpoint.config is not None and (known is None or known.architecture == checkpoint.architecture):
         refused = known.target.refuses(checkpoint.config) if known is not None and known.target is not None else None
         if refused is not None:
@@ -271,7 +271,7 @@ def _unused(checkpoint: Checkpoint, target: str, path: Path) -> list[str]:
     if checkpoint.origin is None:
         return []
     contents = checkpoint.origin.contents
-    if folder and _of_one_program(checkpoint.origin.format, _format(target, checkpoint)):
+    if folder and _of_one_program(checkpoint.origin.format, format_named(target, checkpoint)):
         used |= contents.texts.keys()
     texts = [name for name in contents.texts if name not in used] if contents.path.is_dir() else []
     values = [key for key in contents.values if key not in contents.further]
@@ -336,7 +336,7 @@ class _Translated:
         self.checkpoint, self.path, self.report, self.how = checkpoint, path, report, how
         self.config: Config = checkpoint.config
         self.tensors: TensorFile = checkpoint.model
-        self.format = _format(report.to, checkpoint)
+        self.format = format_named(report.to, checkpoint)
         self.target = (self.format.target if self.format is not None else None) or Target()
         self.family = family_of(checkpoint.architecture)
         if (note := self.target.note(self.config)) is not None:

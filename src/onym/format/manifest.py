@@ -10,7 +10,7 @@ import gc
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ VERSION = 1
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+"""What peft calls the file of adapters alone; in a folder of adapters it is in the place of ``MODEL``."""
 OPTIMIZER = "optimizer.safetensors"
 TRAINER_TENSORS = "trainer.safetensors"
 CONFIG = "config.json"
@@ -86,6 +88,11 @@ def identity_of(tensors: Mapping[str, TensorEntry]) -> str:
             encoded = each.encode(errors="surrogatepass")
             lines.append((encoded, b"%d %b %b" % (len(encoded), encoded, facts)))
     return blake3(b"".join(line for _, line in sorted(lines))).hexdigest()
+
+
+def main_file(files: Collection[str]) -> str:
+    """Which of a folder's tensor files are the model's, or the adapters'."""
+    return ADAPTER if ADAPTER in files and MODEL not in files else MODEL
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from onym.format.manifest import (
     gc_paused,
     identity_of,
     is_file_name,
+    main_file,
     parse_json,
 )
 from onym.format.safetensors import begins_file
@@ -107,7 +108,7 @@ class Checkpoint:
     @property
     def model(self) -> TensorFile:
         """The model's tensors."""
-        return self.tensors(MODEL)
+        return self.tensors(MODEL if self.manifest is None else main_file(self.manifest.tensors))
 
     @property
     def names(self) -> list[str]:
@@ -206,8 +207,8 @@ class Checkpoint:
             except CheckpointError as error:
                 yield Damage(file, None, str(error))
         identity = self._identity
-        if MODEL in self.manifest.tensors:
-            identity = identity_of(self.manifest.tensors[MODEL])
+        if (main := main_file(self.manifest.tensors)) in self.manifest.tensors:
+            identity = identity_of(self.manifest.tensors[main])
         elif self.chunk_index is not None:
             identity = self.chunk_index.identity(self.manifest.files)
             yield from self._misfits(set(names))
@@ -315,7 +316,7 @@ def _open_folder(path: Path) -> Checkpoint:
     if not set(manifest.tensors) <= set(manifest.files):
         raise CheckpointError(f"The manifest '{manifest_path}' is damaged: it describes files that it does not list.")
     checkpoint = Checkpoint(path, manifest)
-    if MODEL not in manifest.tensors and checkpoint.chunk_index is None:
+    if main_file(manifest.tensors) not in manifest.tensors and checkpoint.chunk_index is None:
         raise CheckpointError(f"'{path}' holds no {MODEL}.")
     config = checkpoint.text(CONFIG)
     if config is not None:

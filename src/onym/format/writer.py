@@ -16,13 +16,13 @@ from onym.errors import CheckpointError, StorageError
 from onym.format.manifest import (
     CONFIG,
     MANIFEST,
-    MODEL,
     TRAINER,
     FileEntry,
     Header,
     Manifest,
     gc_paused,
     identity_of,
+    main_file,
     parse_json,
     require_bounded_json,
 )
@@ -120,7 +120,7 @@ def write_folder(
         jobs = write_tensor_files(folder, gathered, progress)
         with gc_paused():
             entries = {name: job.stored.entries(job.hashes) for name, job in jobs.items()}
-            identity = identity_of(entries[MODEL]) if MODEL in entries else ""
+            identity = identity_of(entries[main]) if (main := main_file(entries)) in entries else ""
         files = {name: job.entry for name, job in jobs.items()}
         files |= write_texts(folder, contents)
         return write_manifest(folder, path, Manifest(files, entries, identity=identity), about)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import onym.adapters.merging  # noqa: F401  # what opens a model opens adapters with their base
 from onym.convert.registry import Family, register_family, register_format
 from onym.gpt.config import GPTConfig
 from onym.gpt.decoder import Decoder
 from onym.gpt.decoder_config import DecoderConfig
 from onym.gpt.formats import FORMATS
+from onym.gpt.formats.huggingface import HUGGINGFACE
+from onym.gpt.formats.huggingface_decoder import class_for
 from onym.gpt.formats.understand import crop_vocabulary
 from onym.gpt.gpt2 import GPT
 from onym.gpt.outputs import decoder_logits, gpt_logits
@@ -37,9 +40,9 @@ _HINTS = Hints(
 def register() -> None:
     """The entry point ``onym.families`` of this package."""
     register_architecture("gpt", GPT, GPTConfig, build=GPT.without_values)
-    register_family(Family("gpt", outputs=gpt_logits, crop_vocabulary=crop_vocabulary))
+    register_family(Family("gpt", outputs=gpt_logits, peft=lambda config: HUGGINGFACE, crop_vocabulary=crop_vocabulary))
     register_architecture("decoder", Decoder, DecoderConfig, build=Decoder.without_values)
-    register_family(Family("decoder", outputs=decoder_logits, crop_vocabulary=crop_vocabulary))
+    register_family(Family("decoder", outputs=decoder_logits, peft=class_for, crop_vocabulary=crop_vocabulary))
     for known in FORMATS:
         register_format(known)
     register_hints(_HINTS)

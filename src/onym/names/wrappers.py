@@ -23,6 +23,8 @@ _WRAPPERS: dict[str, str] = {
     "torch.optim.swa_utils.AveragedModel": "module",
     "lightning_fabric.wrappers._FabricModule": "_original_module",
     "lightning.fabric.wrappers._FabricModule": "_original_module",
+    # A linear layer with LoRA's two matrices, which stand beside its own weight and bias.
+    "onym.adapters.layer.LoRALinear": "base_layer",
 }
 
 # Attributes through which a wrapper reaches the same model a second time, and which named_parameters() may go by.

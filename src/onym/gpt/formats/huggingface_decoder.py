@@ -253,3 +253,9 @@ LLAMA = _format("llama", "transformers' Llama")
 QWEN2 = _format("qwen2", "transformers' Qwen2", "q_proj.bias", "k_proj.bias", "v_proj.bias")
 QWEN3 = _format("qwen3", "transformers' Qwen3", "q_norm.weight", "k_norm.weight")
 MISTRAL = _format("mistral", "transformers' Mistral", written=False)
+
+
+def class_for(values: Config) -> Format | None:
+    """The class of transformers that holds a decoder of this configuration; None where none does."""
+    kinds = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+    return next((format for kind, format in kinds.items() if refusal(kind, values) is None), None)
