@@ -116,11 +116,22 @@ def test_a_gpt_with_many_tokens_computes_as_with_few(tie: bool, monkeypatch: pyt
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
-def test_torch_finds_the_operation_well_formed() -> None:
+def test_a_frozen_weight_gets_no_gradient_and_changes_nothing_else() -> None:
+    x, weight, targets = inputs(torch.float32)
+    head_loss(x, weight, targets, PADDED).backward()
+    whole = x.grad
+    x.grad = None
+    head_loss(x, weight.detach(), targets, PADDED).backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, whole)
+
+
+@pytest.mark.parametrize("of_weight", [True, False])
+def test_torch_finds_the_operation_well_formed(of_weight: bool) -> None:
     x, weight, targets = inputs(torch.float32)
     torch.library.opcheck(
         subject._loss_and_gradients,
-        (x, weight, targets, 8, PADDED, False),
+        (x, weight, targets, 8, PADDED, of_weight, False),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

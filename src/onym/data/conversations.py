@@ -11,14 +11,13 @@ Whatever is wrong with a row is a DataError that names the file and the row. Not
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from onym.data.readers import MAX_LINE, decode, is_blank, open_bytes
-from onym.data.tables import TABLES, read_columns, saved_dataset
+from onym.data.readers import is_blank
+from onym.data.rows import read_rows
 from onym.errors import ConfigError, DataError, nearest
 
 ROLES = ("system", "user", "assistant")
@@ -92,7 +91,7 @@ def read_conversations(path: Path | str, *, on_bad_row: OnBadRow = "fail") -> Co
     The kind of all rows is that of the first one. What follows the assistant's last turn is ignored.
 
     Args:
-        path: JSON lines, one JSON array of rows (both also .gz and .zst), .parquet or .arrow.
+        path: JSON lines, one JSON array of rows, .csv or .tsv (all also .gz and .zst), .parquet or .arrow.
         on_bad_row: ``"skip"`` passes over rows that cannot be used, and lists why in :attr:`Conversations.skipped`.
 
     Raises:
@@ -104,7 +103,7 @@ def read_conversations(path: Path | str, *, on_bad_row: OnBadRow = "fail") -> Co
     kind: Kind | None = None
     rows, sources, skipped = list[Conversation](), list[str](), list[str]()
     instructions, shortened, count = list[Instruction](), 0, 0
-    for source, row in _read_rows(Path(path).expanduser()):
+    for source, row in read_rows(Path(path).expanduser(), _COLUMNS):
         count += 1
         try:
             if isinstance(row, DataError):
@@ -133,58 +132,6 @@ def read_conversations(path: Path | str, *, on_bad_row: OnBadRow = "fail") -> Co
         reason = f"none of its {count:,} rows can be used; the first: {skipped[0]}" if count else "it has no rows."
         raise DataError(f"'{path}' holds no conversation: {reason}")
     return Conversations(kind, rows, sources, instructions, shortened, skipped)
-
-
-# -- rows
-
-
-def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and its value: a mapping, if it is one; or the DataError that says why it cannot be read."""
-    if path.is_dir():
-        files = saved_dataset(path)
-        if files is None:
-            raise DataError(f"'{path}' is a folder: name a file of conversations (.jsonl, .json, .parquet or .arrow).")
-        for file in files:
-            yield from _read_rows(file)
-    elif path.suffix in TABLES:
-        for number, row in read_columns(path, str(path), _COLUMNS):
-            yield f"{path}:{number}", row
-    elif _is_array(path):
-        with open_bytes(path, str(path)) as opened:
-            text = decode(opened.read(), str(path))
-        values = _parsed(text, str(path))
-        if isinstance(values, DataError):
-            raise values
-        for number, row in enumerate(values, start=1):
-            yield f"{path}, row {number:,}", row
-    else:
-        yield from _read_lines(path)
-
-
-def _is_array(path: Path) -> bool:
-    """Whether a text begins as one JSON array does."""
-    with open_bytes(path, str(path)) as file:
-        while block := file.read(1 << 10):
-            if stripped := block.removeprefix(b"\xef\xbb\xbf").lstrip():
-                return stripped.startswith(b"[")
-    return False
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with open_bytes(path, str(path)) as file:
-        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            source = f"{path}:{number}"
-            if len(raw) > MAX_LINE:
-                raise DataError(f"'{source}' is a line of more than {MAX_LINE:,} bytes: '{path}' is not JSON lines.")
-            if line := decode(raw, source).strip():
-                yield source, _parsed(line, source)
-
-
-def _parsed(text: str, source: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return DataError(f"'{source}' is not JSON: {error}. Conversations are JSON objects, one a line, or one array of them.")
 
 
 # -- what a row says

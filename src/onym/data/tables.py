@@ -54,8 +54,8 @@ def read_table(path: Path, source: str, text_field: str) -> Iterator[tuple[int, 
             raise DataError(f"'{source}' is damaged after row {row:,}: {_sentence(error)}.") from error
 
 
-def read_columns(path: Path, source: str, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each row's number, from 1, and its values in those of these columns that there are.
+def read_columns(path: Path, source: str, names: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row's number, from 1, and its values in those of these columns that there are; without ``names``, in all.
 
     Raises:
         DataError: it is no such file, or is damaged.
@@ -80,22 +80,22 @@ def read_columns(path: Path, source: str, names: Sequence[str]) -> Iterator[tupl
             raise DataError(f"'{source}' {where}: {_sentence(error)}.") from error
 
 
-def _parquet_batches(path: Path, names: Sequence[str], stack: ExitStack) -> Iterator[Any]:
+def _parquet_batches(path: Path, names: Sequence[str] | None, stack: ExitStack) -> Iterator[Any]:
     import pyarrow.parquet as parquet
 
     file = stack.enter_context(parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False))
-    there = [name for name in file.schema_arrow.names if name in names]
+    there = [name for name in file.schema_arrow.names if names is None or name in names]
     return file.iter_batches(_ROWS, columns=there)  # type: ignore[no-any-return]
 
 
-def _arrow_batches(path: Path, names: Sequence[str], stack: ExitStack) -> Iterator[Any]:
+def _arrow_batches(path: Path, names: Sequence[str] | None, stack: ExitStack) -> Iterator[Any]:
     from pyarrow import ipc
 
     file, is_file = _open_ipc(path, stack)
     there = [
         number
         for number, name in enumerate((ipc.open_file if is_file else ipc.open_stream)(file).schema.names)
-        if name in names
+        if names is None or name in names
     ]
     file.seek(0)
     return _ipc_batches(file, is_file, there)

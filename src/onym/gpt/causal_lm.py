@@ -44,6 +44,13 @@ class Head(nn.Linear):
         return -(-self.out_features // HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
+def new_head(config: ModelConfig) -> nn.Linear:
+    """The head of a language model, with a row for each token, or of a classifier, with one for each label."""
+    if config.labels:
+        return nn.Linear(config.emb_dim, len(config.labels), bias=config.head_bias)
+    return Head(config.emb_dim, config.vocab_size, bias=False)
+
+
 class CausalLM(nn.Module):
     """A decoder-only transformer: :class:`onym.GPT` or :class:`onym.Decoder`.
 
@@ -64,6 +71,8 @@ class CausalLM(nn.Module):
         self.config = config
         self.recompute_activations = False
         """Whether blocks store their inputs alone for the backward pass: less memory, a third more work."""
+        self.class_weights: Tensor | None = None
+        """[labels] fp32: how much each label counts in a classifier's loss while it trains; None where all count the same."""
 
     def _complete(self) -> None:
         self.reset_parameters()
@@ -121,15 +130,16 @@ class CausalLM(nn.Module):
 
         Args:
             tokens: [batch, time] int64, time at most ``context_length`` (with a cache: less what it already holds).
-            targets: [batch, time] int64, the token that follows each; -100 where it does not count.
+            targets: [batch, time] int64, the token that follows each, of a classifier the label of the text that ends there;
+                -100 where it does not count.
             cache: keys and values of the tokens before these; extended in place.
             documents: [batch, time] int64, the number of the document that each token belongs to within its row,
                 non-decreasing (:func:`onym.gpt.documents.documents_of`): a token attends to its own document alone, at its
                 position in that. Not together with a cache, which holds one document.
 
         Returns:
-            Logits [batch, time, vocab] in the compute dtype; with targets, the mean cross-entropy in nats, a 0-d fp32
-            tensor.
+            Logits [batch, time, vocab] in the compute dtype, of a classifier [batch, time, labels]; with targets, the mean
+            cross-entropy in nats, a 0-d fp32 tensor.
         """
         x = self.hidden_states(tokens, cache, documents)
         if targets is None:
@@ -165,10 +175,11 @@ class CausalLM(nn.Module):
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:  # [tokens, emb], [tokens] -> []
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        head = self.out_head  # which somebody may have replaced, by a classifier's
+        head = self.out_head  # a classifier's is none of ours
         if isinstance(head, Head) and chunk_rows(x.shape[0], head.padded_to, x.dtype, x.device) < x.shape[0]:
             return head_loss(x, head.weight, targets, head.padded_to)
-        return F.cross_entropy(head(x).float(), targets, ignore_index=IGNORED_TARGET)
+        weights = self.class_weights if self.training else None
+        return F.cross_entropy(head(x).float(), targets, weights, ignore_index=IGNORED_TARGET)
 
     def new_cache(self, batch_size: int = 1, device: torch.device | None = None, capacity: int | None = None) -> KVCache:
         """An empty cache for ``batch_size`` sequences, in the dtype of the parameters, and where they are by default.

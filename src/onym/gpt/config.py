@@ -53,6 +53,10 @@ class ModelConfig(ABC):
     """Attention heads in each block."""
     n_layers: int = 12
     """Number of transformer blocks."""
+    labels: tuple[str, ...] = ()
+    """What a classifier tells apart: its head has a row for each, and no token is predicted. None of a language model."""
+    head_bias: bool = False
+    """Give the head of a classifier a bias, as the book's has."""
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -88,8 +92,10 @@ class ModelConfig(ABC):
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; ``from_dict`` of them is equal."""
-        return dataclasses.asdict(self)
+        """All fields as plain JSON values, a classifier's where it is one; ``from_dict`` of them is equal."""
+        values = dataclasses.asdict(self)
+        labels, head_bias = values.pop("labels"), values.pop("head_bias")
+        return {**values, "labels": list(labels), "head_bias": head_bias} if labels else values
 
     def to_json(self) -> str:
         """The text of a ``config.json``."""
@@ -102,6 +108,11 @@ class ModelConfig(ABC):
         if not isinstance(values, dict):
             raise ConfigError(f"A model configuration is a JSON object, not {type(values).__name__}.")
         return cls.from_dict(values)
+
+    @property
+    def head_rows(self) -> int:
+        """Outputs of the head: one a token, or one a label."""
+        return len(self.labels) or self.vocab_size
 
     @property
     @abstractmethod
@@ -119,6 +130,16 @@ class ModelConfig(ABC):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+
+    def _check_labels(self) -> None:
+        labels = tuple(self.labels)
+        object.__setattr__(self, "labels", labels)  # JSON has lists
+        if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels) or len(labels) == 1:
+            raise ConfigError(f"labels must be two different names or more, not {list(labels)!r}.")
+        if labels and getattr(self, "tie_embeddings", False):
+            raise ConfigError("The head of a classifier is not the token embedding: set tie_embeddings to false.")
+        if self.head_bias and not labels:
+            raise ConfigError("head_bias is of classifiers, and no labels were given: leave it out.")
 
     def _require_flags(self, *names: str) -> None:
         for name in names:
@@ -182,7 +203,8 @@ class GPTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         self._require_counts("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
-        self._require_flags("qkv_bias", "tie_embeddings", "bias")
+        self._require_flags("qkv_bias", "tie_embeddings", "bias", "head_bias")
+        self._check_labels()
         if self.gelu not in ("tanh", "erf"):
             raise ConfigError(f"gelu must be tanh or erf, not {self.gelu!r}.")
         if isinstance(self.drop_rate, bool) or not isinstance(self.drop_rate, int | float):
@@ -214,4 +236,4 @@ class GPTConfig(ModelConfig):
     @property
     def multiplied_weights(self) -> int:
         """Weights of the matrices that each token is multiplied with."""
-        return 12 * self.n_layers * self.emb_dim**2 + self.vocab_size * self.emb_dim
+        return 12 * self.n_layers * self.emb_dim**2 + self.head_rows * self.emb_dim

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onym.gpt.attention import Cache, attend
-from onym.gpt.causal_lm import CausalLM, Head
+from onym.gpt.causal_lm import CausalLM, new_head
 from onym.gpt.decoder_config import DecoderConfig
 
 Rotation = tuple[Tensor, Tensor]
@@ -110,7 +110,7 @@ class Decoder(CausalLM):
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.trf_blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = RMSNorm(config.emb_dim, eps=config.norm_eps)
-        self.out_head = Head(config.emb_dim, config.vocab_size, bias=False)
+        self.out_head = new_head(config)
         self._complete()
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -112,7 +112,8 @@ class DecoderConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         self._require_counts("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
-        self._require_flags("qk_norm", "qkv_bias", "tie_embeddings")
+        self._require_flags("qk_norm", "qkv_bias", "tie_embeddings", "head_bias")
+        self._check_labels()
         if self.head_dim is None and self.emb_dim % self.n_heads:
             raise ConfigError(
                 f"emb_dim={self.emb_dim} cannot be split over n_heads={self.n_heads} heads of equal width: give head_dim, or "
@@ -156,7 +157,7 @@ class DecoderConfig(ModelConfig):
     def multiplied_weights(self) -> int:
         """Weights of the matrices that each token is multiplied with."""
         attention = 2 * (self.n_heads + self.n_kv_groups) * self.head_dim * self.emb_dim
-        return self.n_layers * (attention + 3 * self.hidden_dim * self.emb_dim) + self.vocab_size * self.emb_dim
+        return self.n_layers * (attention + 3 * self.hidden_dim * self.emb_dim) + self.head_rows * self.emb_dim
 
 
 def _scaling(values: Any) -> dict[str, float]:

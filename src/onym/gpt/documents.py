@@ -5,6 +5,10 @@ end. Without a mask a token attends to the documents before its own too. With ``
 the earlier tokens of its own document alone, at the positions that the document has by itself; so a row gives the losses and
 the gradients of its documents computed one by one.
 
+Where the documents of a row are not texts that end with a token of their own (conversations, in which that token may occur
+earlier), their boundaries are marked in the inputs: a document's first token is stored as its complement, ``~token``, which is
+negative.
+
 Everything here has the shape of the batch, never the number of documents, so a compiled model is compiled once.
 """
 
@@ -23,6 +27,8 @@ Kernel = Literal["squares", "sdpa", "flex"]
 # Tokens up to which compiled attention on a CPU multiplies whole squares: PyTorch's flash attention works through tiles there,
 # on the way back at a quarter of the machine's speed. At 256 tokens a step takes 10 % less.
 _WHOLE_SQUARES = 256
+MARKED = -1
+"""In place of the token that ends each document: boundaries are marked in the inputs."""
 _BLOCK = 128  # tokens in a block of flex_attention's mask; torch's default
 _LEAST_HEAD_DIM = 16  # of Inductor's kernel for flex_attention
 
@@ -52,25 +58,48 @@ def targets_within(tokens: Tensor, targets: Tensor, end_of_text: int) -> Tensor:
     return targets.masked_fill(tokens == end_of_text, IGNORED_TARGET)
 
 
-def counted(tokens: Tensor, targets: Tensor, end_of_text: int | None) -> Tensor:
+def unmarked(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens, and the number of the document that each belongs to within its row, from inputs with marked boundaries.
+
+    Args:
+        inputs: [batch, time] int64, a document's first token as its complement.
+
+    Returns:
+        Both [batch, time] int64, the second non-decreasing.
+
+    >>> unmarked(torch.tensor([[~5, 6, ~0, 7]]))
+    (tensor([[5, 6, 0, 7]]), tensor([[1, 1, 2, 2]]))
+    """
+    first = inputs < 0
+    return torch.where(first, ~inputs, inputs), first.long().cumsum(dim=1)
+
+
+def separated(inputs: Tensor, targets: Tensor, separator: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens, the targets that count, and the documents of a batch; arguments as of :func:`loss_of`."""
+    if separator is None:
+        return inputs, targets, None
+    if separator == MARKED:
+        tokens, documents = unmarked(inputs)
+        return tokens, targets, documents
+    return inputs, targets_within(inputs, targets, separator), documents_of(inputs, separator)
+
+
+def counted(inputs: Tensor, targets: Tensor, separator: int | None) -> Tensor:
     """How many targets count, a 0-d int64 tensor; arguments as of :func:`loss_of`."""
-    counts = targets != IGNORED_TARGET
-    return (counts if end_of_text is None else counts & (tokens != end_of_text)).sum()
+    return (separated(inputs, targets, separator)[1] != IGNORED_TARGET).sum()
 
 
-def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, end_of_text: int | None) -> Tensor:
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, separator: int | None) -> Tensor:
     """The mean loss of a batch, a 0-d fp32 tensor.
 
     Args:
         model: called as a :class:`onym.GPT`.
-        tokens, targets: [batch, time] int64.
-        end_of_text: keeps the documents of a row apart, which end with it; None where they see each other.
+        inputs, targets: [batch, time] int64.
+        separator: the token that ends each document of a row, which are kept apart; :data:`MARKED` where the inputs mark where
+            they begin; None where they see each other.
     """
-    if end_of_text is None:
-        loss: Tensor = model(tokens, targets)
-    else:
-        documents = documents_of(tokens, end_of_text)
-        loss = model(tokens, targets_within(tokens, targets, end_of_text), documents=documents)
+    tokens, targets, documents = separated(inputs, targets, separator)
+    loss: Tensor = model(tokens, targets) if documents is None else model(tokens, targets, documents=documents)
     return loss
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from onym.gpt.attention import Cache, attend
-from onym.gpt.causal_lm import CausalLM, Head
+from onym.gpt.causal_lm import CausalLM, new_head
 from onym.gpt.config import GPTConfig
 
 
@@ -94,7 +94,7 @@ class GPT(CausalLM):
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.emb_dim, bias=config.bias)
-        self.out_head = Head(config.emb_dim, config.vocab_size, bias=False)
+        self.out_head = new_head(config)
         self._complete()
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, padded_to: int) -> Ten
     """
     rows = chunk_rows(x.shape[0], padded_to, x.dtype, x.device)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        loss: Tensor = _loss_and_gradients(x, weight, targets, rows, padded_to, torch.compiler.is_compiling())[0]
+        wanted = weight.requires_grad
+        loss: Tensor = _loss_and_gradients(x, weight, targets, rows, padded_to, wanted, torch.compiler.is_compiling())[0]
         return loss
     product = _padded(weight, padded_to, x.dtype)
     total = x.new_zeros((), dtype=_of_sums(x.dtype))
@@ -71,12 +72,13 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, padded_to: int) -> Ten
 
 @torch.library.custom_op("onym::head_loss", mutates_args=())
 def _loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, rows: int, padded_to: int, compiled: bool
+    x: Tensor, weight: Tensor, targets: Tensor, rows: int, padded_to: int, of_weight: bool, compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, dx, and dW where ``of_weight``; of a weight that is frozen it is empty, a third of the work saved."""
     vocabulary, on_cpu = weight.shape[0], x.device.type == "cpu"
     product = _padded(weight, padded_to, x.dtype)
     block = _BLOCK_ROWS if on_cpu else vocabulary
-    dx, dw = torch.empty_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dx, dw = torch.empty_like(x), _gradient_of(weight, of_weight)
     logits = x.new_empty((rows, padded_to))
     share = 1 / (targets != IGNORED_TARGET).sum().to(_of_sums(x.dtype))  # infinite, as the mean of nothing, where none counts
     total = torch.zeros_like(share)
@@ -87,7 +89,7 @@ def _loss_and_gradients(
         torch.mm(chunk, product.t(), out=part)
         total += step(part[:, :vocabulary], goals, share)
         torch.mm(part, product, out=dx[start : start + rows])
-        for row in range(0, vocabulary, block):
+        for row in range(0, vocabulary if of_weight else 0, block):
             summand = part[:, row : min(row + block, vocabulary)].t() @ chunk
             if start == 0:
                 dw[row : row + block].copy_(summand)
@@ -97,18 +99,27 @@ def _loss_and_gradients(
 
 
 @_loss_and_gradients.register_fake
-def _(x: Tensor, weight: Tensor, targets: Tensor, rows: int, padded_to: int, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss = x.new_empty((), dtype=_of_sums(x.dtype))
-    return loss, torch.empty_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _(
+    x: Tensor, weight: Tensor, targets: Tensor, rows: int, padded_to: int, of_weight: bool, compiled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((), dtype=_of_sums(x.dtype)), torch.empty_like(x), _gradient_of(weight, of_weight)
+
+
+def _gradient_of(weight: Tensor, wanted: bool) -> Tensor:
+    if not wanted:
+        return weight.new_empty(0)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.of_weight = inputs[5]
     ctx.save_for_backward(*output[1:])
 
 
 def _scale(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dx, dw = ctx.saved_tensors
-    return (dx * of_loss).to(dx.dtype), (dw * of_loss).to(dw.dtype), None, None, None, None
+    of_weight = (dw * of_loss).to(dw.dtype) if ctx.of_weight else None
+    return (dx * of_loss).to(dx.dtype), of_weight, None, None, None, None, None
 
 
 _loss_and_gradients.register_autograd(_scale, setup_context=_keep)

@@ -107,7 +107,8 @@ def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
 
 def _as_json(config: Any) -> dict[str, Any]:
     """The fields of a configuration, each of which has to come back from JSON as it was."""
-    fields = dataclasses.asdict(config)
+    says_itself = hasattr(config, "to_dict") and hasattr(config, "from_dict")
+    fields: dict[str, Any] = config.to_dict() if says_itself else dataclasses.asdict(config)
     for name, value in fields.items():
         try:
             same = _lists(json.loads(json.dumps(value))) == _lists(value)
