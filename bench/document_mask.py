@@ -49,7 +49,7 @@ def trainer(config: GPTConfig, rows: int, steps: int, *, masked: bool) -> Callab
     compute.set_deterministic(False)
     torch.manual_seed(0)
     options = OptimizationOptions(optimizer="adamw", learning_rate=LEARNING_RATE, document_mask=masked)
-    stepper = Stepper(GPT(config), options, compute, end_of_text=END_OF_TEXT if masked else None)
+    stepper = Stepper(GPT(config), options, compute, separator=END_OF_TEXT if masked else None)
     data, numbers = batches(config, rows), iter(range(10**9))
     compilation, _ = prepare(stepper, next(data), [rows], "whole")
     assert compilation.compiled, compilation.reason

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from onym import GPT
-from onym.data.batches import Batch
+from onym.data.batches import Batch, evaluation_batches
 from onym.data.tokens import TokenStream
 from onym.train.dry_run import prepare
 from onym.train.evaluate import held_out_loss
@@ -59,7 +60,7 @@ def uneven(number: int) -> Batch:
 
 def gradients(micro_batch: int, batch: Batch) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    stepper = Stepper(GPT(TINY), OptimizationOptions(document_mask=True), CPU, end_of_text=END)
+    stepper = Stepper(GPT(TINY), OptimizationOptions(document_mask=True), CPU, separator=END)
     prepare(stepper, batch, [micro_batch], "off")
     loss = stepper._backward(batch)
     return {"loss": loss, **{name: p.grad for name, p in stepper.model.named_parameters() if p.grad is not None}}
@@ -88,9 +89,13 @@ def test_the_held_out_loss_is_that_of_its_documents_alone(tiny: GPT) -> None:
                 counted += number
             start = index + 1
     stream = TokenStream((tokens,), (np.zeros(1, dtype=np.uint64),))
-    found = held_out_loss(tiny, stream, 2, 100, CPU, end_of_text=END)
+
+    def batches() -> Iterator[Batch]:
+        return evaluation_batches(stream, TINY.context_length, 2, 100)
+
+    found = held_out_loss(tiny, batches(), CPU, separator=END)
     assert found == pytest.approx(total / counted, abs=1e-5)
-    assert held_out_loss(tiny, stream, 2, 100, CPU) != pytest.approx(found, abs=1e-3)
+    assert held_out_loss(tiny, batches(), CPU) != pytest.approx(found, abs=1e-3)
 
 
 LENGTH = ("--steps", 12, "--eval-every", 6, "--log-every", 1, "--warmup-steps", 2)

@@ -387,6 +387,7 @@ def test_what_has_no_sense_here_is_refused(options: dict[str, Any], count: int, 
 _SHARES = """
 import torch
 from onym import GPT, GPTConfig
+from onym.data.batches import evaluation_batches
 from onym.train.evaluate import held_out_loss
 from onym.train.dry_run import prepare
 from onym.train.options import OptimizationOptions, RunOptions
@@ -441,7 +442,7 @@ class Stream:
     def __len__(self): return len(self.tokens)
     def read(self, start, stop): return self.tokens[start:stop]
 for each in (model, stepper.average.model):  # five batches for two: one of them has nothing to measure in the last pass
-    assert held_out_loss(each, Stream(), 1, 5, compute, ranks) > 0
+    assert held_out_loss(each, evaluation_batches(Stream(), 32, 1, 5), compute, ranks) > 0
 print(whole, *look(), sum(gradients) / 4)  # of two steps of two parts each
 
 mesh = sharding.mesh

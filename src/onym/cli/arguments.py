@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from onym.generation.sampling import Sampling
 from onym.generation.ways import Compile, Dtype
+from onym.train.finetune_options import FinetuneOptions
 from onym.train.options import DataOptions, ModelOptions, OptimizationOptions, RunOptions, TrainOptions
 
 
@@ -48,12 +49,13 @@ class TrainArguments:
     model: ModelOptions
     optimization: OptimizationOptions
     run: RunOptions
+    finetune: FinetuneOptions
     config: Annotated[Path | None, _arg("FILE.toml", "none")] = None
     """A TOML file with any of these options; the command line overrides it."""
 
     @property
     def options(self) -> TrainOptions:
-        return TrainOptions(self.data, self.model, self.optimization, self.run)
+        return TrainOptions(self.data, self.model, self.optimization, self.run, self.finetune)
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,22 @@ class ChatArguments:
     n_heads: _Heads = None
     rope_base: _Base = None
     context_length: _Context = None
+    device: _Device = "cpu"
+
+
+@dataclass(frozen=True)
+class ClassifyArguments:
+    """Tell the label of each text, and how probable it is: one text a line in, one label a line out."""
+
+    model: Annotated[Positional[str], _arg("MODEL")]
+    """A run, a checkpoint, a file or folder with a classifier; also transformers' and the book's."""
+    text: Annotated[Positional[tuple[str, ...]], _arg("TEXT …", "the lines of standard input")] = ()
+    """Texts to classify."""
+    json: Annotated[bool, _arg(purpose="Print a JSON object a line, with the probabilities of all labels.")] = False
+    step: _Step = "latest"
+    tokenizer: Annotated[str | None, _arg("FILE|NAME")] = None
+    """A tokenizer.json or hub name, where the model's folder holds none."""
+    part: _Part = None
     device: _Device = "cpu"
 
 
@@ -361,6 +379,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": EvaluateArguments,
     "generate": GenerateArguments,
     "chat": ChatArguments,
+    "classify": ClassifyArguments,
     "runs": RunsArguments,
     "inspect": InspectArguments,
     "verify": VerifyArguments,

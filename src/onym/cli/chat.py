@@ -6,7 +6,6 @@ Replies go to standard output and everything else to standard error. Of lines th
 from __future__ import annotations
 
 import contextlib
-import io
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from onym.cli.arguments import ChatArguments
 from onym.cli.report import as_step
+from onym.cli.standard_input import lines_of_input
 from onym.data.chat_template import ChatTemplate
 from onym.errors import ConfigError, OnymError, nearest
 from onym.generation.chat import Chat, template_of_model
@@ -67,7 +67,7 @@ def run(given: ChatArguments) -> int:
     if sys.stdin.isatty():
         _converse(chat)
         return 0
-    for line in _lines():
+    for line in lines_of_input():
         if not _answer(chat, line):
             break
     return 0
@@ -95,20 +95,6 @@ def _converse(chat: Chat) -> None:
                 return
         except OnymError as error:
             _note(f"onym: {error}")
-
-
-def _lines() -> Iterator[str]:
-    """The lines of standard input, as they come.
-
-    Raises:
-        ConfigError: one is no UTF-8.
-    """
-    lines = sys.stdin.buffer if isinstance(sys.stdin, io.TextIOWrapper) else (line.encode() for line in sys.stdin)
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield line.decode().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"Line {number:,} of standard input is not UTF-8 text.") from error
 
 
 def _answer(chat: Chat, line: str) -> bool:

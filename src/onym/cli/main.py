@@ -27,6 +27,7 @@ _COMMANDS = {
     "evaluate": "measure how well models predict a text: loss, perplexity, bits per byte",
     "generate": "continue a text with a trained GPT",
     "chat": "converse with a model in the terminal",
+    "classify": "tell the labels of texts with a trained classifier",
     "runs": "list runs: how far each is, and how well it does; draw their losses",
     "inspect": "show what a file or folder is: steps, tensors, configuration, origin, tokens",
     "verify": "read and check every byte of a run, a checkpoint or a file",

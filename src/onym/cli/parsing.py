@@ -9,7 +9,7 @@ import tyro
 
 from onym.cli.arguments import COMMANDS, TOOLS, CheckResumeArguments, TrainArguments
 from onym.cli.config import arguments_of, one_of_each
-from onym.train.options import LENGTHS, SIZES, ModelOptions, OptimizationOptions, TrainOptions
+from onym.train.options import LENGTHS, SIZES, ModelOptions, OptimizationOptions, TrainOptions, run_path
 
 
 def parse(program: str, command: str, arguments: list[str]) -> Any:
@@ -41,7 +41,7 @@ def parse_options(arguments: list[str]) -> TrainOptions:
     options = TrainOptions(first.data, ModelOptions(), first.optimization, first.run)
     from onym.train.run_folder import RunFolder  # imports torch: only after the arguments are known to be right
 
-    description = RunFolder(options.run_path).description()
+    description = RunFolder(run_path(first.run, first.data, first.finetune)).description()
     if description is None:
         return first.options
     stored = TrainOptions.from_dict(description["options"])
@@ -54,6 +54,8 @@ def parse_options(arguments: list[str]) -> TrainOptions:
     if rate is not None and before.learning_rate and before.muon_learning_rate:  # both rates change, unless one is typed
         both = before.muon_learning_rate * (rate / before.learning_rate)  # in this order an equal rate changes nothing
         stored = replace(stored, optimization=replace(stored.optimization, muon_learning_rate=both))
+    if first.finetune.source is not None:
+        stored = replace(stored, finetune=replace(stored.finetune, sft=None, classify=None))
     if options.data.data or options.data.mix:  # two ways to name the text, of which the new one holds
         stored = replace(stored, data=replace(stored.data, data=(), mix=()))
     stored = replace(stored, run=replace(stored.run, data_changed="refuse", time_limit=None))  # each for one start only
@@ -61,5 +63,5 @@ def parse_options(arguments: list[str]) -> TrainOptions:
 
 
 def _parse_train(arguments: list[str], defaults: TrainOptions) -> TrainArguments:
-    known = TrainArguments(defaults.data, defaults.model, defaults.optimization, defaults.run)
+    known = TrainArguments(defaults.data, defaults.model, defaults.optimization, defaults.run, defaults.finetune)
     return tyro.cli(TrainArguments, prog="onym train", args=arguments, default=known, config=(tyro.conf.OmitArgPrefixes,))

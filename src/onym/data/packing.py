@@ -94,14 +94,39 @@ def _packed(begins: NDArray[np.int64], ends: NDArray[np.int64], context_length: 
     lengths = (ends - begins) % context_length
     kept = np.flatnonzero(lengths >= _LEAST)
     kept = kept[np.argsort(-lengths[kept], kind="stable")]
+    window_of = _best_fit_decreasing(lengths[kept], context_length)
+    windows = int(window_of.max()) + 1 if len(window_of) else 0
+    kept = kept[np.argsort(window_of, kind="stable")]
+    return np.stack([ends[kept] - lengths[kept], ends[kept], ends[kept]]), np.bincount(window_of, minlength=windows)
+
+
+def best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """The window of each piece of text, by best-fit decreasing; windows are numbered from 0.
+
+    Args:
+        lengths: of each piece, at most ``capacity``.
+        capacity: tokens of a window.
+    """
+    window_of = np.empty(len(lengths), dtype=np.int64)
     windows = 0
-    window_of = np.empty(len(kept), dtype=np.int64)
+    for first in range(0, len(lengths), _BLOCK_DOCUMENTS):
+        block = lengths[first : first + _BLOCK_DOCUMENTS]
+        order = np.argsort(-block, kind="stable")
+        window_of[first + order] = windows + _best_fit_decreasing(block[order], capacity, least=1)
+        windows = int(window_of[: first + len(block)].max()) + 1
+    return window_of
+
+
+def _best_fit_decreasing(lengths: NDArray[np.int64], capacity: int, least: int = _LEAST) -> NDArray[np.int64]:
+    """The window of each piece, the longest first: the one that it fills best. Space below ``least`` tokens is given up."""
+    windows = 0
+    window_of = np.empty(len(lengths), dtype=np.int64)
     open_windows: dict[int, list[int]] = {}  # by the space that is left in them
     spaces: list[int] = []  # the keys, sorted
-    for number, length in enumerate(lengths[kept].tolist()):
+    for number, length in enumerate(lengths.tolist()):
         place = bisect_left(spaces, length)
         if place == len(spaces):
-            window, space = windows, context_length
+            window, space = windows, capacity
             windows += 1
         else:
             space = spaces[place]
@@ -110,13 +135,12 @@ def _packed(begins: NDArray[np.int64], ends: NDArray[np.int64], context_length: 
                 del open_windows[space], spaces[place]
         window_of[number] = window
         left = space - length
-        if left >= _LEAST:
+        if left >= least:
             if left not in open_windows:
                 open_windows[left] = []
                 insort(spaces, left)
             open_windows[left].append(window)
-    kept = kept[np.argsort(window_of, kind="stable")]
-    return np.stack([ends[kept] - lengths[kept], ends[kept], ends[kept]]), np.bincount(window_of, minlength=windows)
+    return window_of
 
 
 class PackedWindows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from onym.data.batches import StreamWindows, Windows
+from onym.data.batches import Batch, StreamWindows, Windows, evaluation_batches
 from onym.data.packing import PackedWindows
 from onym.data.tokens import TokenData, open_tokens, relink_cache
 from onym.errors import DataError
@@ -93,6 +93,14 @@ class Sources:
                     f"to {'it' if self.mixed else '--data'}, or lower --batch-size or --context-length."
                 )
         return windows
+
+    def held_out_batches(self, context_length: int, batch_size: int, limit: int) -> list[tuple[str, Iterator[Batch]]]:
+        """Of each source, by name: at most its part of ``limit`` batches of its held-out text, the same each time."""
+        each = max(1, limit // len(self.sources))
+        return [
+            (source.name, evaluation_batches(source.tokens.held_out, context_length, batch_size, each))
+            for source in self.sources
+        ]
 
     def epochs(self, sequences: int, windows: Sequence[Windows]) -> dict[str, float]:
         """How often a run of so many sequences goes through each source."""

@@ -33,15 +33,26 @@ class FoundModel(NamedTuple):
     checkpoint: Checkpoint
     tokenizer: Tokenizer
 
-    def load(self, device: str | torch.device = "cpu") -> OpenedModel:
+    def load(self, device: str | torch.device = "cpu", *, classifier: bool = False) -> OpenedModel:
         """Build the model.
 
+        Args:
+            classifier: one that tells labels apart is wanted, not one that predicts tokens.
+
         Raises:
-            CheckpointError: it is damaged, or no GPT.
+            CheckpointError: it is damaged, or another kind of model.
         """
         model = load_checkpoint(self.checkpoint, device=device)
         if not isinstance(model, CausalLM):
             raise CheckpointError(f"'{self.path}' is a {type(model).__name__}; only a GPT generates text or scores it here.")
+        labels = model.config.labels
+        if labels and not classifier:
+            shown = f"{', '.join(labels[:5])}{', …' if len(labels) > 5 else ''}"
+            raise CheckpointError(f"'{self.path}' tells labels apart ({shown}) and writes no text: use onym classify.")
+        if classifier and not labels:
+            raise CheckpointError(
+                f"'{self.path}' predicts tokens, not labels: train a classifier from it with onym train --from MODEL --classify FILE."
+            )
         return OpenedModel(model, self.tokenizer, self.checkpoint)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
 from onym.checkpoint.checkpointer import Checkpointer
-from onym.data.batches import TrainingBatches
+from onym.data.batches import TrainingBatches, Windows
 from onym.data.cache import LIMIT_BYTES, bound
+from onym.data.examples import Examples
 from onym.data.packing import describe
 from onym.data.prefetch import Prefetcher
 from onym.data.sources import Source, Sources
@@ -20,12 +23,13 @@ from onym.data.train_tokenizer import cached_tokenizer
 from onym.errors import CheckpointError, ConfigError, DataError, RunError
 from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
-from onym.gpt.models import make_model
+from onym.gpt.config import ModelConfig
 from onym.state.collectives import all_gather_object
 from onym.state.rng import seed_all
 from onym.train.display import Display
 from onym.train.distributed import DistContext
-from onym.train.evaluate import Evaluator
+from onym.train.evaluate import Evaluator, separator_of
+from onym.train.finetune import balanced, prepare_rows
 from onym.train.init_from import InitFrom
 from onym.train.log import TrainLog
 from onym.train.loop import Trainer
@@ -35,9 +39,10 @@ from onym.train.precision import Compute
 from onym.train.recovery import Recovery
 from onym.train.run_folder import RunFolder
 from onym.train.saving import CheckpointSaver
-from onym.train.schedule import make_schedule
+from onym.train.schedule import Schedule, make_schedule
 from onym.train.state import TrainState
 from onym.train.step import Stepper
+from onym.train.trained import make_trained
 from onym.units import format_size, parse_size
 
 
@@ -110,39 +115,35 @@ def build_trainer(
     compute: Compute,
     *,
     tokenizer_of: Checkpoint | None = None,
+    base: InitFrom | None = None,
 ) -> Trainer:
     """A trainer before its first step.
 
     Args:
         tokenizer_of: a checkpoint whose tokenizer is taken.
+        base: under an adapter, what stays as it is.
     """
     sharding = make_sharding(options.run, ranks, compute)
-    tokenizer, sources = ranks.local_rank0_first(lambda: prepare_data(options, tokenizer_of, display))
+    beside = base.checkpoint if base is not None else tokenizer_of
+    lessons = ranks.local_rank0_first(lambda: prepare_lessons(options, tokenizer_of, beside, display))
+    sources, tokenizer = lessons.sources, lessons.tokenizer
     if len(set(all_gather_object(sources.key, collective=ranks.world_size > 1))) > 1:
         raise DataError(f"{options.data.description} changed while the processes read it: run the same command again.")
     run, optimization = options.run, options.optimization
-    config = options.model.config(tokenizer.vocab_size)
-    schedule = make_schedule(optimization, config.context_length, sources.training_tokens)
+    config = lessons.config
+    schedule, windows = _windows(options, sources, config, tokenizer, display)
     micro_batches = schedule.micro_batches(optimization.micro_batch, ranks.world_size)
-    padding = tokenizer.end_of_text if optimization.packing == "documents" else None
-    windows = sources.windows(config.context_length, schedule.batch_size, options.data.description, padding)
-    if padding is not None:  # an epoch is all windows, and padding is in them
-        schedule = make_schedule(optimization, config.context_length, sum(map(len, windows)) * config.context_length + 1)
-        display.note(f"Packing: {describe(windows)}")
     batches = TrainingBatches(windows, schedule.batch_size, optimization.seed, sources.weights, (ranks.rank, ranks.world_size))
-    if sources.mixed:
-        epochs = sources.epochs(schedule.steps * schedule.batch_size, windows)
-        parts = [f"{name} {share:.1%}, {epochs[name]:.2f} epochs" for name, share in sources.shares.items()]
-        display.note(f"Mixture: {'; '.join(parts)}")
     seed_all(optimization.seed)
-    model = sharding.make(config) if sharding else make_model(config).to(compute.device)
-    if optimization.zero_init:
-        model.zero_residual_outputs()
-    masked = optimization.separates_documents
-    stepper = Stepper(model, optimization, compute, ranks, sharding, tokenizer.end_of_text if masked else None)
-    saver = CheckpointSaver(checkpointer, folder.checkpoints, display, stepper, tokenizer.to_json())
+    made = make_trained(options, config, sharding, compute, base)
+    separator = separator_of(sources, tokenizer, document_mask=optimization.separates_documents)
+    if options.finetune.class_weights == "balanced":
+        made.model.class_weights = torch.tensor(balanced(lessons.label_counts), device=compute.device)
+    stepper = Stepper(made.model, optimization, compute, ranks, sharding, separator, made.lora)
+    texts = {TOKENIZER: tokenizer.to_json(), **lessons.texts}
+    saver = CheckpointSaver(checkpointer, folder.checkpoints, display, stepper, texts)
     log = TrainLog(options, folder, display, ranks, saver, schedule=schedule, config=config, compute=compute)
-    gathers_bf16 = sharding is not None and sharding.gather_bf16
+    rounds = made.rounds_base or (sharding is not None and sharding.gather_bf16)
     sequences = run.eval_batches * schedule.batch_size
     return Trainer(
         options=options,
@@ -153,13 +154,71 @@ def build_trainer(
         checkpointer=checkpointer,
         stepper=stepper,
         batches=Prefetcher(batches.__getitem__, compute.device),
-        evaluator=Evaluator(tokenizer, sources, compute, ranks, gathers_bf16, sequences, masked),
+        evaluator=Evaluator(tokenizer, sources, compute, ranks, rounds, sequences, separator),
         saver=saver,
         log=log,
         recovery=Recovery(stepper, saver, log, schedule, display),
         state=TrainState(tokens=sources.key, environment=_environment(compute, ranks, sharding), micro_batch=micro_batches[0]),
         micro_batches=micro_batches,
     )
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What is learned from, and the shape of the model that learns."""
+
+    tokenizer: Tokenizer
+    sources: Sources | Examples
+    config: ModelConfig
+    label_counts: tuple[int, ...] = ()
+    """Of a classifier, the rows of each label."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Files that belong to the model, beside its tokenizer."""
+
+
+def prepare_lessons(
+    options: TrainOptions, checkpoint: Checkpoint | None, beside: Checkpoint | None, display: Display
+) -> Lessons:
+    """Text or rows -> tokens, from the caches where they are known already.
+
+    Args:
+        checkpoint: whose tokenizer is taken.
+        beside: whose chat template.
+    """
+    if options.finetune.source is None:
+        tokenizer, sources = prepare_data(options, checkpoint, display)
+        return Lessons(tokenizer, sources, options.model.config(tokenizer.vocab_size))
+    if checkpoint is None:
+        assert options.data.tokenizer is not None
+        tokenizer = Tokenizer.load(options.data.tokenizer)
+    else:
+        tokenizer = Tokenizer.from_json(checkpoint.text(TOKENIZER) or "")
+    rows = prepare_rows(options, beside, tokenizer, options.model.config(1).context_length, display)
+    config = options.model.config(rows.tokenizer.vocab_size)
+    if rows.labels:
+        config = dataclasses.replace(config, labels=rows.labels, tie_embeddings=False)  # type: ignore[call-arg]
+    return Lessons(rows.tokenizer, rows.examples, config, rows.label_counts, rows.texts)
+
+
+def _windows(
+    options: TrainOptions, sources: Sources | Examples, config: ModelConfig, tokenizer: Tokenizer, display: Display
+) -> tuple[Schedule, list[Windows]]:
+    """What a sequence of a batch is, and how many of them are trained on."""
+    optimization, description = options.optimization, options.data.description
+    if isinstance(sources, Examples):
+        rows = sources.windows()
+        return make_schedule(optimization, sources.window, len(rows) * sources.window + 1), [rows]
+    schedule = make_schedule(optimization, config.context_length, sources.training_tokens)
+    padding = tokenizer.end_of_text if optimization.packing == "documents" else None
+    windows = sources.windows(config.context_length, schedule.batch_size, description, padding)
+    if padding is not None:  # an epoch is all windows, and padding is in them
+        schedule = make_schedule(optimization, config.context_length, sum(map(len, windows)) * config.context_length + 1)
+        display.note(f"Packing: {describe(windows)}")
+    if sources.mixed:
+        epochs = sources.epochs(schedule.steps * schedule.batch_size, windows)
+        parts = [f"{name} {share:.1%}, {epochs[name]:.2f} epochs" for name, share in sources.shares.items()]
+        display.note(f"Mixture: {'; '.join(parts)}")
+    return schedule, windows
 
 
 def continue_run(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -190,6 +249,8 @@ def continue_run(trainer: Trainer, checkpoint: Checkpoint) -> None:
 def init_from(trainer: Trainer, start: InitFrom) -> None:
     """Start with the weights of another run or program; with its optimizer and its count of steps where they come along."""
     stepper = trainer.stepper
+    if stepper.lora is not None:  # its base is loaded, in the continuation too
+        return
     start.load_into(stepper.model)
     if stepper.average is not None:  # an average of these weights, not of the random ones before
         stepper.average.model.load_state_dict(stepper.model.state_dict())

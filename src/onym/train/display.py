@@ -8,7 +8,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -196,6 +196,19 @@ class Display:
         self.note(title, style="bold")
         for line in text.strip().splitlines():
             self.note(f"  │ {line}", style="dim" if self.console.is_terminal else "")
+
+    def marked(self, title: str, parts: Iterable[tuple[str, bool]]) -> None:
+        """A text with some of it marked: by colour, and where there is none, by brackets like these: ⟦…⟧."""
+        self.note(title, style="bold")
+        line = Text("  │ ")
+        colours = self.console.is_terminal and not self.console.no_color
+        for text, is_marked in parts:
+            shown = text.replace("\n", "\n  │ ")
+            if colours:
+                line.append(shown, style="green" if is_marked else "dim")
+            else:
+                line.append(f"⟦{shown}⟧" if is_marked else shown)
+        self.console.print(line, soft_wrap=True)
 
     @contextmanager
     def activity(self, title: str) -> Iterator[Activity]:

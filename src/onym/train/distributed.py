@@ -241,6 +241,8 @@ class GradientAllReduce:
         if ranks.world_size > 1:
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
+                if not parameter.requires_grad:
+                    continue
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def begin(self) -> None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch import nn
 
 from onym.compile.in_place import Compilation, How, compile_in_place, uncompile
 from onym.compile.policy import choose, recall, remember
@@ -76,7 +77,8 @@ class _DryRun:
         self.device = stepper.compute.device
         self.loss = math.nan
         # The size of AdamW's moments: the optimizer's first step must not fail where the dry run did not.
-        self.moments = [torch.empty_like(parameter) for parameter in stepper.model.parameters() for _ in range(2)]
+        trained = [parameter for parameter in stepper.model.parameters() if parameter.requires_grad]
+        self.moments = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
 
     def compile(self, how: How | Literal["auto"], steps: int) -> tuple[Compilation, float]:
         if self.device.type == "cpu":
@@ -152,8 +154,15 @@ def _shape(stepper: Stepper) -> dict[str, Any]:
         "gradient_checkpointing": model.recompute_activations,
         "micro_batch": stepper.micro_batch,
         **({"parallel": str(sharding)} if sharding is not None else {}),
-        **({"document_mask": True} if stepper.end_of_text is not None else {}),
+        **({"document_mask": True} if stepper.separator is not None else {}),
+        **({"trained": trained} if (trained := _trained(model)) < 1 else {}),
         "compute": str(stepper.compute),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
+
+
+def _trained(model: nn.Module) -> float:
+    """The share of the weights that train."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)

@@ -1,22 +1,29 @@
-"""The held-out loss and a sample of text: the same tokens in the same order each time, without compilation."""
+"""The held-out loss, how often a classifier is right, and a sample of text: the same tokens in the same order each time, without
+compilation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from onym.compile.in_place import without_compilation
-from onym.data.batches import evaluation_batches
+from onym.data.batches import IGNORED_TARGET, Batch
+from onym.data.examples import Example, Examples
 from onym.data.sources import Sources
 from onym.data.tokenizer import Tokenizer
 from onym.data.tokens import TokenStream
 from onym.errors import CheckpointError
 from onym.generation.engine import generate
+from onym.generation.sampling import Sampling
 from onym.gpt.causal_lm import CausalLM
-from onym.gpt.documents import counted, loss_of
+from onym.gpt.documents import MARKED, counted, loss_of, unmarked
 from onym.state.collectives import all_gather_object
 from onym.state.dtensor import any_sharded, reshard, without_gradients
 from onym.train.distributed import DistContext
@@ -29,38 +36,53 @@ MAIN = "val_loss"
 _SEED = 0  # the same each time, so that samples of different steps differ by what was learned
 
 
+class HeldOut(Protocol):
+    """What is held out of training: text or examples."""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are several sources."""
+        ...
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """Of the sources; together 1."""
+        ...
+
+    def held_out_batches(self, context_length: int, batch_size: int, limit: int) -> list[tuple[str, Iterator[Batch]]]:
+        """See :meth:`onym.data.sources.Sources.held_out_batches`."""
+        ...
+
+
 def held_out_loss(
     model: CausalLM,
-    stream: TokenStream,
-    batch_size: int,
-    limit: int,
+    batches: Iterable[Batch],
     compute: Compute,
     ranks: DistContext = DistContext(),  # noqa: B008
-    end_of_text: int | None = None,
+    separator: int | None = None,
 ) -> float:
-    """Mean cross-entropy in nats a token over at most ``limit`` batches; NaN where the stream has nothing to predict.
+    """Mean cross-entropy in nats a target; NaN where there is nothing to predict.
 
-    With ``end_of_text`` documents are kept apart (:func:`onym.gpt.documents.loss_of`). That is another loss than without: the
-    first token of a document is not in it, and the others have less before them.
+    With a ``separator`` documents are kept apart (:func:`onym.gpt.documents.loss_of`). Of text that is another loss than
+    without: the first token of a document is not in it, and the others have less before them.
 
     A collective: each rank computes its own batches. Forward passes of a sharded model are collective too, so evaluation is
     padded to equal batch counts on all ranks.
     """
-    sums: list[tuple[float, int]] = []  # of each batch: its loss, summed over its tokens, and their number
+    sums: list[tuple[float, int]] = []  # of each batch: its loss, summed over its targets, and their number
     was_training = model.training
     model.eval()
     sharded, number = any_sharded([model]), -1
     with without_gradients(sharded), compute.autocast(), without_compilation():
-        batches = evaluation_batches(stream, model.config.context_length, batch_size, limit)
         for number, (inputs, targets) in enumerate(batches):
             if number % ranks.world_size != ranks.rank:
                 continue
-            number_counted = int(counted(inputs, targets, end_of_text))
-            loss = loss_of(model, inputs.to(compute.device), targets.to(compute.device), end_of_text)
+            number_counted = int(counted(inputs, targets, separator))
+            loss = loss_of(model, inputs.to(compute.device), targets.to(compute.device), separator)
             # The mean of nothing is not a number.
             sums.append((float(loss) * number_counted if number_counted else 0.0, number_counted))
         if sharded and ranks.rank > number % ranks.world_size:  # lower ranks have one batch more; this pass does not count
-            loss_of(model, inputs.to(compute.device), targets.to(compute.device), end_of_text)
+            loss_of(model, inputs.to(compute.device), targets.to(compute.device), separator)
     if sharded:
         reshard(model)
     model.train(was_training)
@@ -73,25 +95,26 @@ def held_out_loss(
 
 def held_out_losses(
     model: CausalLM,
-    sources: Sources,
+    sources: HeldOut,
     batch_size: int,
     limit: int,
     compute: Compute,
     ranks: DistContext = DistContext(),  # noqa: B008
-    end_of_text: int | None = None,
+    separator: int | None = None,
 ) -> dict[str, float]:
-    """The held-out loss of each source of a mixture, and as :data:`MAIN` their mean, weighted as they are trained on.
+    """The held-out loss over at most ``limit`` batches; of a mixture that of each source, and as :data:`MAIN` their mean,
+    weighted as they are trained on.
 
     A collective. ``limit`` is divided among the sources.
     """
-    limit = max(1, limit // len(sources.sources))
-    losses = [
-        held_out_loss(model, each.tokens.held_out, batch_size, limit, compute, ranks, end_of_text) for each in sources.sources
-    ]
+    found = {
+        name: held_out_loss(model, batches, compute, ranks, separator)
+        for name, batches in sources.held_out_batches(model.config.context_length, batch_size, limit)
+    }
     if not sources.mixed:
-        return {MAIN: losses[0]}
-    mean = sum(loss * weight for loss, weight in zip(losses, sources.weights, strict=True))
-    return {MAIN: mean, **{f"{MAIN}/{each.name}": loss for each, loss in zip(sources.sources, losses, strict=True)}}
+        return {MAIN: next(iter(found.values()))}
+    mean = sum(loss * weight for loss, weight in zip(found.values(), sources.weights, strict=True))
+    return {MAIN: mean, **{f"{MAIN}/{name}": loss for name, loss in found.items()}}
 
 
 def write_sample(model: CausalLM, tokenizer: Tokenizer, held_out: TokenStream, *, document_mask: bool = False) -> str:
@@ -119,39 +142,117 @@ def _beginning(held_out: TokenStream) -> list[int]:
     return tokens if len(long_enough) else []
 
 
+def write_reply(model: CausalLM, tokenizer: Tokenizer, example: Example) -> str:
+    """What a held-out conversation asks, in brackets, and what the model answers in the place of its first reply."""
+    targets = np.array(example.targets)
+    counts = np.flatnonzero(targets != IGNORED_TARGET)
+    prompt = list(example.tokens[: counts[0] + 1])
+    was_training = model.training
+    model.eval()
+    stop = int(targets[counts[-1]])
+    written = tokenizer.decode(generate(model, prompt, _NEW_TOKENS, Sampling(temperature=0), end_of_text=stop))
+    model.train(was_training)
+    return f"[{tokenizer.decode(prompt)}]{written}"
+
+
+def right_answers(
+    model: CausalLM,
+    examples: Examples,
+    batch_size: int,
+    limit: int,
+    compute: Compute,
+    ranks: DistContext = DistContext(),  # noqa: B008
+) -> dict[str, float]:
+    """How a classifier does on held-out rows: ``accuracy``, and ``f1``, the mean of its labels' F1.
+
+    A collective, where the model is sharded; each rank computes all of it.
+    """
+    counts = torch.zeros(len(model.config.labels), len(model.config.labels), dtype=torch.long)  # [right label, given label]
+    was_training, sharded = model.training, any_sharded([model])
+    model.eval()
+    if sharded or ranks.is_rank0:
+        with without_gradients(sharded), compute.autocast(), without_compilation():
+            ((_, batches),) = examples.held_out_batches(examples.window, batch_size, limit)
+            for inputs, targets in batches:
+                tokens, documents = unmarked(inputs.to(compute.device))
+                given = model(tokens, documents=documents).argmax(dim=-1).cpu()
+                asked = targets != IGNORED_TARGET
+                counts += torch.bincount(targets[asked] * len(counts) + given[asked], minlength=counts.numel()).view_as(counts)
+        if sharded:
+            reshard(model)
+    model.train(was_training)
+    return scores_of(counts)
+
+
+def scores_of(counts: Tensor) -> dict[str, float]:
+    """Accuracy and mean F1.
+
+    Args:
+        counts: [right label, given label] int64. A label that was neither asked for nor given is left out of the mean.
+
+    >>> scores_of(torch.tensor([[8, 2], [1, 9]]))["accuracy"]
+    0.85
+    """
+    right, given, asked = counts.diagonal().double(), counts.sum(dim=0), counts.sum(dim=1)
+    there = (given + asked) > 0
+    f1 = (2 * right / (given + asked).clamp(min=1))[there]
+    return {"accuracy": float(right.sum() / max(1, int(counts.sum()))), "f1": float(f1.mean()) if len(f1) else 0.0}
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluates the models of a run."""
 
     tokenizer: Tokenizer
-    sources: Sources
+    sources: Sources | Examples
     compute: Compute
     ranks: DistContext
-    gathers_bf16: bool
-    """Whether a sharded model's blocks are all-gathered in bf16."""
+    rounds_weights: bool
+    """Whether some weights are in bf16 when they are multiplied: a sharded model's, or those under an adapter."""
     sequences: int
     """The most in an evaluation: the same text, however a batch is split."""
-    document_mask: bool = False
-    """Whether documents are kept apart."""
+    separator: int | None = None
+    """What keeps documents apart, see :func:`onym.gpt.documents.loss_of`."""
 
     def losses(self, model: CausalLM, micro_batch: int) -> dict[str, float]:
-        """Held-out losses by their names in metrics.jsonl. A collective."""
+        """Held-out losses by their names in metrics.jsonl, and a classifier's scores. A collective."""
         limit = self.sequences // micro_batch
-        end_of_text = self.tokenizer.end_of_text if self.document_mask else None
-        return held_out_losses(model, self.sources, micro_batch, limit, self.compute, self.ranks, end_of_text)
+        found = held_out_losses(model, self.sources, micro_batch, limit, self.compute, self.ranks, self.separator)
+        if isinstance(self.sources, Examples) and model.config.labels:
+            found |= right_answers(model, self.sources, micro_batch, limit, self.compute, self.ranks)
+        return found
 
     def sample(self, model: CausalLM) -> str | None:
-        """A held-out document continued by the model, on rank 0; None on other ranks, and of weights that are not finite.
+        """What the model makes of a held-out document or question, on rank 0; None on other ranks, of a classifier, and of
+        weights that are not finite.
 
         A collective where the model is sharded.
         """
-        if not self.ranks.is_rank0 and not any_sharded([model]):
+        if model.config.labels or (not self.ranks.is_rank0 and not any_sharded([model])):
             return None
         try:
-            # Weights that are all-gathered in bf16 can be multiplied with bf16 alone.
-            with self.compute.autocast() if self.gathers_bf16 else nullcontext():
-                held_out = self.sources.sources[0].tokens.held_out
-                text = write_sample(model, self.tokenizer, held_out, document_mask=self.document_mask)
+            # Weights in bf16 can be multiplied with bf16 alone.
+            with self.compute.autocast() if self.rounds_weights else nullcontext():
+                text = sample_of(model, self.tokenizer, self.sources, self.separator)
         except CheckpointError:  # non-finite weights, which are reported elsewhere
             return None
         return text if self.ranks.is_rank0 else None
+
+
+def sample_of(model: CausalLM, tokenizer: Tokenizer, sources: Sources | Examples, separator: int | None) -> str:
+    """A held-out document continued, or a held-out question answered."""
+    if isinstance(sources, Examples):
+        return write_reply(model, tokenizer, sources.first_held_out())
+    return write_sample(model, tokenizer, sources.sources[0].tokens.held_out, document_mask=separator is not None)
+
+
+def open_sources(values: Sequence[dict[str, object]]) -> Sources | Examples:
+    """What ``to_list()`` of either gave."""
+    return Examples.open(values) if "examples" in values[0] else Sources.open(values)
+
+
+def separator_of(sources: Sources | Examples, tokenizer: Tokenizer, *, document_mask: bool) -> int | None:
+    """What keeps apart what is in one row; None where nothing does."""
+    if isinstance(sources, Examples):
+        return MARKED
+    return tokenizer.end_of_text if document_mask else None

@@ -18,6 +18,7 @@ from onym.checkpoint.checkpointer import Checkpointer
 from onym.compile.cache import warm_start
 from onym.compile.in_place import Compilation, How
 from onym.data.batches import Batch
+from onym.data.examples import Examples
 from onym.data.prefetch import Prefetcher
 from onym.data.sources import Sources
 from onym.errors import CheckpointError, RunError
@@ -72,7 +73,7 @@ class Trainer:
     options: TrainOptions
     folder: RunFolder
     schedule: Schedule
-    sources: Sources
+    sources: Sources | Examples
     display: Display
     checkpointer: Checkpointer
     stepper: Stepper
@@ -254,8 +255,8 @@ class Trainer:
                     eval_batches=self.evaluator.sequences // state.micro_batch,
                     device=str(compute.device),
                     precision=compute.precision,
-                    rounded=self.evaluator.gathers_bf16,
-                    document_mask=self.evaluator.document_mask,
+                    rounded=self.evaluator.rounds_weights,
+                    document_mask=self.evaluator.separator is not None,
                 )
             except MemoryError:
                 activity.result = "skipped: a fresh process has no memory for all of the model beside the training"

@@ -13,34 +13,39 @@ from onym.gpt.causal_lm import CausalLM
 from onym.gpt.kinds import Arch
 from onym.gpt.models import arch_named
 from onym.state.dtensor import is_sharded, local
-from onym.train.options import OptimizationOptions, TrainOptions
+from onym.train.finetune_options import DEFAULT_EPOCHS
+from onym.train.options import LENGTHS, OptimizationOptions, TrainOptions
 
 _FIRST_MOMENTUM, _MOMENTUM = 0.85, 0.95  # of Muon; modded-nanogpt's warm-up, and torch's default
 _PEAK_RATES = {"muon": 1e-2, "adamw": 3e-3}
 # The share of these that Muon's matrices have, and the steps in which its momentum rises; measured with nano, see
 # docs/performance.md.
 _MUON: dict[Arch, tuple[float, int]] = {"gpt2": (1.0, 0), "llama": (0.5, 200), "qwen3": (0.5, 200)}
+# Of these rates, for the weights of a trained model that learns to answer or to classify: at GPT-2's width the book's 5e-5. An
+# adapter, which begins as nothing, is trained at the full rate.
+_TUNING_SHARE = 0.1
 _PEAK_WIDTH = 128  # up to which the rates above hold: measured for 128 (Muon) and 256 (AdamW), see docs/performance.md
 
 
-def resolved(options: OptimizationOptions, arch: Arch, width: int, *, muon: bool) -> OptimizationOptions:
+def resolved(options: OptimizationOptions, arch: Arch, width: int, *, muon: bool, share: float = 1.0) -> OptimizationOptions:
     """The options with the optimizer and the learning rate that a run uses, where they were not given.
 
     Args:
         arch, width: of the model.
         muon: whether ``auto`` may choose it: where weights are full, and training starts from the first weights.
+        share: of the usual learning rate.
     """
     kind = options.optimizer
     if kind == "auto":
         kind = "muon" if muon and hasattr(torch.optim, "Muon") else "adamw"
-    rate = options.learning_rate or _PEAK_RATES[kind] * min(1.0, _PEAK_WIDTH / width)
+    rate = options.learning_rate or share * _PEAK_RATES[kind] * min(1.0, _PEAK_WIDTH / width)
     options = replace(options, optimizer=kind, learning_rate=rate)
     if kind != "muon":
         return options
-    share, warmup = _MUON[arch]
+    of_matrices, warmup = _MUON[arch]
     return replace(
         options,
-        muon_learning_rate=options.muon_learning_rate or share * rate,
+        muon_learning_rate=options.muon_learning_rate or of_matrices * rate,
         muon_momentum_warmup=warmup if options.muon_momentum_warmup is None else options.muon_momentum_warmup,
     )
 
@@ -50,7 +55,11 @@ def with_recipe(options: TrainOptions) -> TrainOptions:
     muon = options.run.parallel == "ddp" and options.model.start_from is None
     width = options.model.config(vocab_size=1).emb_dim
     model = replace(options.model, arch=options.model.kind)
-    return replace(options, model=model, optimization=resolved(options.optimization, model.kind, width, muon=muon))
+    task, optimization = options.finetune.task, options.optimization
+    if task is not None and all(getattr(optimization, name) is None for name in LENGTHS):
+        optimization = replace(optimization, epochs=DEFAULT_EPOCHS[task])
+    share = _TUNING_SHARE if task is not None and options.finetune.lora is None else 1.0
+    return replace(options, model=model, optimization=resolved(optimization, model.kind, width, muon=muon, share=share))
 
 
 def build_optimizers(model: CausalLM, options: OptimizationOptions) -> list[torch.optim.Optimizer]:
@@ -67,7 +76,7 @@ def build_optimizers(model: CausalLM, options: OptimizationOptions) -> list[torc
         if not hasattr(torch.optim, "Muon"):
             raise ConfigError(f"torch {torch.__version__} has no Muon: install torch 2.9 or later, or take --optimizer adamw.")
         # The embeddings and the head are matrices too, but their rows are tokens, each with a gradient of its own size.
-        hidden = [parameter for parameter in model.trf_blocks.parameters() if parameter.dim() == 2]
+        hidden = [parameter for parameter in model.trf_blocks.parameters() if parameter.dim() == 2 and parameter.requires_grad]
         # Scaled so that an update has AdamW's size, rates are of the same order (Liu et al., 2025, "Muon is scalable").
         assert options.muon_learning_rate is not None
         optimizers.append(
@@ -82,6 +91,7 @@ def build_optimizers(model: CausalLM, options: OptimizationOptions) -> list[torc
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     # beta2 0.95 rather than 0.999: GPT-3's choice, which forgets the large gradients of the first steps in time.
+    groups = [group for group in groups if group["params"]]
     return [*optimizers, torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)]
 
 

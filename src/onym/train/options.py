@@ -22,6 +22,7 @@ from onym.data.source_spec import PERIOD, SourceSpec
 from onym.errors import ConfigError
 from onym.gpt.config import ModelConfig
 from onym.gpt.kinds import Arch, arch_of, config_of
+from onym.train.finetune_options import FinetuneOptions
 from onym.units import parse_count, parse_duration, parse_size
 
 _NOT_OF_THE_SHAPE = ("preset", "arch", "start_from")
@@ -345,11 +346,13 @@ class TrainOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
 
     def __post_init__(self) -> None:
         # Here rather than in each part: the command line builds the parts, and would put our sentence into its own frame.
-        for part in (self.data, self.model, self.optimization, self.run):
+        for part in (self.data, self.model, self.optimization, self.run, self.finetune):
             part.check()
+        self._check_finetuning()
         if self.run.parallel == "ddp" and (self.run.cpu_offload or self.run.gather_dtype != "fp32"):
             given = "--cpu-offload" if self.run.cpu_offload else f"--gather-dtype {self.run.gather_dtype}"
             raise ConfigError(f"{given} is about sharded weights: add --parallel fsdp, or leave it out.")
@@ -367,10 +370,27 @@ class TrainOptions:
                     "--precision bf16 or fp32, or --parallel ddp."
                 )
 
+    def _check_finetuning(self) -> None:
+        tuning, optimization = self.finetune, self.optimization
+        if tuning.given is not None and self.model.start_from is None:
+            raise ConfigError(f"{tuning.given} is about a trained model: name it with --from, a run or a file.")
+        if tuning.source is not None:
+            option = "--sft" if tuning.sft else "--classify"
+            for name, there in (
+                ("--data", self.data.data),
+                ("--mix", self.data.mix),
+                ("--packing", optimization.packing != "stream"),
+                ("--document-mask", optimization.document_mask),
+            ):
+                if there:
+                    raise ConfigError(f"{option} names the rows to train on, and {name} is about text: leave it out.")
+        if tuning.lora is not None and optimization.ema:
+            raise ConfigError("--ema averages all weights, and --lora trains an adapter alone: leave one of them out.")
+
     @property
     def run_path(self) -> Path:
         """The run's folder."""
-        return self.run.runs_dir / (self.run.name or self.data.name)
+        return run_path(self.run, self.data, self.finetune)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> TrainOptions:
@@ -394,11 +414,20 @@ class TrainOptions:
         values = dataclasses.asdict(self)
         values["data"]["data"] = [_absolute(entry) for entry in self.data.data]
         values["data"]["suffix"] = list(self.data.suffix)
+        for name in ("sft", "classify"):
+            if (source := values["finetune"][name]) is not None:
+                values["finetune"][name] = _absolute(source)
+        values["finetune"]["lora_targets"] = list(self.finetune.lora_targets)
         values["data"]["mix"] = [f"{s.name}:{s.weight!r}:{_absolute(s.data[0])}" for s in self.data.sources if self.data.mix]
         return {
             subject: {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
             for subject, fields in values.items()
         }
+
+
+def run_path(run: RunOptions, data: DataOptions, finetune: FinetuneOptions) -> Path:
+    """The folder of a run with these options; by default it is called as what it is trained on."""
+    return run.runs_dir / (run.name or (data.name if finetune.source is None else finetune.source.stem))
 
 
 def completed(subject: str, stored: Mapping[str, Any]) -> dict[str, Any]:

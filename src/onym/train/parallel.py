@@ -64,6 +64,12 @@ class Sharding:
                 local(mine).copy_(local(theirs))
         return made
 
+    def shard(self, model: CausalLM) -> None:
+        """Shard a model that is there in full, in place; equal on all ranks."""
+        for block in model.trf_blocks:
+            self._shard_block(block)
+        self._shard(model)
+
     def _materialise(self, config: ModelConfig, *, draw: bool) -> CausalLM:
         model = without_values(config)
         materialise(model, self._shard_block, draw=draw)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from onym.errors import CheckpointError, is_out_of_memory
 from onym.train.fresh_process import FreshProcess, ProcessFailed, answering, command_of
 
 if TYPE_CHECKING:
+    from onym.data.examples import Examples
     from onym.data.sources import Sources
 
 _NO_MEMORY = 3  # exit code
@@ -41,7 +43,7 @@ class Proof:
 def prove(
     checkpoint: Path,
     expected: float,
-    sources: Sources,
+    sources: Sources | Examples,
     *,
     batch_size: int,
     eval_batches: int,
@@ -91,31 +93,43 @@ def _open_and_measure(request: dict[str, Any]) -> tuple[float, str]:
     """What the fresh process does: the held-out loss and a sample of the model in the checkpoint."""
     import torch
 
+    from onym.adapters.lora import ARCHITECTURE, LoRA
     from onym.api import load_checkpoint
-    from onym.data.sources import Sources
     from onym.data.tokenizer import Tokenizer
     from onym.format.manifest import TOKENIZER
     from onym.format.reader import read_checkpoint
     from onym.gpt.causal_lm import CausalLM
-    from onym.train.evaluate import MAIN, held_out_losses, write_sample
+    from onym.train.evaluate import MAIN, held_out_losses, open_sources, sample_of, separator_of
+    from onym.train.init_from import base_under
     from onym.train.precision import choose_compute
+    from onym.train.trained import round_linears
 
     compute = choose_compute(str(request["device"]), str(request["precision"]))
     checkpoint = read_checkpoint(str(request["checkpoint"]))
-    model = load_checkpoint(checkpoint, device=compute.device)
+    is_adapter = checkpoint.architecture == ARCHITECTURE
+    opened = base_under(checkpoint).checkpoint if is_adapter else checkpoint
+    model = load_checkpoint(opened, device=compute.device)
     assert isinstance(model, CausalLM)
-    if request["rounded"]:
+    if is_adapter:  # not merged, so that it computes as it was trained, to the bit
+        if request["rounded"]:
+            round_linears(model)
+        LoRA.open(checkpoint.path, model)
+        model.eval()
+    elif request["rounded"]:
         with torch.no_grad():
             for parameter in model.trf_blocks.parameters():
                 parameter.copy_(parameter.bfloat16())
-    sources = Sources.open(request["sources"])
+    sources = open_sources(request["sources"])
     batch_size, limit = int(str(request["batch_size"])), int(str(request["eval_batches"]))
     text = checkpoint.text(TOKENIZER)
     assert text is not None
-    tokenizer, masked = Tokenizer.from_json(text), bool(request["document_mask"])
-    end_of_text = tokenizer.end_of_text if masked else None
-    loss = held_out_losses(model, sources, batch_size, limit, compute, end_of_text=end_of_text)[MAIN]
-    return loss, write_sample(model, tokenizer, sources.sources[0].tokens.held_out, document_mask=masked)
+    tokenizer = Tokenizer.from_json(text)
+    separator = separator_of(sources, tokenizer, document_mask=bool(request["document_mask"]))
+    loss = held_out_losses(model, sources, batch_size, limit, compute, separator=separator)[MAIN]
+    if model.config.labels:
+        return loss, ""
+    with compute.autocast() if is_adapter and request["rounded"] else nullcontext():
+        return loss, sample_of(model, tokenizer, sources, separator)
 
 
 def main(request: str) -> int:

@@ -13,7 +13,7 @@ from onym.format.reader import Checkpoint
 from onym.train.build import build_trainer, continue_run, init_from
 from onym.train.display import Display
 from onym.train.distributed import LAUNCHER, DistContext, is_lost_connection, join, reason_of
-from onym.train.init_from import starting_point
+from onym.train.init_from import base_under, starting_point
 from onym.train.launch import leave_with_the_launcher
 from onym.train.loop import Outcome
 from onym.train.optimizer import with_recipe
@@ -91,7 +91,10 @@ def _train(
     if checkpoint is None and options.model.start_from is not None:
         options, start = starting_point(options)
         tokenizer_of = start.checkpoint if options.data.tokenizer is None else None
-    trainer = build_trainer(options, folder, checkpointer, display, ranks, compute, tokenizer_of=tokenizer_of)
+    base = start
+    if checkpoint is not None and options.finetune.lora is not None:
+        base = base_under(checkpoint)
+    trainer = build_trainer(options, folder, checkpointer, display, ranks, compute, tokenizer_of=tokenizer_of, base=base)
     try:
         if before is not None and before.get("steps") == trainer.schedule.steps:  # in a longer run, another way may pay
             trainer.compiled = before.get("compiled")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onym.checkpoint.checkpointer import Checkpointer
 from onym.checkpoint.restore import stored_objects
 from onym.checkpoint.steps import step_folder
 from onym.errors import CheckpointError, StorageError
-from onym.format.manifest import TOKENIZER
 from onym.format.reader import Checkpoint
 from onym.state.collectives import broadcast_from_rank0
 from onym.train.display import Display
@@ -24,12 +23,14 @@ class CheckpointSaver:
     Args:
         folder: of the checkpoints, as it is shown.
         stepper: holds the model, its optimizers and the rest of what a step changes.
-        tokenizer: the text of its tokenizer.json, which each checkpoint holds.
+        texts: what else each checkpoint holds, by file name: the tokenizer.
     """
 
-    def __init__(self, checkpointer: Checkpointer, folder: Path, display: Display, stepper: Stepper, tokenizer: str) -> None:
+    def __init__(
+        self, checkpointer: Checkpointer, folder: Path, display: Display, stepper: Stepper, texts: Mapping[str, str]
+    ) -> None:
         self._checkpointer, self._folder, self._display = checkpointer, folder, display
-        self._stepper, self._tokenizer = stepper, tokenizer
+        self._stepper, self._texts = stepper, dict(texts)
         self._collective = stepper.sharding is not None  # each rank writes its shards
         self.saved_step = -1
         """The newest step that is saved, or being written."""
@@ -106,7 +107,7 @@ class CheckpointSaver:
         if self.saved_step == state.step:
             return
         objects = {**self._stepper.state, KEY: state.to_dict()}
-        self._checkpointer.save(state.step, objects, metrics, files={TOKENIZER: self._tokenizer})
+        self._checkpointer.save(state.step, objects, metrics, files=self._texts)
         while self._checkpointer.notes:
             self._display.warn(self._checkpointer.notes.pop(0))
         self.saved_step, self.saved_at = state.step, time.monotonic()

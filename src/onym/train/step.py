@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onym.data.batches import Batch
+from onym.adapters.lora import LoRA
+from onym.data.batches import IGNORED_TARGET, Batch
 from onym.data.order import epoch_key
 from onym.gpt.causal_lm import CausalLM
 from onym.gpt.documents import counted, loss_of
@@ -43,7 +44,8 @@ class Stepper:
         model: on the device that computes; a model to be sharded, on any.
         ranks: this process among those that share each batch.
         sharding: how the model is sharded; None where each process has all of it.
-        end_of_text: ends each document, and keeps the documents of a row apart; None where they see each other.
+        separator: what keeps the documents of a row apart, see :func:`onym.gpt.documents.loss_of`.
+        lora: the adapters in the model, which train alone and are saved alone; None where the model trains.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class Stepper:
         compute: Compute,
         ranks: DistContext = DistContext(),  # noqa: B008
         sharding: Sharding | None = None,
-        end_of_text: int | None = None,
+        separator: int | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         self.model, self.compute, self.ranks, self.sharding = model, compute, ranks, sharding
-        self.end_of_text = end_of_text
+        self.separator, self.lora = separator, lora
         self._options = resolved(options, arch_named(model.config), model.config.emb_dim, muon=sharding is None)
         self._gradients = GradientAllReduce(model, ranks if sharding is None else DistContext())
         copy_model = sharding.copy if sharding is not None else copy.deepcopy
@@ -71,7 +74,8 @@ class Stepper:
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it, by name."""
-        state: dict[str, Any] = {"model": self.model, "optimizer": self.optimizers, "guard": self.guard}
+        model = self.model if self.lora is None else self.lora
+        state: dict[str, Any] = {"model": model, "optimizer": self.optimizers, "guard": self.guard}
         if self.average is not None:
             state["ema"] = self.average.model
         if self._scaler.is_enabled():
@@ -137,11 +141,14 @@ class Stepper:
 
         None where all targets count, so that micro-batches have equal numbers of them. A collective.
         """
-        if self.end_of_text is None:
+        if self.separator is None:
             return [None] * len(parts)
-        counts = torch.stack([counted(*part, self.end_of_text) for part in parts]).float()
+        if (weights := self.model.class_weights) is not None:
+            counts = torch.stack([weights[targets[targets != IGNORED_TARGET]].sum() for _, targets in parts])
+        else:
+            counts = torch.stack([counted(*part, self.separator) for part in parts]).float()
         return (counts / self.ranks.mean(counts.mean())).unbind()
 
     def _loss(self, batch: Batch) -> Tensor:
         with self.compute.autocast():
-            return loss_of(self.model, *batch, self.end_of_text)
+            return loss_of(self.model, *batch, self.separator)
