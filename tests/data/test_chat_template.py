@@ -154,6 +154,14 @@ def test_the_tokens_are_those_of_transformers(name: str, contents: list[str]) ->
     assert ours.encode(conversation).ids == expected
 
 
+def test_no_special_token_is_made_of_a_text_and_what_stands_beside_it() -> None:
+    template = ChatTemplate("{% for m in messages %}<{{ m.content }}><|im_end|>{% endfor %}", TOKENIZER)
+    for content in ("|im_start|", "|im_start|><", "|<|im_start|>", "<|im_<|im_start|>start|>"):
+        for conversation in ((Message("user", content), REPLY), (USER, Message("assistant", content))):
+            assert TOKENIZER.special_tokens["<|im_start|>"] not in template.encode(conversation).ids
+            assert TOKENIZER.decode(template.encode(conversation).ids) == template.render(conversation) + END_OF_TEXT
+
+
 def counted(template: ChatTemplate, conversation: Conversation) -> list[str]:
     """The texts of the spans that count."""
     encoded = template.encode(conversation)
