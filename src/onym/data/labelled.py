@@ -42,8 +42,8 @@ def read_labelled(path: Path, text_field: str, label_field: str) -> list[Labelle
     if rare := [label for label, count in counts.items() if count < _FEWEST]:
         others = f", and {len(rare) - 1:,} others too" if len(rare) > 1 else ""
         raise DataError(
-            f"The label {rare[0]!r} occurs once in '{path}'{others}, so it cannot be learned and tested: add rows of it, take it "
-            "out, or name the column that holds the label with --label."
+            f"The label {rare[0]!r} occurs once in '{path}'{others}, so it cannot be learned and tested: add rows of it, take "
+            "it out, or name the column that holds the label with --label."
         )
     if len(counts) > _MOST_LABELS:
         raise DataError(

@@ -67,7 +67,7 @@ def _table(path: Path, separator: str) -> Iterator[tuple[str, Any]]:
                 yield (
                     source,
                     DataError(
-                        f"'{source}' has {len(values)} values for {len(columns)} columns ({', '.join(columns)}): put a text that has "
+                        f"'{source}' has {len(values)} values for {len(columns)} columns ({', '.join(columns)}): put a text with "
                         f"{separator!r} in it into quotation marks."
                     ),
                 )

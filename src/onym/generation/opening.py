@@ -51,7 +51,7 @@ class FoundModel(NamedTuple):
             raise CheckpointError(f"'{self.path}' tells labels apart ({shown}) and writes no text: use onym classify.")
         if classifier and not labels:
             raise CheckpointError(
-                f"'{self.path}' predicts tokens, not labels: train a classifier from it with onym train --from MODEL --classify FILE."
+                f"'{self.path}' predicts tokens, not labels: onym train --from MODEL --classify FILE trains a classifier."
             )
         return OpenedModel(model, self.tokenizer, self.checkpoint)
 

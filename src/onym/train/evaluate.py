@@ -1,5 +1,7 @@
-"""The held-out loss, how often a classifier is right, and a sample of text: the same tokens in the same order each time, without
-compilation."""
+"""The held-out loss, how often a classifier is right, and a sample of text.
+
+The same tokens in the same order each time, without compilation.
+"""
 
 from __future__ import annotations
 

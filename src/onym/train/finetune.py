@@ -76,7 +76,7 @@ def prepare_rows(
 
 
 def balanced(counts: Sequence[int]) -> list[float]:
-    """How much each label counts, so that all count the same in sum: rows / (labels x rows of the label), as scikit-learn has it.
+    """How much each label counts, so that all count the same in sum: rows / (labels x rows of the label).
 
     >>> balanced([90, 10])
     [0.5555555555555556, 5.0]

@@ -21,17 +21,16 @@ class FinetuneOptions:
     """How to make a trained model (--from) one that answers or classifies."""
 
     sft: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
-    """Conversations to train on instead of --data: JSON lines, a JSON array or .parquet with messages, prompt and completion, or
-    instruction, input and output."""
-    chat_template: Annotated[str | None, arg(metavar="NAME|FILE", help_behavior_hint="(default: the model's, else chatml)")] = (
+    """Conversations to train on instead of --data: rows with messages, with prompt and completion, or with instruction, input
+    and output; .jsonl, .json, .csv, .tsv, .parquet, .arrow."""
+    chat_template: Annotated[str | None, arg(metavar="NAME|FILE", help_behavior_hint="(default: the model's, or chatml)")] = (
         None
     )
     """How a conversation becomes a text: chatml, alpaca, or a file with a Jinja template."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens of a conversation count: what the assistant says, with what ends it, or all."""
     classify: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
-    """Labelled texts to train a classifier on instead of --data: .csv, .tsv, .jsonl, .json, .parquet; --text-field names the
-    text."""
+    """Labelled texts to train a classifier on instead of --data, in files of the same kinds; --text-field names the text."""
     label: str = "label"
     """Column or field that holds the label."""
     class_weights: Literal["none", "balanced"] = "none"
