@@ -49,17 +49,25 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     assert outcome.checkpoint is not None
     if outcome.compilation is None and outcome.proof is None:
         display.note(f"The run '{run}' is finished already: nothing to do.")
-    if outcome.proof is not None:
+    if outcome.proof is not None and outcome.proof.sample:
         display.quote("A sample, from the fresh process (what was given is in brackets):", outcome.proof.sample)
     state, proof, compilation = outcome.state, outcome.proof, outcome.compilation
     size, perplexity = _bytes_in(outcome.checkpoint.iterdir()), math.exp(min(state.held_out, 99))
     change = state.held_out / state.first_held_out - 1
     # Of several ranks, all files with shards of the model.
     model_size = _bytes_in(outcome.checkpoint.glob(f"{MODEL.removesuffix('.safetensors')}*.safetensors"))
+    tuning = outcome.options.finetune
+    adapter, classifies = tuning.lora is not None, tuning.task == "classify"
+    counted = f"{outcome.parameters / 1e6:.1f}M parameters"
+    if outcome.trained_parameters < outcome.parameters:
+        counted += f", {outcome.trained_parameters / 1e6:.2f}M of them trained"
+    means = _scores(outcome) if classifies else f", perplexity {perplexity:,.1f}"
     rows = {
-        "saved": f"{outcome.checkpoint} ({size}; the model alone {model_size}, {outcome.parameters / 1e6:.1f}M parameters)",
-        "held-out loss": f"{state.first_held_out:.3f} -> {state.held_out:.3f} ({change:+.0%}), perplexity {perplexity:,.1f}",
+        "saved": f"{outcome.checkpoint} ({size}; the {'adapter' if adapter else 'model'} alone {model_size}, {counted})",
+        "held-out loss": f"{state.first_held_out:.3f} -> {state.held_out:.3f} ({change:+.0%}){means}",
     }
+    if adapter:
+        rows["base"] = f"{outcome.options.model.start_from}, which the adapter needs: it is opened and checked with it"
     if compilation is not None and outcome.tokens_per_second:
         how = "compiling and the first step took" if compilation.compiled else "not compiled; the first step took"
         rate = f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.share_waited:.1%} of the time waiting for data"
@@ -79,10 +87,25 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     rows["look at"] = f"{outcome.folder.loss_plot}  {run / 'samples'}  {outcome.folder.metrics}"
     display.table(list(rows.items()))
     display.note("Next:", style="bold")
-    display.note(f"  {command} generate {quote(str(run))} --prompt 'Return the'")
-    display.note(f"  {command} evaluate {quote(str(run))}    (bits per byte, which compare with any other model's)")
+    name = quote(str(run))
+    if classifies:
+        display.note(f"  {command} classify {name} 'a text'    (or one a line on standard input)")
+    elif tuning.task == "chat":
+        display.note(f"  {command} chat {name}")
+    else:
+        display.note(f"  {command} generate {name} --prompt 'Return the'")
+        display.note(f"  {command} evaluate {name}    (bits per byte, which compare with any other model's)")
+    if tuning.given is not None:
+        merged = ", merged: --unmerged writes base and adapter" if adapter else ""
+        display.note(f"  {command} convert {name} {quote(run.name)}-hf --to huggingface    (for transformers{merged})")
     display.note(f"  {command} train --name {quote(run.name)} --steps {2 * outcome.state.step}{_runs_dir(run)}    (longer)")
     display.note(f"  {_python()} -c {quote(f'import onym; print(onym.load_model({json.dumps(str(run))}))')}")
+
+
+def _scores(outcome: Outcome) -> str:
+    """How often a classifier was right at the last evaluation."""
+    rows = [row for row in outcome.folder.read_metrics() if "accuracy" in row]
+    return f", accuracy {rows[-1]['accuracy']:.1%}, F1 {rows[-1]['f1']:.3f} on rows that it was not trained on" if rows else ""
 
 
 def program() -> str:

@@ -274,8 +274,13 @@ def _write(
         (temporary / _DESCRIPTION).write_text(json.dumps({"format": _FORMAT, **description}, indent=2) + "\n")
 
 
-def require_enough(examples: int, path: Path, skipped: int = 0) -> None:
+def require_enough(examples: int, path: Path, context_length: int, too_long: int) -> None:
     """Raise a DataError where there are too few examples to hold one out."""
-    if examples < 2:
-        more = f" ({plural(skipped, 'row')} skipped)" if skipped else ""
-        raise DataError(f"'{path}' has {plural(examples, 'row')} to train on{more}: at least two are needed, one is held out.")
+    if examples >= 2:
+        return
+    if too_long:
+        raise DataError(
+            f"'{path}' has {plural(examples, 'row')} to train on: in {too_long:,} nothing that counts is within the context of "
+            f"{context_length} tokens. Shorten them, or take a model with a longer context."
+        )
+    raise DataError(f"'{path}' has {plural(examples, 'row')} to train on: at least two are needed, one is held out.")

@@ -67,8 +67,8 @@ def _table(path: Path, separator: str) -> Iterator[tuple[str, Any]]:
                 yield (
                     source,
                     DataError(
-                        f"'{source}' has {len(values)} values for {len(columns)} columns ({', '.join(columns)}): put a text with "
-                        f"{separator!r} in it into quotation marks."
+                        f"'{source}' has {len(values)} values for {len(columns)} columns ({', '.join(columns)}): put a text "
+                        f"with {separator!r} in it into quotation marks."
                     ),
                 )
     except csv.Error as error:

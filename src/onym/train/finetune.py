@@ -190,7 +190,7 @@ def _kept(
                 continue
             kept.append(example)
             places.append(place)
-        require_enough(len(kept), path, skipped + without)
+        require_enough(len(kept), path, context_length, skipped + without)
         chosen = held_out[places]
         if chosen.all() or not chosen.any():
             chosen = chosen_to_hold_out(len(kept), options.data.held_out)

@@ -44,11 +44,15 @@ class Outcome:
     """How a run ended."""
 
     status: str
+    options: TrainOptions
     folder: RunFolder
     checkpoint: Path | None
     """The newest; None where none could be saved."""
     state: TrainState
     parameters: int
+    """Of the model; where an earlier process finished the run with an adapter, the adapter's."""
+    trained_parameters: int
+    """Those of them that are not frozen."""
     tokens_per_second: float = math.nan
     """Of the steps alone."""
     share_waited: float = 0.0
@@ -289,10 +293,12 @@ class Trainer:
         self.log.try_describe(self.state, status, **self.about())
         return Outcome(
             status=status,
+            options=self.options,
             folder=self.folder,
             checkpoint=self.saver.checkpoint,
             state=self.state,
             parameters=self.parameters,
+            trained_parameters=sum(each.numel() for each in self.stepper.model.parameters() if each.requires_grad),
             tokens_per_second=self.log.meter.mean_tokens_per_second(),
             share_waited=self.log.meter.mean_share_waited(),
             compilation=self.compilation,

@@ -82,7 +82,7 @@ def _train(
                 display.warn(f"Passed over '{path}': {reason}")
             done = before["status"] == FINISHED and not changes and TrainState.of(checkpoint).step >= before["step"]
             if done:
-                return _finished(folder, checkpoint, ranks)
+                return _finished(options, folder, checkpoint, ranks)
         for change in changes:
             display.note(f"Changed since the run was started: {change}.")
     compute = choose_compute(device, options.run.precision)
@@ -119,14 +119,17 @@ def _train(
         trainer.batches.close()
 
 
-def _finished(folder: RunFolder, checkpoint: Checkpoint, ranks: DistContext) -> Outcome:
+def _finished(options: TrainOptions, folder: RunFolder, checkpoint: Checkpoint, ranks: DistContext) -> Outcome:
     """The outcome of a run that has nothing left to do."""
+    parameters = sum(math.prod(shape) for shape in checkpoint.model.shapes.values())
     return Outcome(
         status=FINISHED,
+        options=options,
         folder=folder,
         checkpoint=checkpoint.path,
         state=TrainState.of(checkpoint),
-        parameters=sum(math.prod(shape) for shape in checkpoint.model.shapes.values()),
+        parameters=parameters,
+        trained_parameters=parameters,
         is_rank0=ranks.is_rank0,
     )
 
