@@ -21,7 +21,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.train(["the lamp was lit and the cat sat on the mat " * 9], 290)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     config = onym.GPTConfig(**{**TINY.to_dict(), "vocab_size": tokenizer.vocab_size})
-    onym.save(onym.GPT(config), path)
+    made = onym.GPT(config)
+    with torch.no_grad():
+        made.out_head.weight.mul_(4)  # logits so far apart that rounding them shows
+    onym.save(made, path)
     (path.parent / "tokenizer.json").write_text(tokenizer.to_json())
     return path
 
