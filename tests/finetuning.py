@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,30 +17,12 @@ from onym.generation.opening import open_model
 from onym.generation.sampling import Sampling
 from onym.generation.write import write
 
-WORDS = [
-    "apple",
-    "river",
-    "stone",
-    "cloud",
-    "paper",
-    "green",
-    "table",
-    "light",
-    "music",
-    "ocean",
-    "tiger",
-    "bread",
-    "chair",
-    "plant",
-    "storm",
-    "glass",
-    "horse",
-    "lemon",
-    "money",
-    "night",
-]
-_OFFERS = ["win", "free", "prize", "cash", "claim", "urgent", "offer", "click", "bonus", "winner"]
-_NEWS = ["meeting", "lunch", "tomorrow", "report", "thanks", "family", "train", "home", "dinner", "weekend"]
+_TEXT = (
+    "apple river stone cloud paper green table light music ocean tiger bread chair plant storm glass horse lemon money night"
+)
+WORDS = tuple(re.findall(r"\w+", _TEXT))
+_OFFERS = ("win", "free", "prize", "cash", "claim", "urgent", "offer", "click", "bonus", "winner")
+_NEWS = ("meeting", "lunch", "tomorrow", "report", "thanks", "family", "train", "home", "dinner", "weekend")
 _TASKS = {
     "Write in capitals.": lambda words: " ".join(words).upper(),
     "Write the words in reverse order.": lambda words: " ".join(reversed(words)),
