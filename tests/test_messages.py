@@ -66,7 +66,8 @@ def public_options() -> set[str]:
     found: set[str] = set()
     for name in onym.__all__:
         thing = getattr(onym, name)
-        methods = [each for each in vars(thing).values() if inspect.isfunction(each)] if inspect.isclass(thing) else []
+        own = vars(thing).items() if inspect.isclass(thing) else ()
+        methods = [getattr(thing, name) for name, each in own if inspect.isfunction(each) or isinstance(each, classmethod)]
         for each in (thing, *methods):
             with contextlib.suppress(TypeError, ValueError):  # a type without a signature
                 found.update(inspect.signature(each).parameters)

@@ -279,7 +279,7 @@ def stored_optimizer_state(
     >>> onym.load_optimizer_state(model, unfrozen, tensors, description, accept=["added"]).fresh
     ['bias']
     """
-    return stored_optimizer(_found(path, step), name)
+    return stored_optimizer(_found(path, step, complete=False), name)
 
 
 def load_checkpoint(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", compile: bool = False) -> nn.Module:

@@ -23,6 +23,7 @@ from onym.convert.mapping import TRANSPOSED, Change, Joined, Recipe, Shape, View
 from onym.convert.opening import understood
 from onym.convert.registry import Target
 from onym.convert.translation import their_recipes
+from onym.convert.understand import shape_of
 from onym.convert.write import format_named
 from onym.errors import CheckpointError
 from onym.format.pth import write_pickle
@@ -58,7 +59,7 @@ def read(checkpoint: Checkpoint, alpha: float | None = None) -> StoredAdapter:
             layer, _, last = name.rpartition(_LINEAR)
             others[f"{layer}.{last}" if layer and f"{layer}{_A}" in clean.names else name] = Recipe((name,))
     tensors, rest = View(clean, recipes), View(clean, others)
-    ranks = {name.removesuffix(f".{A}"): tensors.shapes[name][0] for name in tensors.names if name.endswith(f".{A}")}
+    ranks = {name.removesuffix(f".{A}"): shape_of(tensors, name)[0] for name in tensors.names if name.endswith(f".{A}")}
     notes = []
     factor = alpha
     if factor is None:
@@ -113,7 +114,7 @@ def write(
     together = Joined(path, [View(base.model, renamed), lora])
     with mapped_on_disk(together, path, progress) as weights:
         write_pickle(path, weights, nbytes(together))
-    ranks = {lora.shapes[lora.aliases.get(name, name)][1] for name in lora.names if name.endswith(_A)}
+    ranks = {shape_of(lora, name)[1] for name in lora.names if name.endswith(_A)}
     uniform = f"replace_linear_with_lora(model, rank={max(ranks)}, alpha={factor:g})"
     notes = [f"The book's files do not say alpha: make the model's layers with {uniform}, and give --alpha {factor:g} here."]
     if len(ranks) > 1:

@@ -41,11 +41,23 @@ def save_folder(lora: LoRA, path: Path, state: Mapping[str, Any]) -> None:
     _write_peft(path, state, lora.config, (architecture, config), linear, name, task)
 
 
-def write_peft(adapter: StoredAdapter, base: Checkpoint, path: Path, progress: Progress | None = None) -> None:
-    """Write stored adapters, under the names of their base's architecture, as peft's folder."""
-    name = str((adapter.config.base or {}).get("path") or adapter.base_name)
-    described = (base.architecture, base.config)
-    _write_peft(path, lazily(adapter.tensors), adapter.config, described, list(linear_layers(base)), name, None, progress)
+def write_peft(
+    adapter: StoredAdapter, base: Checkpoint | None, path: Path, *, base_name: str = "", progress: Progress | None = None
+) -> None:
+    """Write stored adapters as peft's folder.
+
+    Args:
+        adapter: under the names of its base's architecture.
+        base: the base; where it is not open, what is recorded of it suffices.
+        path: where to.
+        base_name: what the files call the base; by default where it was.
+        progress: called with the bytes written since the last call.
+    """
+    record = adapter.config.base or {}
+    name = base_name or str(record.get("path") or adapter.base_name or (base.path if base is not None else ""))
+    described = (base.architecture, base.config) if base is not None else (record.get("architecture"), record.get("config"))
+    linear = list(linear_of(*described))
+    _write_peft(path, lazily(adapter.tensors), adapter.config, described, linear, name, None, progress)
 
 
 def write_book(adapter: StoredAdapter, base: Checkpoint, path: Path, progress: Progress | None = None) -> list[str]:
@@ -55,9 +67,14 @@ def write_book(adapter: StoredAdapter, base: Checkpoint, path: Path, progress: P
 
 def linear_layers(base: Checkpoint) -> dict[str, Shape]:
     """The linear layers of a model that can be built here, with the shapes of their weights; none of others."""
-    if base.architecture is None or base.config is None:
+    return linear_of(base.architecture, base.config)
+
+
+def linear_of(architecture: str | None, config: Mapping[str, Any] | None) -> dict[str, Shape]:
+    """As :func:`linear_layers`, by what a model is built from."""
+    if architecture is None or config is None:
         return {}
-    model = build_model(base.architecture, base.config)
+    model = build_model(architecture, config)
     return {path: tuple(unwrap(place.layer).weight.shape) for place in linear_places(model) for path in place.paths}  # type: ignore[arg-type]
 
 

@@ -128,16 +128,21 @@ class Place:
     """Its name without wrappers, the first if there are several."""
     layer: nn.Module
     """The layer, with what wraps it alone; or its LoRALinear."""
-    slots: list[tuple[nn.Module, str]] = field(default_factory=list)
-    """Each parent, and the layer's name in it."""
+    slots: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    """Each parent, the layer's name in it, and what stands there without an adapter."""
     paths: list[str] = field(default_factory=list)
     """All of its names."""
 
     def replace(self, layer: nn.Module) -> None:
         """Put another module there."""
-        for parent, name in self.slots:
+        for parent, name, _ in self.slots:
             parent._modules[name] = layer
         self.layer = layer
+
+    def restore(self) -> None:
+        """Put back what stands there without an adapter."""
+        for parent, name, base in self.slots:
+            parent._modules[name] = base
 
 
 # Their fused kernels read the weights of the layers inside, which therefore are not called.
@@ -147,11 +152,11 @@ _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def linear_places(model: nn.Module) -> list[Place]:
     """Every linear layer that could have an adapter, in the model's order, the adapted ones included."""
     places: dict[int, Place] = {}
-    for path, parent, name, child in _children(unwrap(model), "", set()):
+    for path, parent, name, child in _children(unwrap(model), "", ()):
         layer, slot = _inside(child, (parent, name))
         if isinstance(layer, LoRALinear) or _is_linear(unwrap(layer)):
-            place = places.setdefault(id(layer), Place(path, layer))
-            place.slots.append(slot)
+            place = places.setdefault(id(unwrap(layer)), Place(path, layer))
+            place.slots.append((*slot, layer.base_layer if isinstance(layer, LoRALinear) else layer))
             place.paths.append(path)
     return list(places.values())
 
@@ -170,7 +175,7 @@ def tied_places(model: nn.Module, places: list[Place]) -> dict[str, str]:
     return found
 
 
-def _children(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+def _children(module: nn.Module, path: str, above: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Every module below one: its path without wrappers, its parent, its name there, itself with what wraps it."""
     if isinstance(module, _READS_WEIGHTS):
         return
@@ -180,9 +185,8 @@ def _children(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[st
         inner_path = f"{path}.{name}" if path else name
         yield inner_path, module, name, child
         inner = unwrap(child)
-        if not isinstance(_inside(child, (module, name))[0], LoRALinear) and id(inner) not in seen:
-            seen.add(id(inner))
-            yield from _children(inner, inner_path, seen)
+        if not isinstance(_inside(child, (module, name))[0], LoRALinear) and inner not in above:
+            yield from _children(inner, inner_path, (*above, module))
 
 
 def _inside(child: nn.Module, slot: tuple[nn.Module, str]) -> tuple[nn.Module, tuple[nn.Module, str]]:

@@ -287,7 +287,7 @@ class LoRA(nn.Module):
     def remove(self) -> nn.Module:
         """Take the adapters out, in place: the model is as it was before :meth:`apply`."""
         for place in self._live():
-            place.replace(place.layer.base_layer)
+            place.restore()
         trainable = set(self._applied.frozen)
         for name, parameter in plain_view(self.model).named_parameters():
             if name in trainable:
@@ -336,6 +336,11 @@ def _chosen(model: nn.Module, targets: list[str]) -> list[Place]:
     free = [place for place in places if place.path not in shared]
     inside = [place for place in free if "." in place.path] or free
     chosen = {id(place) for place in inside} if ALL in targets else set()
+    if ALL in targets and not chosen:
+        raise ConfigError(
+            f"The weight of {places[0].path} is {shared[places[0].path]} too, and there is no other linear layer that could "
+            "have an adapter."
+        )
     for target in targets:
         if target == ALL:
             continue

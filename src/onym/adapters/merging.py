@@ -15,6 +15,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from onym.adapters import peft_files
 from onym.adapters.layer import A, B, merged
 from onym.adapters.lora import LoRA
 from onym.adapters.opening import stored_adapter
@@ -24,7 +25,8 @@ from onym.convert.opening import open_any
 from onym.convert.registry import Origin, register_completion
 from onym.convert.sources import Contents
 from onym.errors import CheckpointError, OnymError
-from onym.format.manifest import CONFIG, TensorEntry, identity_of
+from onym.format.chunk_index import CHUNKS
+from onym.format.manifest import ADAPTER, CONFIG, MODEL, TRAINER, TensorEntry, identity_of
 from onym.format.reader import Checkpoint
 from onym.format.stored import tensor_hash
 from onym.format.tensors import Damage, TensorFile
@@ -58,7 +60,12 @@ class MergedCheckpoint(Checkpoint):
     @property
     def model(self) -> TensorFile:
         """The merged tensors."""
-        return self._opened["model.safetensors"]
+        return self._opened[MODEL]
+
+    @property
+    def holds(self) -> list[str]:
+        """The files beside the weights."""
+        return [file for file in super().holds if file not in (ADAPTER, peft_files.CONFIG_FILE, peft_files.OURS_FILE)]
 
     @property
     def identity(self) -> str | None:
@@ -116,9 +123,7 @@ def merged_checkpoint(checkpoint: Checkpoint, base: Checkpoint | str | Path | No
     """
     adapter = stored_adapter(checkpoint)
     if adapter is None:
-        raise CheckpointError(
-            f"'{checkpoint.path}' holds no adapters: give what onym.save(lora, …), peft or onym train --lora wrote."
-        )
+        raise CheckpointError(f"'{checkpoint.path}' holds no adapters: give what onym.save(lora, …), peft or onym train wrote.")
     return _merged(adapter, base)
 
 
@@ -139,10 +144,11 @@ def base_for(adapter: StoredAdapter, base: Checkpoint | str | Path | None = None
     if base is not None:
         return base
     if not adapter.base_name or not as_path(adapter.base_name).exists():
-        named = (
-            f"names {adapter.base_name!r}, which is not on this machine" if adapter.base_name else "does not say of which model"
+        named = f"names {adapter.base_name!r}, which is not here" if adapter.base_name else "does not say of which model"
+        raise CheckpointError(
+            f"'{adapter.path}' holds {adapter.said} alone, and {named}: give the model, by onym.LoRA.open(path, model) or "
+            "onym convert ADAPTER DST --merge BASE."
         )
-        raise CheckpointError(f"'{adapter.path}' holds {adapter.said} alone, and {named}: {_REMEDY}.")
     return open_any(adapter.base_name).checkpoint
 
 
@@ -220,7 +226,7 @@ def open_base(record: Mapping[str, Any], adapter: Path, *, base: Checkpoint | No
     if wanted and identity(base) != wanted:
         raise CheckpointError(
             f"'{adapter}' belongs to the model that was at '{path}' (identity {wanted[:12]}), and '{base.path}' holds other "
-            f"weights (identity {identity(base)[:12]}): give the one that it was trained on ({_REMEDY})."
+            f"weights (identity {identity(base)[:12]}): give the one that it was trained on."
         )
     return base
 
@@ -244,6 +250,6 @@ def _texts(adapter: StoredAdapter, base: Checkpoint) -> dict[str, str]:
     return found
 
 
-_OWN = (CONFIG, "trainer.json", "chunks.json", "adapter_config.json", "onym_adapter.json")
+_OWN = (CONFIG, TRAINER, CHUNKS, peft_files.CONFIG_FILE, peft_files.OURS_FILE)
 
 register_completion(complete)

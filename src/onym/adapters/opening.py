@@ -75,7 +75,7 @@ def apply_stored(path: str | Path, model: nn.Module) -> LoRA:
     """See :meth:`onym.LoRA.open`."""
     adapter = stored_adapter(open_any(path, complete=False).checkpoint)
     if adapter is None:
-        raise CheckpointError(f"'{path}' holds no adapters: give what onym.save(lora, …), peft or onym train --lora wrote.")
+        raise CheckpointError(f"'{path}' holds no adapters: give what onym.save(lora, …), peft or onym train wrote.")
     found = fitted_to(model, adapter)
     lora = LoRA.apply_to(model, found.layers, found.config)
     load_state_dict(lora, found.tensors.state(), dtype="cast")

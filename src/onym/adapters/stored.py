@@ -14,6 +14,7 @@ from onym.adapters.layer import A, B
 from onym.adapters.lora import LoRAConfig
 from onym.adapters.renaming import Renaming, renamings
 from onym.convert.mapping import Recipe, Shape, View
+from onym.convert.understand import shape_of
 from onym.errors import CheckpointError
 from onym.format.reader import Checkpoint
 from onym.format.tensors import TensorFile
@@ -73,7 +74,7 @@ def require_whole(path: Path, tensors: TensorFile, config: LoRAConfig) -> None:
     if not layers:
         raise CheckpointError(f"'{path}' is incomplete: it has no matrices of LoRA.")
     for layer in layers:
-        a, b = (_shape(tensors, f"{layer}.{each}") for each in (A, B))
+        a, b = (shape_of(tensors, f"{layer}.{each}") for each in (A, B))
         rank = config.rank_of(layer)
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
             raise CheckpointError(
@@ -106,7 +107,7 @@ def fitted(adapter: StoredAdapter, weights: Mapping[str, Shape], base: str, arch
             )
         found = renamed(adapter, renaming)
     for layer in found.layers:
-        a, b = (_shape(found.tensors, f"{layer}.{each}") for each in (A, B))
+        a, b = (shape_of(found.tensors, f"{layer}.{each}") for each in (A, B))
         shape, wanted = tuple(weights[f"{layer}.weight"]), (b[0], a[1])
         if shape != (wanted[::-1] if layer in found.config.transposed else wanted):
             raise CheckpointError(
@@ -165,10 +166,6 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, Shape]:
     """The shapes of a checkpoint's tensors, by all of their names."""
     model = checkpoint.model
     return {name: tuple(model.shapes[model.aliases.get(name, name)]) for name in model.names}
-
-
-def _shape(tensors: TensorFile, name: str) -> Shape:
-    return tuple(tensors.shapes[tensors.aliases.get(name, name)])
 
 
 def _commonest(values: Iterable[float]) -> float:

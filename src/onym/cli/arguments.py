@@ -255,7 +255,8 @@ class ConvertArguments:
     old file stays beside it until the new one is verified."""
     to: Annotated[str | None, _arg("FORMAT", "by the ending of DST")] = None
     """huggingface and book take the class that fits (llama, qwen2, qwen3; book-llama3, book-qwen3); book-fast, nanogpt, gguf;
-    safetensors and pth leave the source's names; onym is a model folder."""
+    safetensors and pth leave the source's names; onym is a model folder. Of LoRA adapters also peft, a folder of them alone,
+    and book-lora, the book's file of appendix E."""
     dtype: Annotated[str | None, _arg("NAME", "the source's")] = None
     """Of the values in a .gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0."""
     part: _Part = None
@@ -271,6 +272,13 @@ class ConvertArguments:
     """A tokenizer.json or hub name to write beside the weights."""
     drop: Annotated[str, _arg("WORD,…", "refuse")] = ""
     """What DST cannot hold and may be dropped, by the words of the refusal."""
+    merge: Annotated[str | None, _arg("BASE", "the model that SRC records")] = None
+    """Of LoRA adapters, the model that they belong to, into which they are merged. With --unmerged, or --to peft or book-lora,
+    the model that they are written for."""
+    unmerged: bool = False
+    """Of LoRA adapters, write their base as DST in transformers' layout, and the adapters as DST/adapter in peft's."""
+    alpha: Annotated[float | None, _arg("FLOAT", "the rank, as in the book")] = None
+    """Of the book's LoRA (appendix E), what its class multiplies the matrices' product by, which the file does not say."""
     dry_run: bool = False
     """Print what would be done, and write nothing."""
     json: _Json = False

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from onym.adapters.conversion import BESIDE, PEFT, TARGETS, AdapterSource, write_adapter, write_beside
 from onym.cli.arguments import ConvertArguments
 from onym.cli.report import as_step, found_facts, print_facts, print_heading, print_json, some
 from onym.convert.repair import repair
@@ -17,6 +20,7 @@ from onym.errors import ConfigError
 from onym.train.display import Display
 from onym.units import format_size, parse_size, plural
 
+_OPTIONS = {"vocab_size": "vocab-size", "shard_bytes": "shard-size"}
 _SETTINGS = ("n_heads", "rope_base", "context_length")
 
 
@@ -34,29 +38,52 @@ def run(given: ConvertArguments) -> int:
             written += count
             activity(f"{format_size(written)} written", 0, 0)
 
-        report = convert(
-            given.source,
-            given.destination,
-            to=given.to,
-            part=given.part,
-            settings={name: getattr(given, name) for name in _SETTINGS},
-            vocab_size=given.vocab_size,
-            shard_bytes=None if given.shard_size is None else parse_size(given.shard_size, "--shard-size"),
-            tokenizer=Tokenizer.load(given.tokenizer).to_json() if given.tokenizer else None,
-            dtype=given.dtype,
-            drop=[word for word in given.drop.split(",") if word],
-            dry_run=given.dry_run,
-            progress=progress,
-            step=as_step(given.step),
-        )
+        report = _converted(given, progress)
         activity.result = format_size(report.bytes)
     print_json(dataclasses.asdict(report)) if given.json else _say(report, dry_run=given.dry_run)
     return 0
 
 
+def _converted(given: ConvertArguments, progress: Callable[[int], None]) -> Report:
+    """Write the result."""
+    settings = {name: getattr(given, name) for name in _SETTINGS}
+    how: dict[str, Any] = {
+        "vocab_size": given.vocab_size,
+        "shard_bytes": None if given.shard_size is None else parse_size(given.shard_size, "--shard-size"),
+        "tokenizer": Tokenizer.load(given.tokenizer).to_json() if given.tokenizer else None,
+        "dtype": given.dtype,
+        "drop": [word for word in given.drop.split(",") if word],
+    }
+    ways: dict[str, Any] = {"dry_run": given.dry_run, "progress": progress}
+    alone = given.to in TARGETS
+    if not (alone or given.merge or given.unmerged or given.alpha is not None):
+        how |= {"part": given.part, "settings": settings, "step": as_step(given.step)}
+        return convert(given.source, given.destination, to=given.to, **how, **ways)
+    if given.unmerged and given.to not in (None, "huggingface"):
+        raise ConfigError(f"--unmerged writes the base in transformers' layout: leave --to {given.to} out.")
+    if alone and (unused := next((name for name, value in how.items() if value), None)):
+        raise ConfigError(f"--{_OPTIONS.get(unused, unused)} has no effect with --to {given.to}: leave it out.")
+    source = AdapterSource.open(
+        given.source,
+        given.merge,
+        step=as_step(given.step),
+        alpha=given.alpha,
+        part=given.part,
+        settings=settings,
+        need_base=given.to != PEFT,
+    )
+    if alone:
+        assert given.to is not None
+        return write_adapter(source, given.destination, given.to, **ways)
+    if given.unmerged:
+        return write_beside(source, given.destination, **how, **ways)
+    return convert(source.merged(), given.destination, to=given.to, **how, **ways)
+
+
 def _repair(given: ConvertArguments) -> int:
     """Repair names and index of the source itself."""
-    options = ("to", "part", *_SETTINGS, "vocab_size", "shard_size", "tokenizer", "drop", "dtype")
+    adapters = ("merge", "unmerged", "alpha")
+    options = ("to", "part", *_SETTINGS, "vocab_size", "shard_size", "tokenizer", "drop", "dtype", *adapters)
     others = [name for name in options if getattr(given, name) != getattr(ConvertArguments("", ""), name)]
     if given.destination or others:
         other = "a DST" if given.destination else "--" + others[0].replace("_", "-")
@@ -104,8 +131,12 @@ def _say(report: Report, *, dry_run: bool) -> None:
 
 def _next(report: Report) -> str:
     path = shlex.quote(report.destination)
+    if report.to == PEFT:
+        return f'Open it: PeftModel.from_pretrained(base, "{report.destination}")'
     if report.to in ("huggingface", "llama", "qwen2", "qwen3"):
-        return f'Open it: AutoModelForCausalLM.from_pretrained("{report.destination}")'
+        opened = f'AutoModelForCausalLM.from_pretrained("{report.destination}")'
+        adapters = Path(report.destination) / BESIDE
+        return f'Open it: PeftModel.from_pretrained({opened}, "{adapters}")' if adapters.is_dir() else f"Open it: {opened}"
     if report.to == "nanogpt":
         return "Continue in nanoGPT: copy it to its out_dir as ckpt.pt, and run python train.py --init_from=resume"
     if report.to.startswith("gguf"):

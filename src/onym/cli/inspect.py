@@ -33,6 +33,7 @@ from onym.storage.lock import LEASE, holder, lock
 from onym.storage.paths import as_path, is_local
 from onym.units import format_age, format_size, plural
 
+LORA = "lora"  # the architecture of adapters alone; its module would import torch
 _VALUE = "value"  # what a module stores of its own making: no tensor
 
 
@@ -63,7 +64,7 @@ def _open(path: Path, given: InspectArguments) -> Checkpoint:
             return own
     from onym.convert.opening import open_any
 
-    return open_any(path, step, verify=False, part=given.part).checkpoint
+    return open_any(path, step, verify=False, part=given.part, complete=False).checkpoint
 
 
 def describe_run(path: Path, directory: Path) -> dict[str, Any]:
@@ -141,6 +142,26 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "totals": totals,
         "tensors": files,
         "found": origin.summary() if origin is not None else None,
+        **_adapter(checkpoint),
+    }
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of LoRA adapters, what they are and the model that they belong to; nothing of others."""
+    if checkpoint.architecture is not None and checkpoint.architecture != LORA:
+        return {}
+    from onym.adapters.opening import stored_adapter
+
+    found = stored_adapter(checkpoint)
+    if found is None:
+        return {}
+    base = found.config.base or {}
+    named = str(base.get("path") or found.base_name) or None
+    if found.base is not None:
+        named = "in the same file"
+    settings = {name: value for name, value in found.config.to_dict().items() if name != "base"}
+    return {
+        "adapter": {"said": f"{found.said}, {found.kind}", **settings, "base": named, "base_identity": base.get("identity")}
     }
 
 
@@ -206,6 +227,16 @@ def _print_checkpoint(report: Mapping[str, Any], checkpoint: Checkpoint) -> None
         "versions": ", ".join(f"{name} {about[name]}" for name in ("onym", "torch", "python") if name in about),
         "git": None if about.get("git") is None else str(about["git"]),
     }
+    if adapter := report.get("adapter"):
+        base = adapter["base"]
+        if adapter["base_identity"]:
+            base += f" (identity {adapter['base_identity'][:12]})"
+        facts |= {
+            "config": None,
+            "adapters": adapter["said"],
+            "targets": ", ".join(adapter["targets"]),
+            "base": base or "not recorded: onym convert SRC DST --merge BASE",
+        }
     if report["found"] is not None:
         found = _found_facts(report["found"], report["config"])
         facts |= found if report["found"]["format"] is not None else {"not read": found["not read"]}

@@ -97,7 +97,7 @@ def _open(path: Path) -> Checkpoint:
         return find_checkpoint(path, verify=False).checkpoint
     from onym.convert.opening import open_any  # with torch, which Onym's own files do not need
 
-    return open_any(path, verify=False).checkpoint
+    return open_any(path, verify=False, complete=False).checkpoint
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onym.checkpoint.steps import GoodCheckpoint
 from onym.convert.lazy import compare, lazily, mapped_on_disk, sharded
 from onym.convert.mapping import Recipe, View, counts, nbytes
 from onym.convert.opening import cropped, open_any
@@ -73,7 +74,7 @@ class Report:
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     destination: str | Path,
     *,
     to: str | None = None,
@@ -91,7 +92,7 @@ def convert(
     """Write a checkpoint in another layout, read it back, and compare.
 
     Args:
-        source: anything that :func:`onym.load` takes.
+        source: anything that :func:`onym.load` takes, or a checkpoint that is open already.
         destination: a file or folder that is not there yet.
         to: one of :func:`onym.convert.registry.targets`; by default as the destination ends.
         part, settings, step: see :func:`onym.convert.opening.open_any`.
@@ -111,10 +112,11 @@ def convert(
     path = as_path(destination)
     if not is_local(path):
         raise ConfigError(f"'{destination}' is remote: convert to this machine, and copy the result.")
-    found = open_any(source, step, part=part, settings=settings)
+    found = GoodCheckpoint(source) if isinstance(source, Checkpoint) else open_any(source, step, part=part, settings=settings)
     checkpoint = found.checkpoint
     target, why = _target(to, path, checkpoint)
-    report = Report(str(source), str(path), target, why, checkpoint.origin.summary() if checkpoint.origin else None)
+    said = str(source.path if isinstance(source, Checkpoint) else source)
+    report = Report(said, str(path), target, why, checkpoint.origin.summary() if checkpoint.origin else None)
     if path.exists() or path.is_symlink():
         raise StorageError(f"There is something at '{path}' already: give another name, or remove it.")
     for number, (skipped, reason) in enumerate(found.skipped):
@@ -493,5 +495,4 @@ def _from_stored(recipes: Mapping[str, Recipe], ours: TensorFile) -> dict[str, R
 
 
 def _count(report: Report, tensors: TensorFile) -> None:
-    report.tensors = len(tensors.shapes)
-    report.bytes = nbytes(tensors)
+    report.tensors, report.bytes = len(tensors.shapes), nbytes(tensors)
