@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -183,3 +186,16 @@ def test_bad_use_is_one_sentence(tmp_path: Path, logits: Tensor, onym_: Run, arg
     assert sentence in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_guide_prints_what_its_comments_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its programs are one, and each print is followed by a comment with its output."""
+    text = (Path(__file__).parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
+    program = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    claimed = re.findall(r"^print\(.*\)\n# (.*)$", program, re.MULTILINE)
+    assert len(claimed) == program.count("print(") >= 4
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(program, {})
+    assert printed.getvalue().splitlines() == claimed

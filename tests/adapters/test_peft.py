@@ -188,6 +188,9 @@ def test_ranks_alphas_and_rslora_of_peft_s_are_honoured_and_written_again(peft_g
         ({"r": 5}, "does not fit together: transformer.h.0.attn.c_attn has rank 5 by its settings"),
         ({"lora_alpha": -1}, "is damaged: The alpha of LoRA is a number above 0"),
         ({"rank_pattern": {"(": 3}}, "is damaged"),
+        ({"rank_pattern": {"(.+)+x": 3}}, "could take forever to match"),
+        ({"rank_pattern": [3]}, "is damaged"),
+        ({"target_modules": [3]}, "is damaged"),
     ],
 )
 def test_variants_that_are_not_read_are_named(

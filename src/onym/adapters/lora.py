@@ -60,6 +60,11 @@ class LoRAConfig:
         listed = {name: tuple(known[name]) for name in ("targets", "transposed") if isinstance(known.get(name), list)}
         try:
             config = cls(**{**known, **listed})
+            for names in (config.targets, config.transposed, config.rank_pattern, config.alpha_pattern):
+                if not isinstance(names, tuple | dict) or not all(isinstance(name, str) for name in names):
+                    raise TypeError(f"{names!r} are no names of layers")
+            if not isinstance(config.base, dict | None):
+                raise TypeError(f"its base is {config.base!r}")
             for path in ("", *config.rank_pattern, *config.alpha_pattern):
                 _require_numbers(config.rank_of(path), config.alpha_of(path), config.dropout)
         except (TypeError, AttributeError) as error:

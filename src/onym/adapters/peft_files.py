@@ -27,6 +27,8 @@ from onym.format.writer import About, write_folder
 CONFIG_FILE = "adapter_config.json"
 OURS_FILE = "onym_adapter.json"
 _PREFIX = "base_model.model."
+# A pattern is a regular expression from a file that anybody may have made.
+_REPEATS, _MOST_REPEATS, _NESTED = re.compile(r"[*+{]"), 2, re.compile(r"\)[*+?{]")
 # Settings of peft's that change what an adapter computes, and are not read here: their value where they are not used.
 _UNREAD: dict[str, tuple[str, Sequence[Any]]] = {
     "use_dora": ("it is DoRA, which also scales each row of the weights", (False, None)),
@@ -155,6 +157,8 @@ def write(
 def _of(pattern: Any, layer: str, usual: Any) -> Any:
     """A layer's value: that of the first pattern which its name ends in, as peft matches it."""
     for key, value in (pattern or {}).items():
+        if len(_REPEATS.findall(key)) > _MOST_REPEATS or _NESTED.search(key):
+            raise ConfigError(f"the pattern {key!r} could take forever to match.")
         if re.match(rf"(.*\.)?({key})$", layer):
             return value
     return usual
