@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,11 @@ def test_the_guide_prints_what_its_comments_claim(tmp_path: Path, monkeypatch: p
     with contextlib.redirect_stdout(printed):
         exec(program, {})
     assert printed.getvalue().splitlines() == claimed
+
+
+def test_an_adapter_of_a_head_that_is_the_embedding_cannot_be_merged(tmp_path: Path) -> None:
+    onym.save(GPT(replace(TINY, tie_embeddings=True)), tmp_path / "tied")
+    onym.save(LoRA.apply(GPT(TINY), targets="out_head"), tmp_path / "x.safetensors")
+    raw = open_any(tmp_path / "x.safetensors", complete=False).checkpoint
+    with pytest.raises(CheckpointError, match=r"The weight of out_head is tok_emb.weight too in '.*tied', and the adapter in"):
+        merged_checkpoint(raw, tmp_path / "tied")
