@@ -5,8 +5,8 @@
 The same model, rows, template, batch of conversations, optimizer (AdamW) and dtype (bf16 by autocast, weights in fp32); LoRA of
 rank 8 on the linear layers of all blocks. What is counted are the rows' own tokens, so padding counts for nobody. trl pads the
 rows of a batch to the longest of them, its default; "packed" is its --packing, which on a CPU has no kernel that keeps
-rows apart, so it trains on something else. All in one process, in turns; a step of trl is timed from its callbacks, without what
-its trainer does before and after.
+rows apart, so it trains on something else. All in one process, in turns; a step of trl is timed from its callbacks, without
+what its trainer does before and after.
 """
 
 from __future__ import annotations
@@ -128,15 +128,8 @@ class Theirs:
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 self.seconds.append(time.perf_counter() - self.start)
 
-        data = datasets.Dataset.from_list(
-            [
-                {
-                    "prompt": [{"role": "user", "content": a.content}],
-                    "completion": [{"role": "assistant", "content": b.content}],
-                }
-                for a, b in rows
-            ]
-        )
+        said = [[{"role": message.role, "content": message.content} for message in row] for row in rows]
+        data = datasets.Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in said])
         batch = max(1, round(ROWS * self._mean(folder, rows) / CONTEXT)) if packed else ROWS
 
         def make(steps: int) -> Any:

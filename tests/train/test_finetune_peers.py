@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +27,13 @@ _WITHOUT_NEWLINE = CHATML.replace("'<|im_end|>' + '\\n' }}", "'<|im_end|>' }}")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GPT, Path]]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, Path]:
     folder = tmp_path_factory.mktemp("peer")
     torch.manual_seed(0)
     gpt = chat_model.scattered()
     chat_model.save(folder / "ours", _WITHOUT_NEWLINE, gpt)
     convert(folder / "ours", folder / "hf", to="huggingface")
-    yield gpt, folder
+    return gpt, folder
 
 
 def test_the_first_step_has_trls_loss(model: tuple[GPT, Path]) -> None:

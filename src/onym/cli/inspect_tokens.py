@@ -117,6 +117,8 @@ def describe_text(run: Path) -> dict[str, Any] | None:
     """What a run was trained on, as run.json says it; None where it says nothing."""
     try:
         about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        if (rows := about["sources"][0].get("examples")) is not None:
+            return {"rows": str(rows), **_rows_of(Path(rows))}
         weights = [float(source["weight"]) for source in about["sources"]]
         sources = [
             {"name": str(source["name"]), "share": weight / sum(weights), **_tokens_of(Path(source["token_cache"]))}
@@ -132,6 +134,10 @@ def describe_text(run: Path) -> dict[str, Any] | None:
 
 def print_text(report: Mapping[str, Any]) -> None:
     """The same for people."""
+    if "rows" in report:
+        print_heading("Trained on rows")
+        print_facts({name: str(value) for name, value in report.items()})
+        return
     print_heading(f"Trained on {plural(len(report['sources']), 'source')}")
     rows = [("source", "share", "train", "held out", "documents", "text", "tokens a byte")]
     lines: dict[str, str | None] = {}
@@ -149,6 +155,17 @@ def print_text(report: Mapping[str, Any]) -> None:
     print_table(rows)
     print_facts(lines)
     _print_skipped(report["skipped_files"])
+
+
+def _rows_of(folder: Path) -> dict[str, Any]:
+    """What the cache says of the rows that a run was fine-tuned on."""
+    try:
+        about = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+        shown = ("source", "kind", "cut", "skipped", "without_reply")
+        counts = {f"tokens {split.replace('_', ' ')}": f"{int(about['tokens'][split]):,}" for split in SPLITS}
+        return {name.replace("_", " "): about[name] for name in shown if about[name]} | counts
+    except _WRONG:
+        return {"problem": "the cache was deleted: onym train makes it again when the run goes on"}
 
 
 def _tokens_of(folder: Path) -> dict[str, Any]:

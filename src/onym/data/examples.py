@@ -7,7 +7,7 @@ holds as many examples as fit, which do not see each other.
     <cache>/tokens/<key>/   tokens.npy targets.npy    int32, of all examples one after the other
                             starts.npy                int64 [examples + 1]
                             held_out.npy              bool [examples]
-                            examples.json             what made them; written last
+                            tokens.json               what made them; written last
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from onym.errors import DataError
 from onym.storage.lock import lock
 from onym.units import plural
 
-_DESCRIPTION = "examples.json"
+_DESCRIPTION = "tokens.json"  # as beside tokenised text, so that the cache's list shows both
 _FORMAT = 1
 _SHORT_WINDOW = 256  # tokens; windows are not made shorter than this for packing
 
@@ -58,7 +58,7 @@ class ExampleSet:
     starts: NDArray[np.int64]
     held_out: NDArray[np.bool_]
     description: Mapping[str, Any] = field(default_factory=dict)
-    """What examples.json says: the source, and how many rows were cut or skipped."""
+    """What tokens.json says: the source, and how many rows were cut or skipped."""
 
     def __len__(self) -> int:
         return len(self.held_out)
@@ -161,12 +161,15 @@ class Examples:
         return ExampleWindows(self.data, np.flatnonzero(~self.data.held_out), self.window, pack=self.pack)
 
     def held_out_batches(self, context_length: int, batch_size: int, limit: int) -> list[tuple[str, Iterator[Batch]]]:
-        """At most ``limit`` batches of windows with the held-out examples, the same each time."""
+        """At most ``limit`` batches of windows with the held-out examples, the same each time; of more windows, some that are
+        spread evenly over them, because the first have the longest examples."""
         windows = ExampleWindows(self.data, np.flatnonzero(self.data.held_out), self.window, pack=self.pack)
-        count = min(limit, -(-len(windows) // batch_size))
-        return [
-            (self.name, (windows.read(np.arange(n * batch_size, (n + 1) * batch_size)) for n in range(count))),
-        ]
+        chosen = np.arange(len(windows))
+        if len(windows) > (most := limit * batch_size):
+            chosen = np.arange(most) * len(windows) // most
+        padding = np.full(-len(chosen) % batch_size, len(windows))
+        numbers = np.concatenate([chosen, padding]).reshape(-1, batch_size)
+        return [(self.name, (windows.read(each) for each in numbers))]
 
     def first_held_out(self) -> Example:
         """An example that is not trained on."""
@@ -230,7 +233,10 @@ def keep_examples(
         np.concatenate([np.asarray(getattr(example, what), dtype=np.int32) for example in kept])
         for what in ("tokens", "targets")
     )
-    _write(folder, tokens, targets, starts, np.asarray(held_out, dtype=bool), description)
+    chosen = np.asarray(held_out, dtype=bool)
+    lengths = np.diff(starts)
+    counted = {"train": int(lengths[~chosen].sum()), "held_out": int(lengths[chosen].sum())}
+    _write(folder, tokens, targets, starts, chosen, {**description, "tokens": counted})
     opened = open_examples(folder)
     assert opened is not None
     return opened

@@ -211,7 +211,10 @@ def _options_of(name: str) -> DataOptions | None:
     for folder in (path, path.parent, path.parent.parent):  # a run, its checkpoints, or one of them
         if isinstance(folder, Path) and (folder / DESCRIPTION).is_file():
             described = RunFolder(folder).description()
-            return TrainOptions.from_dict(described["options"]).data if described is not None else None
+            if described is None:
+                return None
+            options = TrainOptions.from_dict(described["options"])
+            return options.data if options.finetune.task is None else None  # rows are no text
     return None
 
 

@@ -28,6 +28,7 @@ from onym.state.collectives import all_gather_object
 from onym.state.rng import seed_all
 from onym.train.display import Display
 from onym.train.distributed import DistContext
+from onym.train.dry_run import trained_share
 from onym.train.evaluate import Evaluator, separator_of
 from onym.train.finetune import balanced, prepare_rows
 from onym.train.init_from import InitFrom
@@ -116,16 +117,22 @@ def build_trainer(
     *,
     tokenizer_of: Checkpoint | None = None,
     base: InitFrom | None = None,
+    continues: bool = False,
 ) -> Trainer:
     """A trainer before its first step.
 
     Args:
         tokenizer_of: a checkpoint whose tokenizer is taken.
-        base: under an adapter, what stays as it is.
+        base: what the run starts from; under an adapter, what stays as it is.
+        continues: whether the checkpoint is one of the run itself.
     """
     sharding = make_sharding(options.run, ranks, compute)
-    beside = base.checkpoint if base is not None else tokenizer_of
-    lessons = ranks.local_rank0_first(lambda: prepare_lessons(options, tokenizer_of, beside, display))
+    beside = base.checkpoint if base is not None and not continues else tokenizer_of
+    if continues:  # the template that it began with, whatever a file says now
+        options_of_rows = dataclasses.replace(options, finetune=dataclasses.replace(options.finetune, chat_template=None))
+    else:
+        options_of_rows = options
+    lessons = ranks.local_rank0_first(lambda: prepare_lessons(options_of_rows, tokenizer_of, beside, display))
     sources, tokenizer = lessons.sources, lessons.tokenizer
     if len(set(all_gather_object(sources.key, collective=ranks.world_size > 1))) > 1:
         raise DataError(f"{options.data.description} changed while the processes read it: run the same command again.")
@@ -142,7 +149,8 @@ def build_trainer(
     stepper = Stepper(made.model, optimization, compute, ranks, sharding, separator, made.lora)
     texts = {TOKENIZER: tokenizer.to_json(), **lessons.texts}
     saver = CheckpointSaver(checkpointer, folder.checkpoints, display, stepper, texts)
-    log = TrainLog(options, folder, display, ranks, saver, schedule=schedule, config=config, compute=compute)
+    trained = trained_share(made.model)
+    log = TrainLog(options, folder, display, ranks, saver, schedule=schedule, config=config, compute=compute, trained=trained)
     rounds = made.rounds_base or (sharding is not None and sharding.gather_bf16)
     sequences = run.eval_batches * schedule.batch_size
     return Trainer(

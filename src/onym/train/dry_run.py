@@ -96,7 +96,7 @@ class _DryRun:
         self._on_all_ranks(self.run)  # the first allocates
         eager = min(self.seconds(), self.seconds())
         ways: tuple[How, ...] = ("whole", "blocks") if self.stepper.sharding is None else ("blocks",)
-        shape = _shape(self.stepper)
+        shape = _shape(self.stepper, self.batch[0].shape[1])
         how = broadcast_from_rank0(lambda: choose(steps, eager, self.device.type == "cpu", recall(shape), ways))
         compilation = self._compile(how)
         if not compilation.compiled:
@@ -146,8 +146,8 @@ class _DryRun:
         return result
 
 
-def _shape(stepper: Stepper) -> dict[str, Any]:
-    """What the cost and the gain of compiling depend on."""
+def _shape(stepper: Stepper, window: int) -> dict[str, Any]:
+    """What the cost and the gain of compiling depend on; ``window`` is the tokens of a sequence."""
     model, sharding = stepper.model, stepper.sharding
     return {
         **model.config.to_dict(),
@@ -155,14 +155,15 @@ def _shape(stepper: Stepper) -> dict[str, Any]:
         "micro_batch": stepper.micro_batch,
         **({"parallel": str(sharding)} if sharding is not None else {}),
         **({"document_mask": True} if stepper.separator is not None else {}),
-        **({"trained": trained} if (trained := _trained(model)) < 1 else {}),
+        **({"trained": trained} if (trained := trained_share(model)) < 1 else {}),
+        **({"window": window} if window != model.config.context_length else {}),
         "compute": str(stepper.compute),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
 
 
-def _trained(model: nn.Module) -> float:
+def trained_share(model: nn.Module) -> float:
     """The share of the weights that train."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)

@@ -104,8 +104,11 @@ def _conversations(options: TrainOptions, base: Checkpoint | None, tokenizer: To
     read = read_conversations(path)
 
     def make() -> Iterator[Example]:
-        for conversation in read.conversations(heading):
-            yield _answered(template, conversation, everything=tuning.loss_on == "all")
+        for source, conversation in zip(read.sources, read.conversations(heading), strict=True):
+            try:
+                yield _answered(template, conversation, everything=tuning.loss_on == "all")
+            except ConfigError as error:  # the template refuses it
+                raise DataError(f"'{source}': {error}") from error
 
     held_out = chosen_to_hold_out(max(2, len(read.rows)), options.data.held_out)
     examples = _kept(options, tokenizer, context_length, how, make, held_out, {"kind": read.kind, "rows": len(read.rows)})
@@ -194,7 +197,8 @@ def _kept(
         chosen = held_out[places]
         if chosen.all() or not chosen.any():
             chosen = chosen_to_hold_out(len(kept), options.data.held_out)
-        about = {**about, "source": str(path), "cut": cut, "skipped": skipped, "without_reply": without}
+        corpus = f"{about['rows']:,} rows of {path.name}"
+        about = {**about, "corpus": corpus, "source": str(path), "cut": cut, "skipped": skipped, "without_reply": without}
         data = keep_examples(folder, kept, chosen, about)
     window = window_for(data, context_length, pack=not tuning.pad)
     return Examples(path.stem, data, window, not tuning.pad)

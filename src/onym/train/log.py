@@ -41,6 +41,7 @@ class TrainLog:
     Args:
         ranks: rank 0 writes.
         config: of the model, whose operations are counted.
+        trained: the share of its weights that are not frozen.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class TrainLog:
         schedule: Schedule,
         config: ModelConfig,
         compute: Compute,
+        trained: float = 1.0,
     ) -> None:
         self._options, self._folder, self._display, self._ranks, self._saver = options, folder, display, ranks, saver
-        self._schedule, self._config, self._compute = schedule, config, compute
+        self._schedule, self._compute = schedule, compute
+        self._flops_per_token = training_flops_per_token(config, trained)
         self.meter = Meter(schedule.tokens_per_step)
         self._tracker: Tracker | None = None
         self._rewound = False  # metrics.jsonl has further rows, of steps that a rollback abandoned
@@ -183,7 +186,7 @@ class TrainLog:
 
     def _status(self, state: TrainState, loss: float, rate: float) -> TrainStatus:
         peak, compilation = self._peak, self._compilation
-        flops = rate * training_flops_per_token(self._config)
+        flops = rate * self._flops_per_token
         again = f", {self._compiled_again} times more" if self._compiled_again else ""
         return TrainStatus(
             state,

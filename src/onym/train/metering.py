@@ -86,17 +86,23 @@ class Peak:
     """Where the figure is from."""
 
 
-def training_flops_per_token(config: ModelConfig) -> float:
+def training_flops_per_token(config: ModelConfig, trained: float = 1.0) -> float:
     """Operations of matrix products, forward and backward, for each token.
 
     Six for each weight that is multiplied (the embeddings are looked up; the head counts once, tied or not), and 12 x layers x
-    width x context for attention: the whole square, though half of it is masked, as the field counts (PaLM, appendix B).
+    width x context for attention: the whole square, though half of it is masked, as the field counts (PaLM, appendix B). Of a
+    weight that is frozen four, because it has no gradient.
+
+    Args:
+        trained: the share of the weights that are not frozen.
 
     >>> from onym.gpt.config import GPTConfig
     >>> round(training_flops_per_token(GPTConfig.preset("gpt2-small")) / 1e6)
     854
     """
-    return 6.0 * config.multiplied_weights + 12.0 * config.n_layers * config.attention_width * config.context_length
+    return (
+        4.0 + 2.0 * trained
+    ) * config.multiplied_weights + 12.0 * config.n_layers * config.attention_width * config.context_length
 
 
 def peak_of(compute: Compute) -> Peak:

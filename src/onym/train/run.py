@@ -94,7 +94,17 @@ def _train(
     base = start
     if checkpoint is not None and options.finetune.lora is not None:
         base = base_under(checkpoint)
-    trainer = build_trainer(options, folder, checkpointer, display, ranks, compute, tokenizer_of=tokenizer_of, base=base)
+    trainer = build_trainer(
+        options,
+        folder,
+        checkpointer,
+        display,
+        ranks,
+        compute,
+        tokenizer_of=tokenizer_of,
+        base=base,
+        continues=checkpoint is not None,
+    )
     try:
         if before is not None and before.get("steps") == trainer.schedule.steps:  # in a longer run, another way may pay
             trainer.compiled = before.get("compiled")

@@ -29,6 +29,7 @@ RUNNING, INTERRUPTED, FINISHED = "running", "interrupted", "finished"
 
 CHANGEABLE = {
     # How the text is named; whether it is the same is seen by the tokens.
+    *("sft", "classify"),
     *("data", "text_field", "mix", "suffix", "tokenizer_sample", "on_bad_file"),
     *("cache_dir", "name", "runs_dir", "eval_every", "eval_batches", "save_every", "keep_last", "keep_every", "keep_best"),
     *("log_every", "compile", "precision", "deterministic", "device", "processes", "time_limit", "data_changed", "track"),
