@@ -19,7 +19,7 @@ import onym as library
 from onym import GPT
 from onym.cli.main import main
 from onym.data.batches import IGNORED_TARGET
-from onym.data.examples import Example, ExampleSet, ExampleWindows
+from onym.data.examples import Example, Examples, ExampleSet, ExampleWindows
 from onym.gpt.config import GPTConfig
 from onym.gpt.documents import MARKED, loss_of, unmarked
 from onym.train import loop
