@@ -12,6 +12,7 @@ from onym.tools.resume_check import Comparison, _compare
 from onym.train.run_folder import RunFolder
 from tests.cli.test_train import EAGER
 from tests.conftest import TINY_RUN, Run
+from tests.finetuning import instructions, messages, write_csv, write_json
 
 IN_FULL = bool(os.environ.get("ONYM_PROVE"))
 LENGTH = ("--steps", 150, "--save-every", 15, "--eval-every", 50, "--eval-batches", 2, "--log-every", 7)
@@ -52,6 +53,15 @@ RUNS = {
 }
 
 
+# On rows, from a base: in short in test_finetune.py.
+TUNED = {
+    "conversations, compiled": ("--sft", "rows.json", "--compile", "whole", "--micro-batch", 2),
+    "an adapter, dropout, bf16": ("--sft", "rows.json", "--lora", 3, "--lora-dropout", 0.1, "--precision", "bf16"),
+    "labels, some weights": ("--classify", "spam.csv", "--train-only", "trf_blocks.1,out_head", "--class-weights", "balanced"),
+    "an adapter in two processes with shards": ("--sft", "rows.json", "--lora", 3, "--processes", 2, "--parallel", "fsdp"),
+}
+
+
 # Eager and compiled, dropout, accumulation, an average, Muon and AdamW, one process and two are in these.
 SAMPLE = (
     "AdamW, compiled, dropout",
@@ -70,6 +80,23 @@ def test_kills_change_nothing(onym_process: Run, book: Path, tmp_path: Path, opt
     killed = re.search(r"after (\d+) kills", done.stdout)
     assert killed, done.stdout
     assert int(killed[1]) == kills
+    print(done.stdout)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("options", TUNED.values(), ids=TUNED)
+def test_kills_change_nothing_of_fine_tuning(
+    onym_process: Run, book: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    write_json(tmp_path / "rows.json", instructions(60, seed=0))
+    write_csv(tmp_path / "spam.csv", messages(60, seed=0))
+    base = ("train", "--data", book, *EAGER, "--context-length", 96, "--steps", 10, "--name", "base")
+    assert onym_process(*base).returncode == 0
+    how = (*LENGTH, "--compile", "off", "--warmup-steps", 2, *options)
+    both = ("--kills", 20, "--folder", tmp_path / "both", "--from", tmp_path / "runs" / "base")
+    done = onym_process("tools", "check-resume", *both, *how)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Bitwise identical" in done.stdout
     print(done.stdout)
 
 

@@ -100,9 +100,8 @@ def training_flops_per_token(config: ModelConfig, trained: float = 1.0) -> float
     >>> round(training_flops_per_token(GPTConfig.preset("gpt2-small")) / 1e6)
     854
     """
-    return (
-        4.0 + 2.0 * trained
-    ) * config.multiplied_weights + 12.0 * config.n_layers * config.attention_width * config.context_length
+    attention = 12.0 * config.n_layers * config.attention_width * config.context_length
+    return (4.0 + 2.0 * trained) * config.multiplied_weights + attention
 
 
 def peak_of(compute: Compute) -> Peak:
