@@ -198,6 +198,19 @@ def test_rows_that_are_too_long_are_cut_or_skipped_and_counted(onym: Run, base: 
     assert "in 8 nothing that counts is within the context of 8 tokens" in short.stderr
 
 
+def test_a_base_without_tokens_for_turns_gets_rows_for_them(onym: Run, book: Path, rows: Path, tmp_path: Path) -> None:
+    small = ("--vocab-size", 270, "--context-length", 96, "--name", "small")  # too few to reserve any
+    assert onym("train", "--data", book, *EAGER, *small, "--steps", 1).returncode == 0
+    done = onym("train", "--from", "runs/small", "--sft", rows, *LENGTH)
+    assert done.returncode == 0, done.stderr
+    assert "2 new rows in its vocabulary, for <|im_start|> and <|im_end|>" in done.stdout
+    before, after = (library.load_model(tmp_path / "runs" / name) for name in ("small", "rows"))
+    assert (before.config.vocab_size, after.config.vocab_size) == (270, 272)
+    refused = onym("train", "--from", "runs/small", "--sft", rows, *LENGTH, "--lora", 2, "--name", "lo")
+    assert refused.returncode == 2
+    assert "--chat-template alpaca" in refused.stderr
+
+
 def test_a_run_is_the_same_in_two_processes(onym_process: Run, base: Path, rows: Path, tmp_path: Path) -> None:
     command = ("train", "--from", base, "--sft", rows, *LENGTH, "--steps", 3, "--lora", 2)
     for name, processes in (("one", 1), ("two", 2)):
@@ -231,6 +244,11 @@ def test_an_adapter_is_kept_alone_and_opens_as_the_merged_model(onym: Run, base:
     assert torch.equal(merged.state_dict()["out_head.weight"], before.state_dict()["out_head.weight"])
     again = onym(*command)
     assert "finished already" in again.stdout
+    for folder, how in (("merged", ()), ("beside", ("--unmerged",))):
+        written = onym("convert", run, folder, "--to", "huggingface", *how)
+        assert written.returncode == 0, written.stderr
+        about = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
+        assert "<|im_start|>" in about["chat_template"], "it goes along, whatever the base has"
 
 
 def _tensor_names(path: Path) -> list[str]:

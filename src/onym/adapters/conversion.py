@@ -20,6 +20,7 @@ from onym.convert.lazy import compare
 from onym.convert.mapping import nbytes
 from onym.convert.opening import open_any
 from onym.convert.registry import Config
+from onym.convert.sources import template_texts
 from onym.convert.write import Report, convert, format_named
 from onym.errors import CheckpointError, ConfigError, StorageError
 from onym.format.pth import PICKLES
@@ -153,6 +154,7 @@ def write_beside(
     assert source.base is not None
     path = _new(destination)
     adapter = source.fitted()
+    source.base._texts.update(template_texts(source.adapter.checkpoint))  # how the adapters were taught to converse
     report = convert(source.base, path, to="huggingface", dry_run=dry_run, progress=progress, **how)
     report.source, report.found = str(source.adapter.path), _found(source)
     report.notes += [*source.adapter.notes, f"The adapters are in '{path / BESIDE}', for peft: {source.adapter.said}."]

@@ -438,14 +438,15 @@ class _Translated:
     def _writing(self) -> Writing:
         origin = self.checkpoint.origin
         same = origin is not None and _of_one_program(origin.format, self.format) and self.how.keeps_texts
-        kept = template_texts(self.checkpoint) if origin is None else origin.contents.texts
+        own = template_texts(self.checkpoint)  # of adapters merged into a base, theirs
+        kept = own if origin is None else {**origin.contents.texts, **own}
         return Writing(
             checkpoint=self.checkpoint,
             path=self.path,
             tensors=self.tensors,
             config=self.config,
             tokenizer=self.checkpoint.text(TOKENIZER),
-            texts=origin.contents.texts if origin is not None and same else {},
+            texts=kept if same else {},
             beside=kept if self.how.keeps_texts else {},
             dtype=self.how.dtype,
             notes=self.report.notes,

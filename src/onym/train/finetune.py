@@ -71,6 +71,9 @@ def prepare_rows(
         rows = make(options, base, tokenizer, context_length)
         data = rows.examples.data
         activity.result = _described(rows)
+    if (added := rows.tokenizer.vocab_size - tokenizer.vocab_size) > 0:
+        names = " and ".join(list(rows.tokenizer.special_tokens)[-added:])
+        display.note(f"The model gets {plural(added, 'new row')} in its vocabulary, for {names}, which its tokenizer lacks.")
     _show_first(rows, data, display)
     return rows
 
