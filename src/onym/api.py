@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,7 @@ def load_model(
     n_heads: int | None = None,
     rope_base: float | None = None,
     context_length: int | None = None,
+    labels: Sequence[str] | None = None,
 ) -> nn.Module:
     """Build a model from what was saved, structure and weights, in evaluation mode.
 
@@ -174,6 +175,7 @@ def load_model(
         n_heads: attention heads, for a file of another program's that does not say; otherwise heads of size 64 (of a wide
             Llama, 128) are assumed, with a warning.
         rope_base, context_length: of a Llama or Qwen, likewise; otherwise those of Llama 3.2 or Qwen3.
+        labels: the names of a classifier's labels, in the order of its head's rows, for a file that does not hold them.
 
     Raises:
         CheckpointError: it is missing or damaged, or holds weights without a configuration.
@@ -183,7 +185,8 @@ def load_model(
     >>> load_model("model.safetensors").config.vocab_size
     100
     """
-    settings = {"n_heads": n_heads, "rope_base": rope_base, "context_length": context_length}
+    settings: dict[str, Any] = {"n_heads": n_heads, "rope_base": rope_base, "context_length": context_length}
+    settings["labels"] = None if labels is None else [*labels]
     checkpoint = _found(path, step, part=part, settings=settings)
     warn_of(checkpoint)
     return load_checkpoint(checkpoint, device=device, compile=compile)

@@ -105,9 +105,10 @@ BAD_INPUT = {
     "a Llama with Qwen3's norms": ("qwen3", {"model_type": "llama"}, None, r"_norm\.weight, which transformers' Llama has not"),
     "another width": ("llama", {"intermediate_size": 47}, None, "intermediate_size=47, and the tensors have 48"),
     "experts": ("llama", {}, _renamed, "it is a mixture of experts"),
-    "a classifier": (
-        "llama", {}, lambda state: {name.replace("lm_head", "score"): value[:2] for name, value in state.items()},
-        r"it has score\.weight in the place of a head: it classifies",
+    "a reward model": (
+        "llama", {}, lambda state: {name.replace("lm_head", "score"): value[:1] if "lm_head" in name else value
+                                    for name, value in state.items()},
+        r"its head gives one number, and a classifier here tells two labels or more apart",
     ),
     "a layer is missing": (
         "qwen3", {}, lambda state: {name: value for name, value in state.items() if ".layers.0." not in name}, "it has no "

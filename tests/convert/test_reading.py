@@ -387,20 +387,8 @@ def test_what_no_shape_shows_is_refused(tmp_path: Path) -> None:
         onym.load(tmp_path / "ckpt.pt", into=ours)
 
 
-def test_a_classifiers_head_is_kept_and_said(tmp_path: Path) -> None:
-    model = peers.book()
-    model.out_head = nn.Linear(64, 2)
-    torch.save(model.state_dict(), tmp_path / "review_classifier.pth")
-    with pytest.raises(CheckpointError, match="its head has 2 rows and a bias for a vocabulary of 97: it classifies"):
-        onym.load_model(tmp_path / "review_classifier.pth")
-    other = peers.book()
-    other.out_head = nn.Linear(64, 2)
-    onym.load(tmp_path / "review_classifier.pth", into=other)
-    assert torch.equal(other.out_head.weight, model.out_head.weight)
-
-
-@pytest.mark.parametrize("kind", ["GPT2ForSequenceClassification", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering"])
-def test_a_classifier_of_transformers_is_said(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["GPT2ForTokenClassification", "GPT2ForQuestionAnswering"])
+def test_another_head_of_transformers_is_said(tmp_path: Path, kind: str) -> None:
     import transformers
 
     config = transformers.GPT2Config(
@@ -408,9 +396,7 @@ def test_a_classifier_of_transformers_is_said(tmp_path: Path, kind: str) -> None
     )
     model = getattr(transformers, kind)(config)
     model.save_pretrained(tmp_path / "hf")
-    with pytest.raises(
-        CheckpointError, match=r"it has (score|classifier|qa_outputs)\.\w+ in the place of a head: it classifies"
-    ):
+    with pytest.raises(CheckpointError, match=r"it has (classifier|qa_outputs)\.\w+, and here a head gives one value"):
         onym.load_model(tmp_path / "hf")
     other = getattr(transformers, kind)(config)
     onym.load(tmp_path / "hf", into=other)

@@ -29,6 +29,9 @@ _Json = Annotated[bool, _arg(purpose="Print one JSON object instead.")]
 _Heads = Annotated[int | None, _arg("INT", "by their usual size", "Attention heads, where the file does not say.")]
 _Base = Annotated[float | None, _arg("FLOAT", "Llama's or Qwen's", "Base of rotary positions, where the file does not say.")]
 _Context = Annotated[int | None, _arg("INT", "Llama's or Qwen's", "Tokens of a context, where a decoder's file does not say.")]
+_Labels = Annotated[
+    str | None, _arg("NAME,…", "0, 1, …", "A classifier's labels in the order of its head, where the file does not say.")
+]
 _Part = Annotated[str | None, _arg("NAME", "the model", "Of a file with several models, which: state_dict_ema, say.")]
 _Step = Annotated[
     str, _arg("N|NAME", "the newest good one", "Of a run, which step: its number, or the name it is pinned under.")
@@ -151,6 +154,10 @@ class ClassifyArguments:
     tokenizer: Annotated[str | None, _arg("FILE|NAME")] = None
     """A tokenizer.json or hub name, where the model's folder holds none."""
     part: _Part = None
+    labels: _Labels = None
+    n_heads: _Heads = None
+    rope_base: _Base = None
+    context_length: _Context = None
     device: _Device = "cpu"
 
 
@@ -264,6 +271,7 @@ class ConvertArguments:
     n_heads: _Heads = None
     rope_base: _Base = None
     context_length: _Context = None
+    labels: _Labels = None
     vocab_size: Annotated[int | None, _arg("INT", "as it is")] = None
     """Drop the rows of the vocabulary from here on: 50257 takes the padding off a 50304."""
     shard_size: Annotated[str | None, _arg("SIZE", "one file")] = None

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 
 from onym.cli.arguments import ClassifyArguments
-from onym.cli.report import as_step
+from onym.cli.report import as_step, stated_settings
 from onym.cli.standard_input import lines_of_input
 from onym.generation.classifying import classify
 from onym.generation.opening import find_model
@@ -17,7 +17,14 @@ from onym.units import plural
 
 def run(given: ClassifyArguments) -> int:
     """``onym classify``."""
-    found = find_model(given.model, step=as_step(given.step), part=given.part, tokenizer=given.tokenizer, note=_note)
+    found = find_model(
+        given.model,
+        step=as_step(given.step),
+        part=given.part,
+        settings=stated_settings(given),
+        tokenizer=given.tokenizer,
+        note=_note,
+    )
     model = found.load(choose_compute(given.device, "fp32").device, classifier=True).model
     texts = list(given.text) or (line for line in lines_of_input() if line.strip())
     cut = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +13,16 @@ from rich.console import Console
 
 from onym.adapters.conversion import BESIDE, PEFT, TARGETS, AdapterSource, write_adapter, write_beside
 from onym.cli.arguments import ConvertArguments
-from onym.cli.report import as_step, found_facts, print_facts, print_heading, print_json, some
+from onym.cli.report import SETTINGS, as_step, found_facts, print_facts, print_heading, print_json, some, stated_settings
 from onym.convert.repair import repair
 from onym.convert.write import Report, convert
 from onym.data.tokenizer import Tokenizer
 from onym.errors import ConfigError
+from onym.format.manifest import CONFIG
 from onym.train.display import Display
 from onym.units import format_size, parse_size, plural
 
 _OPTIONS = {"vocab_size": "vocab-size", "shard_bytes": "shard-size"}
-_SETTINGS = ("n_heads", "rope_base", "context_length")
 
 
 def run(given: ConvertArguments) -> int:
@@ -46,7 +47,7 @@ def run(given: ConvertArguments) -> int:
 
 def _converted(given: ConvertArguments, progress: Callable[[int], None]) -> Report:
     """Write the result."""
-    settings = {name: getattr(given, name) for name in _SETTINGS}
+    settings = stated_settings(given)
     how: dict[str, Any] = {
         "vocab_size": given.vocab_size,
         "shard_bytes": None if given.shard_size is None else parse_size(given.shard_size, "--shard-size"),
@@ -83,7 +84,7 @@ def _converted(given: ConvertArguments, progress: Callable[[int], None]) -> Repo
 def _repair(given: ConvertArguments) -> int:
     """Repair names and index of the source itself."""
     adapters = ("merge", "unmerged", "alpha")
-    options = ("to", "part", *_SETTINGS, "vocab_size", "shard_size", "tokenizer", "drop", "dtype", *adapters)
+    options = ("to", "part", *SETTINGS, "vocab_size", "shard_size", "tokenizer", "drop", "dtype", *adapters)
     others = [name for name in options if getattr(given, name) != getattr(ConvertArguments("", ""), name)]
     if given.destination or others:
         other = "a DST" if given.destination else "--" + others[0].replace("_", "-")
@@ -134,7 +135,9 @@ def _next(report: Report) -> str:
     if report.to == PEFT:
         return f'Open it: PeftModel.from_pretrained(base, "{report.destination}")'
     if report.to in ("huggingface", "llama", "qwen2", "qwen3"):
-        opened = f'AutoModelForCausalLM.from_pretrained("{report.destination}")'
+        (name,) = json.loads((Path(report.destination) / CONFIG).read_text(encoding="utf-8"))["architectures"]
+        auto = "AutoModelForSequenceClassification" if name.endswith("SequenceClassification") else "AutoModelForCausalLM"
+        opened = f'{auto}.from_pretrained("{report.destination}")'
         adapters = Path(report.destination) / BESIDE
         return f'Open it: PeftModel.from_pretrained({opened}, "{adapters}")' if adapters.is_dir() else f"Open it: {opened}"
     if report.to == "nanogpt":

@@ -213,7 +213,8 @@ def _print_run(report: Mapping[str, Any]) -> None:
 
 def _print_checkpoint(report: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     about = report["provenance"]
-    parent = about.get("parent") or {}
+    parent, config = about.get("parent") or {}, dict(report["config"] or {})
+    labels = config.pop("labels", [])
     print_heading(f"{report['path']}: {report['kind']}")
     facts = {
         "step": None if report["step"] is None else str(report["step"]),
@@ -222,7 +223,8 @@ def _print_checkpoint(report: Mapping[str, Any], checkpoint: Checkpoint) -> None
         "identity": report["identity"] or "none: it holds no hashes (what onym.save writes as .safetensors does)",
         "continues": f"step {parent.get('step')}, {str(parent.get('identity'))[:12]}" if parent else None,
         "architecture": report["architecture"],
-        "config": ", ".join(f"{name}={value}" for name, value in (report["config"] or {}).items()),
+        "config": ", ".join(f"{name}={value}" for name, value in config.items()),
+        "labels": ", ".join(map(str, labels)) or None,
         "written": f"{about['time']} ({format_age(about['time'])}) on {about.get('host')}" if about.get("time") else None,
         "versions": ", ".join(f"{name} {about[name]}" for name in ("onym", "torch", "python") if name in about),
         "git": None if about.get("git") is None else str(about["git"]),
@@ -267,7 +269,8 @@ def _found_facts(found: Mapping[str, Any], config: Mapping[str, Any] | None) -> 
     if config is not None:
         done = f" ({rules})" if rules else ""
         model = "onym.Decoder" if "n_kv_groups" in config else "onym.GPT"
-        facts["as ours"] = f"an {model}: onym.load_model, generate, train --from and convert take it{done}"
+        by = "classify and convert" if config.get("labels") else "generate, train --from and convert"
+        facts["as ours"] = f"an {model}: onym.load_model, {by} take it{done}"
     elif found["not_ours"] or found["problem"]:
         facts["as ours"] = f"no: {found['not_ours'] or found['problem']}"
     if found["wrappers"]:

@@ -68,6 +68,16 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
+SETTINGS = ("n_heads", "rope_base", "context_length", "labels")
+"""Options that state what a file does not, as fields of the configuration."""
+
+
+def stated_settings(given: Any) -> dict[str, Any]:
+    """These options of a command, as :func:`onym.convert.opening.open_any` takes them."""
+    settings = {name: getattr(given, name) for name in SETTINGS}
+    return settings | {"labels": None if given.labels is None else given.labels.split(",")}
+
+
 def shown(text: object) -> str:
     """A text from a file that anybody may have made, without what would move the cursor or change colours."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))

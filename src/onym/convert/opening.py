@@ -26,6 +26,8 @@ from onym.format.tensors import TensorFile
 from onym.names.wrappers import AVERAGE_COUNTER
 from onym.storage.paths import as_path, is_local
 
+_HEADS = ("lm_head.", "score.")
+
 
 def open_any(
     path: str | Path,
@@ -164,7 +166,7 @@ def _with_prefix(cleaned: Mapping[str, str], prefix: str) -> dict[str, str]:
     """Names with a segment before them that some programs write and others do not. The head stands outside."""
     if not prefix or any(clean.startswith(f"{prefix}.") for clean in cleaned.values()):
         return dict(cleaned)
-    return {name: clean if clean.startswith("lm_head.") else f"{prefix}.{clean}" for name, clean in cleaned.items()}
+    return {name: clean if clean.startswith(_HEADS) else f"{prefix}.{clean}" for name, clean in cleaned.items()}
 
 
 def _renamed(stored: TensorFile, names: Mapping[str, str]) -> TensorFile:

@@ -186,6 +186,8 @@ class Target:
     """What it cannot hold of a model: a word for ``--drop``, and a sentence."""
     without: Callable[[TensorFile, Config, Collection[str]], tuple[TensorFile, Config]] | None = None
     """The model without what these words name; required where ``lacks`` returns any."""
+    rewritten: Callable[[TensorFile, Config], tuple[TensorFile, Config]] = lambda tensors, config: (tensors, config)
+    """A model that computes the same, of tensors that it can hold, as one whose bias is part of another."""
     added: Callable[[Config, str], dict[str, Recipe]] = lambda config, dtype: {}
     """Tensors that it has and our model has not, as biases of zeros, from the configuration and the weights' dtype."""
     omitted: Callable[[Config], tuple[str, ...]] = lambda config: ()

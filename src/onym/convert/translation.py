@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from onym.convert.mapping import Recipe, Shape, View, to_theirs
@@ -28,6 +29,8 @@ def translated(ours: TensorFile, format: Format, wanted: Mapping[str, Shape] | N
         CheckpointError: the format has no place for one of the tensors.
     """
     recipes = their_recipes(ours, format)
+    named = Counter(recipes.values())  # a head has another name in each of a program's classes
+    recipes = {name: recipe for name, recipe in recipes.items() if named[recipe] == 1 or wanted is None or name in wanted}
     dtype = next(iter(ours.dtypes.values()))
     stored = {name[:end] for name in recipes for end, letter in enumerate(name) if letter == "."}  # modules that have tensors
     for name, shape in (wanted or {}).items():

@@ -347,6 +347,8 @@ class _Translated:
             report.notes += checkpoint.origin.notes
             report.dropped += [f"{name} (nothing learned)" for name in checkpoint.origin.dropped]
         self._drop()
+        self.original = self.tensors, self.config
+        self.tensors, self.config = self.target.rewritten(*self.original)
         self.theirs = self._their_tensors()
         self.file: FileJob | None = None
         self.beside: dict[Path, str] = {}
@@ -459,10 +461,10 @@ class _Translated:
             self.report.rounded = self.file.compare(self.path)
             self.report.compared = len(self.theirs.names)
             return
-        again = open_any(self.path, settings={name: self.config[name] for name in self.target.settings}).checkpoint
+        again = open_any(self.path, settings={name: self.config.get(name) for name in self.target.settings}).checkpoint
         assert again.config is not None
         self.report.compared = compare(self.tensors, again.model, self.path)
-        self.report.logits = self._outputs_apart((self.tensors, self.config), (again.model, again.config))
+        self.report.logits = self._outputs_apart(self.original, (again.model, again.config))
         if self.report.logits is not None and self.report.logits > _FAR:
             raise CheckpointError(
                 f"'{self.path}' was written and removed again: its logits differ from the source's by {self.report.logits:.2g}"

@@ -18,12 +18,12 @@ _TRIED = 16  # tokens
 
 
 def gpt_logits(tensors: TensorFile, values: Config) -> Tensor:
-    """Of a GPT-2: [1, 16, vocab], fp32, for the same tokens each time."""
+    """Of a GPT-2: [1, 16, vocab or labels], fp32, for the same tokens each time."""
     return _logits(GPT.without_values(GPTConfig.from_dict(values)), tensors)
 
 
 def decoder_logits(tensors: TensorFile, values: Config) -> Tensor:
-    """Of a decoder: [1, 16, vocab], fp32, for the same tokens each time."""
+    """Of a decoder: [1, 16, vocab or labels], fp32, for the same tokens each time."""
     return _logits(Decoder.without_values(DecoderConfig.from_dict(values)), tensors)
 
 
@@ -45,7 +45,8 @@ def _logits(model: CausalLM, tensors: TensorFile) -> Tensor:
         x = functional_call(block, weights(f"trf_blocks.{number}", block), (x, None, None, *known))
     x = functional_call(model.final_norm, weights("final_norm", model.final_norm), (x,))
     head = tensors.tensor("out_head.weight", verify=False)
-    return torch.cat([x @ rows.float().t() for rows in head.split(4096)], dim=-1)
+    logits = torch.cat([x @ rows.float().t() for rows in head.split(4096)], dim=-1)
+    return logits + tensors.tensor("out_head.bias", verify=False).float() if config.head_bias else logits
 
 
 def _rows(tensors: TensorFile, name: str, numbers: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from onym.convert.mapping import Recipe, Rule, joined, same, weight_and_bias
 from onym.convert.registry import Config, NamedShapes, Target
 from onym.gpt.config import GPTConfig
+from onym.gpt.formats.classifiers import book_head_bias, book_labels_note
 from onym.gpt.formats.differences import biases, mask, without
 from onym.gpt.formats.understand import HEAD_SIZE, GPT2Format
 
 _QKV = ("W_query", "W_key", "W_value")
+SETTINGS = ("n_heads", "labels")
 MASK = "trf_blocks.{n}.att.mask"
 
 
@@ -35,22 +37,23 @@ def needed_biases(config: GPTConfig) -> list[str]:
     return [] if config.bias else ["norm1", "att.proj", "norm2", "ff.layers.0", "ff.layers.2", "final_norm"]
 
 
-def heads_note(config: Config) -> str | None:
-    """The book's files do not state the number of heads."""
-    heads = config["n_heads"]
+def note(config: Config) -> str | None:
+    """The book's files do not state the number of heads, nor the names of labels."""
+    heads, said = config["n_heads"], book_labels_note(config)
     if heads * HEAD_SIZE == config["emb_dim"]:
-        return None
-    return (
+        return said
+    of_heads = (
         f"The book's files do not say how many heads a model has: give n_heads={heads} where it is loaded "
         f"(here --n-heads {heads})."
     )
+    return f"{of_heads} {said}" if said else of_heads
 
 
 def _added(values: Config, dtype: str) -> dict[str, Recipe]:
     config = GPTConfig.from_dict(values)
     one = mask(config.context_length)
     masks = {MASK.replace("{n}", str(layer)): one for layer in range(config.n_layers)}
-    return {**biases(config, BOOK.rules, needed_biases(config), dtype), **masks}
+    return {**biases(config, BOOK.rules, needed_biases(config), dtype), **book_head_bias(config, dtype), **masks}
 
 
 def _norm(name: str) -> tuple[Rule, Rule]:
@@ -72,8 +75,8 @@ BOOK = GPT2Format(
         *weight_and_bias("trf_blocks.{n}.ff.layers.0", "trf_blocks.{n}.ff.layers.0"),
         *weight_and_bias("trf_blocks.{n}.ff.layers.2", "trf_blocks.{n}.ff.layers.2"),
         *_norm("final_norm"),
-        same("out_head.weight", "out_head.weight"),
+        *weight_and_bias("out_head", "out_head"),
     ),
     ignored=(r"trf_blocks\.\d+\.att\.mask",),
-    target=Target(settings=("n_heads",), lacks=lacks, without=without, added=_added, note=heads_note),
+    target=Target(settings=SETTINGS, lacks=lacks, without=without, added=_added, note=note),
 )

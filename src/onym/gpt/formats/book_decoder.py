@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from onym.convert.mapping import Rule, same
+from onym.convert.mapping import Recipe, Rule, same, weight_and_bias
 from onym.convert.registry import Config, NamedShapes, Stated, Target
 from onym.gpt.decoder_config import DecoderConfig
+from onym.gpt.formats.classifiers import book_head_bias, book_labels_note
 from onym.gpt.formats.decoder import GIVEN, DecoderFormat
 
 _LLAMA_EPS, _QWEN_EPS = 1e-5, 1e-6  # written into the classes
-_QWEN_SETTINGS = tuple(name for name in GIVEN if name not in ("norm_eps", "rope_freq"))
+_SETTINGS = (*GIVEN, "labels")
+_QWEN_SETTINGS = tuple(name for name in _SETTINGS if name not in ("norm_eps", "rope_freq"))
 _MATRICES = ("W_query", "W_key", "W_value")
 
 
@@ -53,7 +55,7 @@ def _table(norm: str) -> tuple[Rule, ...]:
         same("tok_emb.weight", "tok_emb.weight"),
         *(same(f"trf_blocks.{{n}}.{their}", f"trf_blocks.{{n}}.{ours}") for their, ours in layer.items()),
         same(f"final_norm.{norm}", "final_norm.weight"),
-        same("out_head.weight", "out_head.weight"),
+        *weight_and_bias("out_head", "out_head"),
     )
 
 
@@ -98,7 +100,13 @@ def _note(values: Config) -> str:
     stored: dict[str, Any] = config.to_dict()
     said = {key: stored[key] for key in (*keys, *(("head_dim", "qk_norm") if qwen else ("rope_freq",)))}
     name = "Qwen3Model" if qwen else "Llama3Model"
-    return f"The book's files hold no configuration. Build it as {name}({said} | {{'dtype': torch.float32}})."
+    built = f"The book's files hold no configuration. Build it as {name}({said} | {{'dtype': torch.float32}})."
+    labels = book_labels_note(values)
+    return f"{built} {labels}" if labels else built
+
+
+def _added(values: Config, dtype: str) -> dict[str, Recipe]:
+    return book_head_bias(DecoderConfig.from_dict(values), dtype)
 
 
 BOOK_LLAMA3 = DecoderFormat(
@@ -109,7 +117,7 @@ BOOK_LLAMA3 = DecoderFormat(
     rules=_table("weight"),
     stated=_llama_stated,
     ignored=(r"trf_blocks\.\d+\.att\.(mask|cos|sin)", "mask|cos|sin"),
-    target=Target(settings=GIVEN, refuses=_llama_refuses, note=_note),
+    target=Target(settings=_SETTINGS, refuses=_llama_refuses, added=_added, note=_note),
 )
 BOOK_QWEN3 = DecoderFormat(
     name="book-qwen3",
@@ -119,5 +127,5 @@ BOOK_QWEN3 = DecoderFormat(
     rules=_table("scale"),
     stated=_qwen_stated,
     ignored=("mask|cos|sin",),
-    target=Target(settings=_QWEN_SETTINGS, refuses=_qwen_refuses, note=_note),
+    target=Target(settings=_QWEN_SETTINGS, refuses=_qwen_refuses, added=_added, note=_note),
 )

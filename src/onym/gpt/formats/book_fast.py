@@ -5,7 +5,8 @@ from __future__ import annotations
 from onym.convert.mapping import Recipe, same, weight_and_bias
 from onym.convert.registry import Config, NamedShapes, Target
 from onym.gpt.config import GPTConfig
-from onym.gpt.formats.book import heads_note, lacks, needed_biases
+from onym.gpt.formats.book import SETTINGS, lacks, needed_biases, note
+from onym.gpt.formats.classifiers import book_head_bias
 from onym.gpt.formats.differences import biases, without
 from onym.gpt.formats.understand import GPT2Format
 
@@ -20,7 +21,7 @@ def _recognise(found: NamedShapes) -> str | None:
 
 def _added(values: Config, dtype: str) -> dict[str, Recipe]:
     config = GPTConfig.from_dict(values)
-    return biases(config, BOOK_FAST.rules, needed_biases(config), dtype)
+    return {**biases(config, BOOK_FAST.rules, needed_biases(config), dtype), **book_head_bias(config, dtype)}
 
 
 BOOK_FAST = GPT2Format(
@@ -30,8 +31,7 @@ BOOK_FAST = GPT2Format(
     rules=(
         same("tok_emb.weight", "tok_emb.weight"),
         same("pos_emb.weight", "pos_emb.weight"),
-        *(rule for module in [*_LAYER, "final_norm"] for rule in weight_and_bias(module, module)),
-        same("out_head.weight", "out_head.weight"),
+        *(rule for module in [*_LAYER, "final_norm", "out_head"] for rule in weight_and_bias(module, module)),
     ),
-    target=Target(settings=("n_heads",), lacks=lacks, without=without, added=_added, note=heads_note),
+    target=Target(settings=SETTINGS, lacks=lacks, without=without, added=_added, note=note),
 )

@@ -15,7 +15,8 @@ from onym.errors import CheckpointError, ConfigError
 from onym.format.tensors import TensorFile
 from onym.gpt.decoder import Decoder
 from onym.gpt.decoder_config import DecoderConfig
-from onym.gpt.formats.understand import lora_in, numbered_layers, other_head
+from onym.gpt.formats.classifiers import labels_of, not_a_head
+from onym.gpt.formats.understand import lora_in, numbered_layers
 
 _EMBEDDING, _HEAD = "tok_emb.weight", "out_head.weight"
 _QUERY, _KEY, _QUERY_NORM = (f"trf_blocks.0.att.{name}.weight" for name in ("W_query", "W_key", "q_norm"))
@@ -53,8 +54,9 @@ def as_decoder(
     for name in (_EMBEDDING, _QUERY, _KEY, _GATE):
         if len(view.shapes.get(name, ())) != 2:
             raise CheckpointError(f"'{origin.contents.path}' is incomplete: it has no {their_name(origin, name, table)}.")
-    config = _configured(origin, view, stated, given, table)
-    recipes = _with_head(origin, view, recipes, stated, table)
+    head = labels_of(origin, view, given)
+    config = _configured(origin, view, stated, {key: value for key, value in given.items() if key != "labels"}, table, head)
+    recipes = recipes if head else _with_head(origin, view, recipes, stated, table)
     view = View(tensors, recipes)
     config = DecoderConfig.from_dict({**config.to_dict(), "tie_embeddings": _HEAD in view.aliases})
     wanted = Decoder.without_values(config).state_dict()
@@ -73,7 +75,7 @@ def _another_model(origin: Origin, view: View) -> str | None:
     for name in origin.unused:
         if ".experts." in name or "block_sparse_moe." in name or name.endswith(".mlp.gate.weight"):
             return f"it is a mixture of experts ({name}), and here each layer has one feed-forward"
-    if (reason := other_head(view, origin)) is not None:
+    if (reason := not_a_head(view, origin)) is not None:
         return reason
     inside = [name for name in origin.unused if any(segment.isdigit() for segment in name.split("."))]
     if inside:
@@ -81,7 +83,9 @@ def _another_model(origin: Origin, view: View) -> str | None:
     return None
 
 
-def _configured(origin: Origin, view: View, stated: Stated, given: Config, table: Sequence[Rule]) -> DecoderConfig:
+def _configured(
+    origin: Origin, view: View, stated: Stated, given: Config, table: Sequence[Rule], head: Config
+) -> DecoderConfig:
     """The configuration, from what shapes and settings say; they have to agree."""
     path = origin.contents.path
     for name, value in given.items():
@@ -110,7 +114,7 @@ def _configured(origin: Origin, view: View, stated: Stated, given: Config, table
         if key in given and given[key] != value:
             raise ConfigError(f"'{path}' has {key}={value}, and {given[key]} was given: leave it out.")
     config = {**shaped, **{key: value for key, value in stated.config.items() if key != "tie_embeddings"}, **given}
-    config |= _assumed(origin, config)
+    config |= {**_assumed(origin, config), **head}
     try:
         return DecoderConfig.from_dict(config)
     except ConfigError as error:

@@ -25,6 +25,7 @@ from onym.format.tensors import TensorFile
 from onym.gpt.config import GPTConfig
 from onym.gpt.decoder import rope_frequencies, stretched
 from onym.gpt.decoder_config import DecoderConfig
+from onym.gpt.formats.classifiers import no_place_for_labels
 from onym.gpt.formats.differences import biases, without
 from onym.gpt.formats.gguf_tokenizer import TEXTS, GGMLTokenizer, ggml_tokenizer
 
@@ -77,7 +78,12 @@ def _architecture(config: DecoderConfig) -> str:
     return "llama"
 
 
+_LABELS = no_place_for_labels("a GGUF file's model")
+
+
 def _decoder_refuses(config: Config) -> str | None:
+    if (reason := _LABELS(config)) is not None:
+        return reason
     if config["qk_norm"] and config["rope_freq"] is not None:
         return "llama.cpp's qwen3 does not scale its rotation (rope_freq), and its llama does not normalise queries and keys"
     if config["context_length"] >= 2**32:
@@ -243,7 +249,7 @@ GGUF_GPT2 = _GGUF(
     title="llama.cpp's gpt2",
     architecture="gpt",
     rules=GPT_RULES,
-    target=_FILE(lacks=_gpt_lacks, without=without, added=_gpt_added),
+    target=_FILE(refuses=_LABELS, lacks=_gpt_lacks, without=without, added=_gpt_added),
 )
 GGUF_DECODER = _GGUF(
     name="gguf-decoder",

@@ -11,6 +11,7 @@ from typing import Any
 from onym.convert.mapping import Recipe, same, transposed, weight_and_bias
 from onym.convert.registry import Config, NamedShapes, Stated, Target, Writing
 from onym.gpt.config import GPTConfig
+from onym.gpt.formats.classifiers import TRANSFORMERS_HEADS, bias_in_norm, omitted_heads, sequence_classification
 from onym.gpt.formats.differences import biases
 from onym.gpt.formats.transformers_folder import OURS, folder_texts
 from onym.gpt.formats.understand import GPT2Format
@@ -82,7 +83,7 @@ def _texts(writing: Writing) -> dict[str, str]:
     config = GPTConfig.from_dict(writing.config)
     values = config.to_dict()
     settings = {
-        "architectures": ["GPT2LMHeadModel"],
+        **sequence_classification(config, "GPT2LMHeadModel"),
         "model_type": "gpt2",
         **{theirs: values[ours] for ours, theirs in FIELDS.items()},
         "n_ctx": config.context_length,  # an old name, which llama.cpp's converter reads
@@ -108,7 +109,7 @@ HUGGINGFACE = GPT2Format(
         *weight_and_bias("transformer.h.{n}.mlp.c_fc", "trf_blocks.{n}.ff.layers.0", transposed),
         *weight_and_bias("transformer.h.{n}.mlp.c_proj", "trf_blocks.{n}.ff.layers.2", transposed),
         *weight_and_bias("transformer.ln_f", "final_norm"),
-        same("lm_head.weight", "out_head.weight"),
+        *TRANSFORMERS_HEADS,
     ),
     stated=_stated,
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
@@ -116,7 +117,8 @@ HUGGINGFACE = GPT2Format(
     target=Target(
         container="folder",
         added=_added,
-        omitted=lambda config: ("lm_head.weight",) if config["tie_embeddings"] else (),
+        omitted=omitted_heads,
+        rewritten=bias_in_norm,
         texts=_texts,
     ),
 )

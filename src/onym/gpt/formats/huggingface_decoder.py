@@ -16,6 +16,7 @@ from torch import nn
 from onym.convert.mapping import Rule, same
 from onym.convert.registry import Config, Format, NamedShapes, Stated, Target, Writing
 from onym.gpt.decoder_config import DecoderConfig
+from onym.gpt.formats.classifiers import TRANSFORMERS_HEADS, omitted_heads, sequence_classification
 from onym.gpt.formats.decoder import HIDDEN, DecoderFormat
 from onym.gpt.formats.transformers_folder import folder_texts
 
@@ -158,6 +159,11 @@ def _rotation(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
 def refusal(kind: str, values: Config) -> str | None:
     """Why a class of transformers cannot hold a decoder; None where it can."""
     config = DecoderConfig.from_dict(values)
+    if config.head_bias:
+        return (
+            "transformers' classifiers have no bias in their head, and RMSNorm has none that it could be added to; --to book "
+            "and onym keep it"
+        )
     if config.qk_norm and config.qkv_bias:
         return "no class of transformers has both norms of queries and keys and biases on them alone"
     if not config.qk_norm and config.emb_dim % config.n_heads:
@@ -186,7 +192,7 @@ def _texts(kind: str, writing: Writing) -> dict[str, str]:
         numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])
         scaling = {"rope_type": "llama3", **numbers}
     settings: dict[str, Any] = {
-        "architectures": [_CLASSES[kind]],
+        **sequence_classification(config, _CLASSES[kind]),
         "model_type": kind,
         **{theirs: values[ours] for ours, theirs in FIELDS.items() if (kind, ours) != ("qwen2", "head_dim")},
         "hidden_act": "silu",
@@ -220,7 +226,7 @@ def _table(*inner: str) -> tuple[Rule, ...]:
         same("model.embed_tokens.weight", "tok_emb.weight"),
         *(same(f"model.layers.{{n}}.{their}", f"trf_blocks.{{n}}.{ours}") for their, ours in layer.items()),
         same("model.norm.weight", "final_norm.weight"),
-        same("lm_head.weight", "out_head.weight"),
+        *TRANSFORMERS_HEADS,
     )
 
 
@@ -229,7 +235,7 @@ def _target(kind: str) -> Target:
     return Target(
         container="folder",
         refuses=refuses,
-        omitted=lambda config: ("lm_head.weight",) if config["tie_embeddings"] else (),
+        omitted=omitted_heads,
         texts=functools.partial(_texts, kind),
     )
 

@@ -18,6 +18,7 @@ from onym.convert.registry import Config, NamedShapes, Stated, Target, Writing
 from onym.format.manifest import OPTIMIZER
 from onym.format.reader import Checkpoint
 from onym.gpt.config import GPTConfig
+from onym.gpt.formats.classifiers import no_place_for_labels
 from onym.gpt.formats.differences import biases, without
 from onym.gpt.formats.understand import GPT2Format
 from onym.gpt.gpt2 import GPT
@@ -143,7 +144,9 @@ NANOGPT = GPT2Format(
     ),
     stated=_stated,
     ignored=(r"transformer\.h\.\d+\.attn\.bias",),
-    target=Target(lacks=_lacks, without=without, added=_added, pickle=_checkpoint),
+    target=Target(
+        refuses=no_place_for_labels("nanoGPT's model"), lacks=_lacks, without=without, added=_added, pickle=_checkpoint
+    ),
 )
 
 

@@ -47,15 +47,33 @@ def folder_texts(writing: Writing, settings: dict[str, Any], kept: tuple[str, ..
         begin, end = (known.id_of(tokens.get(name), known.end_of_text) for name in ("bos_token", "eos_token"))
     ends = {"bos_token_id": said.get("bos_token_id", begin), "eos_token_id": said.get("eos_token_id", end)}
     ends = {key: None if isinstance(number, int) and number >= vocabulary else number for key, number in ends.items()}
-    generation = as_json({"_from_model_config": True, **ends})
-    files["generation_config.json"] = theirs.get("generation_config.json", generation)
+    padding = {}
+    if writing.config.get("labels"):
+        padding = {"pad_token_id": _padding(writing, said.get("pad_token_id"), ends["eos_token_id"])}
+    else:
+        generation = as_json({"_from_model_config": True, **ends})
+        files["generation_config.json"] = theirs.get("generation_config.json", generation)
     files["config.json"] = as_json(
         {
             **settings,
             **{key: said[key] for key in kept if key in said},
             **ends,
+            **padding,
             "torch_dtype": writing.tensors.dtypes["tok_emb.weight"],
             OURS: dict(writing.config),
         }
     )
     return files
+
+
+def _padding(writing: Writing, said: Any, end: Any) -> int | None:
+    """The token by which transformers' classifiers find where a text ends: the one that pads, or else ends texts."""
+    ends = end if isinstance(end, list) else [end]
+    for number in (said, *ends):
+        if isinstance(number, int) and 0 <= number < writing.config["vocab_size"]:
+            return number
+    writing.notes.append(
+        "No token is known that could pad: set model.config.pad_token_id in transformers to classify several texts at once, or "
+        "give a tokenizer here (--tokenizer)."
+    )
+    return None

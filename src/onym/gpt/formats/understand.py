@@ -10,10 +10,11 @@ import torch
 
 from onym.convert.mapping import Recipe, View, first_rows
 from onym.convert.registry import Config, Format, Origin, Stated
-from onym.convert.understand import apply_rules, note_rules, require_complete, shape_of, their_name
+from onym.convert.understand import apply_rules, note_rules, require_complete, their_name
 from onym.errors import CheckpointError, ConfigError
 from onym.format.tensors import TensorFile
 from onym.gpt.config import GPTConfig
+from onym.gpt.formats.classifiers import labels_of, not_a_head
 from onym.gpt.formats.differences import extra
 from onym.gpt.formats.transformers_folder import OURS
 from onym.gpt.gpt2 import GPT
@@ -21,7 +22,6 @@ from onym.names.mismatch import listed
 
 HEAD_SIZE = 64
 """Of every GPT-2 that OpenAI and the book have."""
-_OTHER_HEADS = ("score.", "classifier.", "qa_outputs.")  # of transformers' …ForSequenceClassification and …ForQuestionAnswering
 _EMBEDDING, _POSITIONS, _HEAD = "tok_emb.weight", "pos_emb.weight", "out_head.weight"
 
 
@@ -34,14 +34,15 @@ def as_gpt(origin: Origin, tensors: TensorFile, stated: Stated, given: Config) -
     """
     recipes = apply_rules(origin, tensors)
     view = View(tensors, recipes)
-    reason = other_head(view, origin) or lora_in(origin)
+    reason = not_a_head(view, origin) or lora_in(origin)
     if reason is not None:
         origin.not_ours = reason
         return None
-    if others := given.keys() - {"n_heads"}:
+    if others := given.keys() - {"n_heads", "labels"}:
         raise ConfigError(f"{min(others)} cannot be given for {origin.kind}: leave it out.")
-    config = _configured(origin, view, stated, given.get("n_heads"))
-    recipes = _with_head(origin, view, recipes, stated)
+    head = labels_of(origin, view, given)
+    config = _configured(origin, view, stated, given.get("n_heads"), head)
+    recipes = recipes if head else _with_head(origin, view, recipes, stated)
     view = View(tensors, recipes)
     config = GPTConfig.from_dict({**config.to_dict(), "tie_embeddings": _HEAD in view.aliases})
     recipes, config = _without_our_zeros(origin, view, recipes, config)
@@ -59,8 +60,8 @@ GPT2Format = functools.partial(Format, architecture="gpt", understand=as_gpt, hi
 
 def crop_vocabulary(tensors: TensorFile, config: Config, vocab_size: int) -> tuple[TensorFile, Config]:
     """A GPT with the first rows of its vocabulary alone."""
-    change = first_rows(vocab_size)
-    recipes = {name: Recipe((name,), change) if name in (_EMBEDDING, _HEAD) else Recipe((name,)) for name in tensors.names}
+    change, tables = first_rows(vocab_size), (_EMBEDDING,) if config.get("labels") else (_EMBEDDING, _HEAD)
+    recipes = {name: Recipe((name,), change) if name in tables else Recipe((name,)) for name in tensors.names}
     return View(tensors, recipes), {**config, "vocab_size": vocab_size}
 
 
@@ -68,21 +69,6 @@ def lora_in(origin: Origin) -> str | None:
     """Why a file with LoRA's matrices is no model by itself; None where there are none."""
     lora = [name for name in origin.unused if ".lora" in name]
     return f"it has LoRA's matrices ({lora[0]}), which have to be merged into the others first" if lora else None
-
-
-def other_head(view: View, origin: Origin) -> str | None:
-    """Why a head is none of a language model's; None where it is one, or there is none."""
-    if _EMBEDDING not in view.shapes:
-        return None
-    if _HEAD not in view.names:
-        others = [name for name in origin.unused if name.removeprefix("model.").startswith(_OTHER_HEADS)]
-        return f"it has {others[0]} in the place of a head: it classifies" if others else None
-    head = shape_of(view, _HEAD)
-    vocabulary = view.shapes[_EMBEDDING][0]
-    has_bias = "out_head.bias" in origin.unused
-    if head[0] != vocabulary or has_bias:
-        return f"its head has {head[0]} rows{' and a bias' if has_bias else ''} for a vocabulary of {vocabulary}: it classifies"
-    return None
 
 
 def numbered_layers(origin: Origin, view: View) -> int:
@@ -99,7 +85,7 @@ def numbered_layers(origin: Origin, view: View) -> int:
     return len(layers)
 
 
-def _configured(origin: Origin, view: View, stated: Stated, n_heads: int | None) -> GPTConfig:
+def _configured(origin: Origin, view: View, stated: Stated, n_heads: int | None, head: Config) -> GPTConfig:
     """The configuration, from what shapes and settings say; they have to agree."""
     path = origin.contents.path
     for name in (_EMBEDDING, _POSITIONS):
@@ -120,7 +106,7 @@ def _configured(origin: Origin, view: View, stated: Stated, n_heads: int | None)
                 f"'{path}' does not fit together: {stated.source} says {stated.names[key]}={stated.config[key]}, and the "
                 f"tensors have {value}. Take the settings that belong to the weights."
             )
-    config = {**{key: value for key, value in stated.config.items() if key != "tie_embeddings"}, **shaped}
+    config = {**{key: value for key, value in stated.config.items() if key != "tie_embeddings"}, **shaped, **head}
     if n_heads is not None:
         if config.setdefault("n_heads", n_heads) != n_heads:
             raise ConfigError(f"{stated.source} says {config['n_heads']} heads, and {n_heads} were given: leave them out.")
