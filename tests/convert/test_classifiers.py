@@ -202,8 +202,9 @@ def review_classifier(**changes: Any) -> nn.Module:
 def test_the_books_classifier_is_read(tmp_path: Path) -> None:
     theirs = review_classifier()
     torch.save(theirs.state_dict(), tmp_path / "review_classifier.pth")
-    with pytest.warns(UserWarning, match="Its 2 labels are called 0 to 1 here: .* give them"):
+    with pytest.warns(UserWarning, match="Its 2 labels are called 0 to 1 here: .* give them") as warned:
         model = library.load_model(tmp_path / "review_classifier.pth")
+    assert any("reads the last place of a row, padding or not" in str(each.message) for each in warned)
     assert model.config.labels == ("0", "1")
     assert model.config.head_bias
     ids = peers.tokens()

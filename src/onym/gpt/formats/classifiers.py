@@ -86,6 +86,11 @@ def labels_of(origin: Origin, view: View, given: Config) -> dict[str, Any]:
             f"Its {rows} labels are called {labels[0]} to {labels[-1]} here: the file does not hold their names, and you can "
             "give them in the head's order (labels= or --labels)."
         )
+    if origin.format is not None and origin.format.name == "book":
+        origin.notes.append(
+            "The script of the book's chapter 6 reads the last place of a row, padding or not, and here a text's last token is "
+            "read: what that script has trained can tell other labels here."
+        )
     return {"labels": labels, "head_bias": _HEAD_BIAS in view.names}
 
 
