@@ -89,7 +89,7 @@ CLASSES: dict[str, tuple[str, Callable[[int], Any]]] = {
 
 @pytest.mark.parametrize("case", CLASSES)
 def test_transformers_opens_a_classifier(case: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     name, of_size = CLASSES[case]
     model = saved(of_size(tokenizer.vocab_size), tmp_path / "ours")
@@ -102,6 +102,8 @@ def test_transformers_opens_a_classifier(case: str, tokenizer: Tokenizer, tmp_pa
     assert [theirs.config.id2label[number] for number in range(3)] == list(LABELS)
     assert theirs.config.num_labels == 3
     ids, mask = padded(tokenizer, theirs.config.pad_token_id)
+    batch = AutoTokenizer.from_pretrained(tmp_path / "hf")([*TEXTS], padding=True, truncation=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], ids), "padded by the tokenizer's own files"
     with torch.no_grad():
         logits = theirs(ids, attention_mask=mask).logits
     assert logits.std() > 0.1, "a lost part would show"
@@ -156,7 +158,8 @@ def test_classifiers_of_transformers_are_read(
 
 def test_names_without_the_prefix_of_transformers(tmp_path: Path) -> None:
     saved(gpt2(97), tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "hf", to="huggingface")
+    report = convert(tmp_path / "ours", tmp_path / "hf", to="huggingface")
+    assert any("No token is known that could pad" in note for note in report.notes), "it has no tokenizer"
     state = load_file(tmp_path / "hf" / "model.safetensors")
     save_file({name.removeprefix("transformer."): value for name, value in state.items()}, tmp_path / "plain.safetensors")
     model = library.load_model(tmp_path / "plain.safetensors", n_heads=4)
@@ -294,6 +297,9 @@ def test_a_bias_that_the_norm_cannot_take_up_is_refused(tmp_path: Path) -> None:
     library.save(model, tmp_path / "dependent")
     with pytest.raises(CheckpointError, match=r"would change logits by 1\. --to book and onym keep it"):
         convert(tmp_path / "dependent", tmp_path / "hf", to="huggingface")
+    library.save(drawn(make_model(gpt2(97, head_bias=True))).bfloat16(), tmp_path / "bf16")
+    with pytest.raises(CheckpointError, match="would change logits by 0"):
+        convert(tmp_path / "bf16", tmp_path / "hf", to="huggingface")
     assert not (tmp_path / "hf").exists()
 
 

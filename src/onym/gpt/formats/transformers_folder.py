@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from onym.convert.registry import Writing
@@ -49,7 +50,7 @@ def folder_texts(writing: Writing, settings: dict[str, Any], kept: tuple[str, ..
     ends = {key: None if isinstance(number, int) and number >= vocabulary else number for key, number in ends.items()}
     padding = {}
     if writing.config.get("labels"):
-        padding = {"pad_token_id": _padding(writing, said.get("pad_token_id"), ends["eos_token_id"])}
+        padding = {"pad_token_id": _padding(writing, said, files, ends["eos_token_id"])}
     else:
         generation = as_json({"_from_model_config": True, **ends})
         files["generation_config.json"] = theirs.get("generation_config.json", generation)
@@ -66,14 +67,28 @@ def folder_texts(writing: Writing, settings: dict[str, Any], kept: tuple[str, ..
     return files
 
 
-def _padding(writing: Writing, said: Any, end: Any) -> int | None:
-    """The token by which transformers' classifiers find where a text ends: the one that pads, or else ends texts."""
-    ends = end if isinstance(end, list) else [end]
-    for number in (said, *ends):
-        if isinstance(number, int) and 0 <= number < writing.config["vocab_size"]:
-            return number
-    writing.notes.append(
-        "No token is known that could pad: set model.config.pad_token_id in transformers to classify several texts at once, or "
-        "give a tokenizer here (--tokenizer)."
-    )
-    return None
+def _padding(writing: Writing, said: Mapping[str, Any], files: dict[str, str], end: Any) -> int | None:
+    """The token by which transformers' classifiers find where a text ends: the one that pads, or else the one that ends texts,
+    which then pads, for the tokenizer's files too.
+
+    Args:
+        said: the source's ``config.json``.
+        files: the tokenizer's files, which are completed.
+        end: the tokens that end a text.
+    """
+    choices = [said.get("pad_token_id"), *(end if isinstance(end, list) else [end])]
+    known = Tokenizer.from_json(writing.tokenizer) if writing.tokenizer is not None else None
+    named = named_tokens(files).get("pad_token")
+    if known is not None:
+        choices.insert(1, known.id_of(named, known.end_of_text))
+    fitting = (number for number in choices if isinstance(number, int) and 0 <= number < writing.config["vocab_size"])
+    pad = next(fitting, None)
+    if pad is None:
+        writing.notes.append(
+            "No token is known that could pad: set model.config.pad_token_id in transformers to classify several texts at "
+            "once, or give a tokenizer here (--tokenizer)."
+        )
+    elif known is not None and named is None and pad == known.end_of_text:
+        settings = parse_json(files["tokenizer_config.json"], "tokenizer_config.json")
+        files["tokenizer_config.json"] = as_json({**settings, "pad_token": known.end_of_text_token})
+    return pad
