@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import onym
+from onym.train.finetune_options import FinetuneOptions
 from onym.train.options import DEFAULT_STEPS, DataOptions, ModelOptions, OptimizationOptions, RunOptions, flag
 from onym.train.run_folder import CHANGEABLE
 
-_SECTIONS = {"data": DataOptions, "model": ModelOptions, "optimization": OptimizationOptions, "run": RunOptions}
+_SECTIONS = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "finetune": FinetuneOptions,
+    "optimization": OptimizationOptions,
+    "run": RunOptions,
+}
 _UNSAID = {
     "steps": str(DEFAULT_STEPS),
     "cache_dir": "the system's folder for caches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ import onym as library
 from onym.cli.config import arguments_of
 from onym.cli.main import main
 from onym.errors import ConfigError
+from onym.train.finetune_options import FinetuneOptions
+from onym.train.options import DataOptions, OptimizationOptions, RunOptions
 from onym.train.run_folder import CHANGEABLE
 from tests.cli.test_train import EAGER, metrics
 from tests.conftest import Run
@@ -109,6 +112,11 @@ def test_what_may_change_is_as_the_guide_says() -> None:
     table = text[text.index("| may change |") : text.index("| may not change |")]
     told = {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)`", table)}
     assert told == CHANGEABLE
+    row = text[text.index("| may not change |") : text.index(": this would be another run")]
+    fixed = {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)`", row)}
+    subjects = (DataOptions, OptimizationOptions, RunOptions, FinetuneOptions)  # the model's are its kind and shape
+    assert told | fixed == {field.name for subject in subjects for field in dataclasses.fields(subject)}
+    assert not told & fixed
 
 
 def test_a_changed_text_is_accepted_once(onym: Run, book: Path, tmp_path: Path) -> None:
