@@ -82,27 +82,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     folder = tmp_path_factory.mktemp("guide")
     write_json(folder / "instruction-data.json", instructions(16, seed=0))
     write_csv(folder / "spam.csv", messages(40, seed=0))
+    shape = ("--context-length", "256", "--emb-dim", "64", "--n-heads", "1")  # heads of 64, as GPT-2's
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("ONYM_CACHE_DIR", str(folder / "cache"))
         patch.setattr(loop, "prove", _proof_in_this_process)
-        assert (
-            main(
-                [
-                    "train",
-                    "--data",
-                    str(write_book(folder)),
-                    "--name",
-                    "base",
-                    *EAGER,
-                    "--context-length",
-                    "256",
-                    "--steps",
-                    "1",
-                ]
-            )
-            == 0
-        )
+        base = ("--data", str(write_book(folder)), "--name", "base", *EAGER, *shape, "--steps", "1")
+        assert main(["train", *base]) == 0
         assert main(["convert", "runs/base", "gpt2", "--to", "huggingface"]) == 0
         yield Done(folder, {" ".join(words): _run(words) for words in FINETUNING if not _is_of_an_export(words)})
 
