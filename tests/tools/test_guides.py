@@ -148,7 +148,6 @@ def test_an_adapter_is_merged_written_beside_its_base_and_written_alone(done: Do
         torch.testing.assert_close(found, merged["trf_blocks.0.att.qkv.weight"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="classifiers in other programs' layouts are not there yet")
 def test_a_classifier_goes_to_other_programs_and_is_read_from_there(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(done.folder)
     printed = [_run(words) for words in FINETUNING if _is_of_an_export(words)]

@@ -142,6 +142,8 @@ def build_trainer(
     micro_batches = schedule.micro_batches(optimization.micro_batch, ranks.world_size)
     batches = TrainingBatches(windows, schedule.batch_size, optimization.seed, sources.weights, (ranks.rank, ranks.world_size))
     seed_all(optimization.seed)
+    if continues and tokenizer_of is not None:
+        require_same_labels(config, tokenizer_of)
     made = make_trained(options, config, sharding, compute, base)
     separator = separator_of(sources, tokenizer, document_mask=optimization.separates_documents)
     if options.finetune.class_weights == "balanced":
@@ -169,6 +171,20 @@ def build_trainer(
         state=TrainState(tokens=sources.key, environment=_environment(compute, ranks, sharding), micro_batch=micro_batches[0]),
         micro_batches=micro_batches,
     )
+
+
+def require_same_labels(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Refuse rows with other labels than a run's: its head has a row for each, in their order.
+
+    Raises:
+        RunError: says which.
+    """
+    before, now = list((checkpoint.config or {}).get("labels", ())), list(config.labels)
+    if before != now:
+        raise RunError(
+            f"The run was started with the labels {', '.join(before)}, and the rows have {', '.join(now)} now: bring them back, "
+            "or start a new run under another --name."
+        )
 
 
 @dataclass(frozen=True)
@@ -215,7 +231,10 @@ def _windows(
     optimization, description = options.optimization, options.data.description
     if isinstance(sources, Examples):
         rows = sources.windows()
-        return make_schedule(optimization, sources.window, len(rows) * sources.window + 1), [rows]
+        schedule = make_schedule(optimization, sources.window, len(rows) * sources.window + 1)
+        # Few rows are few steps: no more than a tenth of them warm up.
+        warmup = min(optimization.warmup_steps, max(1, schedule.steps // 10))
+        return dataclasses.replace(schedule, options=dataclasses.replace(optimization, warmup_steps=warmup)), [rows]
     schedule = make_schedule(optimization, config.context_length, sources.training_tokens)
     padding = tokenizer.end_of_text if optimization.packing == "documents" else None
     windows = sources.windows(config.context_length, schedule.batch_size, description, padding)
