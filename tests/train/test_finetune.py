@@ -360,9 +360,6 @@ def test_rows_may_move_and_labels_may_not_change(onym: Run, base: Path, labelled
     moved = labelled.rename(tmp_path / "moved.csv")
     assert onym("train", "--name", "x", "--steps", 3, "--classify", moved).returncode == 0
     moved.write_text(moved.read_text().replace("ham,", "zzz,"))
-    refused = onym("train", "--name", "x", "--steps", 4)
-    assert refused.returncode == 2
-    assert "has changed" in refused.stderr
     done = onym("train", "--name", "x", "--steps", 4, "--data-changed", "accept")
     assert done.returncode == 2, "its head has learned other labels"
     assert "started with the labels ham, spam, and the rows have spam, zzz now" in done.stderr

@@ -22,9 +22,9 @@ from onym.convert.lazy import mapped_on_disk
 from onym.convert.mapping import TRANSPOSED, Change, Joined, Recipe, Shape, View, made, nbytes, zeros
 from onym.convert.opening import understood
 from onym.convert.registry import Target
+from onym.convert.targets import format_named
 from onym.convert.translation import their_recipes
 from onym.convert.understand import shape_of
-from onym.convert.write import format_named
 from onym.errors import CheckpointError
 from onym.format.pth import write_pickle
 from onym.format.reader import Checkpoint

@@ -21,7 +21,8 @@ from onym.convert.mapping import nbytes
 from onym.convert.opening import open_any
 from onym.convert.registry import Config
 from onym.convert.sources import template_texts
-from onym.convert.write import Report, convert, format_named
+from onym.convert.targets import format_named
+from onym.convert.write import Report, convert
 from onym.errors import CheckpointError, ConfigError, StorageError
 from onym.format.pth import PICKLES
 from onym.format.reader import Checkpoint

@@ -16,20 +16,20 @@ from onym.checkpoint.steps import GoodCheckpoint
 from onym.convert.lazy import compare, lazily, mapped_on_disk, sharded
 from onym.convert.mapping import Recipe, View, counts, nbytes
 from onym.convert.opening import cropped, open_any
-from onym.convert.registry import Config, FileJob, Format, Target, Writing, family_of, formats, targets
+from onym.convert.registry import Config, FileJob, Target, Writing, family_of
 from onym.convert.sources import TEMPLATE_TEXTS, as_json, template_texts
+from onym.convert.targets import choose_target, container_of, format_named, of_one_program, require_architecture, require_used
 from onym.convert.translation import their_recipes
-from onym.errors import CheckpointError, ConfigError, StorageError, nearest
+from onym.errors import CheckpointError, ConfigError, StorageError
 from onym.format.manifest import CONFIG, MODEL, TOKENIZER
-from onym.format.pth import PICKLES, write_pickle
+from onym.format.pth import write_pickle
 from onym.format.reader import Checkpoint
 from onym.format.safetensors import dtype_called
 from onym.format.tensor_writing import Progress
 from onym.format.tensors import TensorFile
 from onym.format.writer import About, write_files, write_folder, write_safetensors
-from onym.storage.paths import NO_MODELS, as_path, ending, is_local, storage_of
+from onym.storage.paths import as_path, is_local, storage_of
 
-_PICKLES = (*PICKLES, ".ckpt")
 _FAR = 1e-5  # of outputs, that a conversion may differ by
 
 
@@ -114,14 +114,14 @@ def convert(
         raise ConfigError(f"'{destination}' is remote: convert to this machine, and copy the result.")
     found = GoodCheckpoint(source) if isinstance(source, Checkpoint) else open_any(source, step, part=part, settings=settings)
     checkpoint = found.checkpoint
-    target, why = _target(to, path, checkpoint)
+    target, why = choose_target(to, path, checkpoint)
     said = str(source.path if isinstance(source, Checkpoint) else source)
     report = Report(said, str(path), target, why, checkpoint.origin.summary() if checkpoint.origin else None)
     if path.exists() or path.is_symlink():
         raise StorageError(f"There is something at '{path}' already: give another name, or remove it.")
     for number, (skipped, reason) in enumerate(found.skipped):
         report.notes.insert(number, f"Passed over '{skipped}': {reason}")
-    _require_used(target, path, shard_bytes, tokenizer, dtype)
+    require_used(target, path, shard_bytes, tokenizer, dtype)
     how = _How(shard_bytes, progress, frozenset(drop), keeps_texts=tokenizer is None, dtype=dtype)
     report.unused = _unused(checkpoint, target, path)
     if target in ("safetensors", "pth"):
@@ -131,7 +131,7 @@ def convert(
             )
         job: _Plain | _Translated = _Plain(checkpoint, path, report, how)
     else:
-        _require_architecture(checkpoint, target)
+        require_architecture(checkpoint, target)
         if vocab_size is not None:
             rows = checkpoint.config["vocab_size"] if checkpoint.config is not None else 0
             checkpoint = cropped(checkpoint, vocab_size)
@@ -152,120 +152,13 @@ def convert(
     return report
 
 
-def format_named(name: str, checkpoint: Checkpoint | None = None) -> Format | None:
-    """The format that ``--to`` names; of several of one program, the one that holds the checkpoint's model."""
-    named = [known for known in formats() if known.target is not None and name in (known.name, known.program)]
-    if checkpoint is not None:
-        config = checkpoint.config
-        named.sort(key=lambda known: known.architecture != checkpoint.architecture)  # its own first
-        for known in named:
-            if known.architecture != checkpoint.architecture or config is None:
-                break
-            if known.target is not None and known.target.refuses(config) is None:
-                return known
-    return named[0] if named else None
-
-
-def _of_one_program(source: Format | None, target: Format | None) -> bool:
-    """Whether the texts beside the weights have the same form."""
-    return source is not None and target is not None and (source.program or source.name) == (target.program or target.name)
-
-
-def _container(target: str) -> str:
-    """``pth``, ``folder`` or ``file``."""
-    known = format_named(target)
-    return known.target.container if known is not None and known.target is not None else "pth" if target == "pth" else "folder"
-
-
-def _target(to: str | None, path: Path, checkpoint: Checkpoint) -> tuple[str, str]:
-    known, kind = targets(), ending(path)
-    if to is not None:
-        if to not in known:
-            raise ConfigError(f"There is no format {to!r}{nearest(to, known)}; there are {', '.join(known)}.")
-        if _container(to) == "pth" and kind not in _PICKLES:
-            raise ConfigError(f"{to} is a file of torch.save: end '{path}' in .pth or .pt.")
-        if format_named(to) is not None and _container(to) == "folder" and kind in (*_PICKLES, ".safetensors"):
-            raise ConfigError(f"{to} is a folder: leave the ending of '{path}' away.")
-        wanted = _ending(to)
-        if wanted and kind != wanted:
-            raise ConfigError(f"{to} is one file: end '{path}' in {wanted}.")
-        if to == "safetensors" and kind in _PICKLES:
-            raise ConfigError(f"'{path}' would be a .safetensors file of another name: end it in .safetensors.")
-        return to, ""
-    if kind == ".safetensors":
-        return "safetensors", "it ends in .safetensors"
-    for known_format in formats():
-        if kind and known_format.target is not None and kind == known_format.target.ending:
-            return known_format.program or known_format.name, f"it ends in {kind}"
-    if kind == ".bin" or kind.endswith(NO_MODELS):
-        raise ConfigError(f"'{kind}' does not say which format is wanted: give --to, one of {', '.join(known)}.")
-    if kind in PICKLES:
-        return "pth", f"it ends in {kind}"
-    if checkpoint.architecture is not None and checkpoint.config is not None:
-        return "onym", "it is a folder, and the model's architecture is known"
-    return "safetensors", "it is a folder"
-
-
-def _ending(target: str) -> str:
-    """How the name of a file must end, for a format that says so."""
-    known = format_named(target)
-    return known.target.ending if known is not None and known.target is not None else ""
-
-
-def _require_used(target: str, path: Path, shard_bytes: int | None, tokenizer: str | None, dtype: str | None) -> None:
-    """Refuse options that would have no effect."""
-    known = format_named(target)
-    dtypes = known.target.dtypes if known is not None and known.target is not None else ()
-    if dtype is not None and not dtypes:
-        raise ConfigError(
-            f"{target} leaves every value as it is: leave --dtype {dtype} out, or choose --to gguf, which rounds."
-        )
-    if dtype is not None and dtype not in dtypes:
-        raise ConfigError(f"{target} has no dtype {dtype!r}{nearest(dtype, dtypes)}; --dtype is one of {', '.join(dtypes)}.")
-    folder = _container(target) == "folder"
-    if shard_bytes is not None and (not folder or target == "onym"):
-        raise ConfigError(f"{target} is one file: leave --shard-size out, or choose --to huggingface or safetensors.")
-    if shard_bytes is not None and path.suffix == ".safetensors":
-        raise ConfigError(f"Shards are files in a folder: leave the ending of '{path}' away, or --shard-size out.")
-    holds = folder or _container(target) == "file"
-    if tokenizer is not None and (not holds or target == "safetensors" or path.suffix == ".safetensors"):
-        raise ConfigError(
-            f"{target} has no place for a tokenizer: leave --tokenizer out, or write a .gguf, or a folder of huggingface or "
-            "onym."
-        )
-
-
-def _require_architecture(checkpoint: Checkpoint, target: str) -> None:
-    """Refuse what cannot be written in a format of its architecture."""
-    known, origin = format_named(target, checkpoint), checkpoint.origin
-    if checkpoint.config is not None and (known is None or known.architecture == checkpoint.architecture):
-        refused = known.target.refuses(checkpoint.config) if known is not None and known.target is not None else None
-        if refused is not None:
-            raise CheckpointError(
-                f"'{checkpoint.path}' cannot be written as {target}, which cannot hold this model: {refused}."
-            )
-        return
-    if origin is not None and origin.problem is not None:
-        raise CheckpointError(origin.problem)
-    if origin is not None and origin.not_ours is not None:
-        raise CheckpointError(
-            f"'{checkpoint.path}' is {origin.kind}, which cannot be written as {target}: "
-            f"{origin.not_ours}. --to safetensors and --to pth write its tensors as they are."
-        )
-    what = (known.architecture if known is not None else None) or "model"
-    raise CheckpointError(
-        f"'{checkpoint.path}' is not a {what} that is known here, so it cannot be written as {target}: --to safetensors "
-        "and --to pth write its tensors as they are, under clean names."
-    )
-
-
 def _unused(checkpoint: Checkpoint, target: str, path: Path) -> list[str]:
     """What a source has besides what the result will have."""
     plain = target in ("safetensors", "pth")
     used = {MODEL}
     if not plain or (target == "safetensors" and path.suffix and checkpoint.origin is None):
         used.add(CONFIG)
-    folder = not plain and _container(target) == "folder"
+    folder = not plain and container_of(target) == "folder"
     if folder and path.suffix != ".safetensors":
         used |= {TOKENIZER, "vocab.json", "merges.txt", *TEMPLATE_TEXTS}
     if checkpoint.manifest is not None:
@@ -273,7 +166,7 @@ def _unused(checkpoint: Checkpoint, target: str, path: Path) -> list[str]:
     if checkpoint.origin is None:
         return []
     contents = checkpoint.origin.contents
-    if folder and _of_one_program(checkpoint.origin.format, format_named(target, checkpoint)):
+    if folder and of_one_program(checkpoint.origin.format, format_named(target, checkpoint)):
         used |= contents.texts.keys()
     texts = [name for name in contents.texts if name not in used] if contents.path.is_dir() else []
     values = [key for key in contents.values if key not in contents.further]
@@ -439,7 +332,7 @@ class _Translated:
 
     def _writing(self) -> Writing:
         origin = self.checkpoint.origin
-        same = origin is not None and _of_one_program(origin.format, self.format) and self.how.keeps_texts
+        same = origin is not None and of_one_program(origin.format, self.format) and self.how.keeps_texts
         own = template_texts(self.checkpoint)  # of adapters merged into a base, theirs
         kept = own if origin is None else {**origin.contents.texts, **own}
         return Writing(

@@ -182,8 +182,8 @@ def require_same_labels(config: ModelConfig, checkpoint: Checkpoint) -> None:
     before, now = list((checkpoint.config or {}).get("labels", ())), list(config.labels)
     if before != now:
         raise RunError(
-            f"The run was started with the labels {', '.join(before)}, and the rows have {', '.join(now)} now: bring them back, "
-            "or start a new run under another --name."
+            f"The run was started with the labels {', '.join(before)}, and the rows have {', '.join(now)} now: bring them "
+            "back, or start a new run under another --name."
         )
 
 

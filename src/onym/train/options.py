@@ -207,8 +207,8 @@ class OptimizationOptions:
     """muon: Muon for the blocks' matrices, AdamW for the rest. auto: muon, but adamw where weights
     are sharded, where a run starts from other weights (--from), and where torch has no Muon (before 2.9)."""
     learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by optimizer and width)")] = None
-    """Peak learning rate. The default is 1e-2 (muon) or 3e-3 (adamw) for models up to 128 wide, and falls as 1/width; a tenth of
-    that for all weights of a model that is fine-tuned on rows."""
+    """Peak learning rate. The default is 1e-2 (muon) or 3e-3 (adamw) for models up to 128 wide, and falls as 1/width; a tenth
+    of that where all weights of a model are fine-tuned on rows."""
     muon_learning_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by --arch)")] = None
     """Peak learning rate of Muon's matrices; it rises and falls with the other. The default is half of that, and for gpt2 the
     same."""
