@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from _measure import save_results
+from _measure import rounds, save_results
 from onym.adapters.lora import LoRA
 from onym.api import load_model
 from onym.checkpoint.checkpointer import Checkpointer
@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": {"emb_dim": 768, "n_heads": 12, "n_layers": 12},
     "tiny": {"emb_dim": 64, "n_heads": 2, "n_layers": 2},
 }
-CONTEXT, ROWS, VOCABULARY, RANK, RATE = 512, 16, 8192, 8, 1e-4
+CONTEXT, ROWS, VOCABULARY, RANK, RATE = 512, 8, 8192, 8, 1e-4
 TARGET = 1.3
 
 
@@ -212,7 +212,7 @@ def main() -> None:
         }
         programs = {name: make() for name, make in makers.items() if given.only is None or name in given.only}
         seconds: dict[str, list[float]] = {name: [] for name in programs}
-        for round_ in range(given.rounds + 1):
+        for round_ in rounds(given.rounds + 1):
             order = list(programs)
             for name in order if round_ % 2 else reversed(order):
                 taken = programs[name](given.steps)

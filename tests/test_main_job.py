@@ -23,7 +23,11 @@ LENGTH, LEARNED = ((), 0.55) if IN_FULL else (("--steps", 300), 0.7)
 # How a model learns to answer, and how many of the answers to unseen questions have to be right. The task is new to all of its
 # layers, which are 128 wide: hence an adapter of rank 32.
 ANSWERING = {
-    "all weights": (("--epochs", 6), 0.9) if IN_FULL else (("--epochs", 3, "--compile", "off"), 0.5),
+    "all weights": (
+        (("--epochs", 6, "--learning-rate", 1e-3), 0.9)
+        if IN_FULL
+        else (("--epochs", 3, "--learning-rate", 1e-3, "--compile", "off"), 0.7)
+    ),
     "an adapter": (("--epochs", 8, "--lora", 32, "--learning-rate", 0.004), 0.9),
 }
 CHOSEN = ANSWERING if IN_FULL else {"all weights": ANSWERING["all weights"]}

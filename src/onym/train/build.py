@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from onym.checkpoint.checkpointer import Checkpointer
+from onym.convert.sources import template_texts
 from onym.data.batches import TrainingBatches, Windows
 from onym.data.cache import LIMIT_BYTES, bound
 from onym.data.examples import Examples
@@ -211,7 +212,8 @@ def prepare_lessons(
     """
     if options.finetune.source is None:
         tokenizer, sources = prepare_data(options, checkpoint, display)
-        return Lessons(tokenizer, sources, options.model.config(tokenizer.vocab_size))
+        texts = template_texts(checkpoint) if checkpoint is not None else {}  # which goes with its tokenizer
+        return Lessons(tokenizer, sources, options.model.config(tokenizer.vocab_size), texts=texts)
     if checkpoint is None:
         assert options.data.tokenizer is not None
         tokenizer = Tokenizer.load(options.data.tokenizer)
