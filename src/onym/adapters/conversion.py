@@ -213,7 +213,9 @@ def _compare_book(adapter: StoredAdapter, source: AdapterSource, path: Path, rep
     assert base.config is not None
     known = format_named("book", base)
     needed = known.target.settings if known is not None and known.target is not None else ()
-    opened = open_any(path, settings={name: base.config[name] for name in needed}, complete=False).checkpoint
+    opened = open_any(
+        path, settings={name: base.config[name] for name in needed if name in base.config}, complete=False
+    ).checkpoint
     again = stored_adapter(opened, adapter.config.scaling_of(adapter.layers[0]))
     assert again is not None
     assert again.base is not None

@@ -117,8 +117,9 @@ def describe_text(run: Path) -> dict[str, Any] | None:
     """What a run was trained on, as run.json says it; None where it says nothing."""
     try:
         about = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        if (rows := about["sources"][0].get("examples")) is not None:
-            return {"rows": str(rows), **_rows_of(Path(rows))}
+        for source in about["sources"]:
+            if (rows := source.get("examples")) is not None:
+                return {"rows": str(rows), **_rows_of(Path(rows))}
         weights = [float(source["weight"]) for source in about["sources"]]
         sources = [
             {"name": str(source["name"]), "share": weight / sum(weights), **_tokens_of(Path(source["token_cache"]))}
