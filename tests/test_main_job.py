@@ -26,7 +26,7 @@ ANSWERING = {
     "all weights": (
         (("--epochs", 6, "--learning-rate", 1e-3), 0.9)
         if IN_FULL
-        else (("--epochs", 3, "--learning-rate", 1e-3, "--compile", "off"), 0.7)
+        else (("--epochs", 2, "--learning-rate", 1e-3, "--compile", "off"), 0.5)
     ),
     "an adapter": (("--epochs", 8, "--lora", 32, "--learning-rate", 0.004), 0.9),
 }

@@ -13,6 +13,7 @@ import onym
 from onym import GPT, GPTConfig, LoRA
 from onym.adapters.conversion import BOOK, PEFT, AdapterSource, write_adapter
 from onym.adapters.merging import adapter_config
+from onym.api import load_checkpoint
 from onym.convert.opening import open_any
 from onym.errors import CheckpointError, ConfigError
 from tests.adapters.test_lora import drawn
@@ -55,11 +56,11 @@ def test_it_is_split_into_base_and_adapters_whose_sum_computes_the_same(book: tu
     path, logits = book
     source = AdapterSource.open(path, alpha=3, settings=HEADS)
     assert source.base is not None
-    assert isinstance(onym.api.load_checkpoint(source.base), GPT)
+    assert isinstance(load_checkpoint(source.base), GPT)
     found = source.fitted()
     assert found.config.rank_of("trf_blocks.0.att.qkv") == 12, "three adapters of rank 4 are one"
-    assert torch.allclose(onym.api.load_checkpoint(source.merged())(TOKENS), logits, atol=1e-5)
-    model: Any = onym.api.load_checkpoint(source.base)
+    assert torch.allclose(load_checkpoint(source.merged())(TOKENS), logits, atol=1e-5)
+    model: Any = load_checkpoint(source.base)
     live = LoRA.apply_to(model, found.layers, found.config)
     onym.load_state_dict(live, found.tensors.state())
     assert torch.allclose(model(TOKENS), logits, atol=1e-5)
@@ -89,7 +90,7 @@ def test_the_same_by_way_of_peft_s_folder(book: tuple[Path, Any], tmp_path: Path
     source = AdapterSource.open(path, alpha=3, settings=HEADS)
     assert source.base is not None
     write_adapter(source, tmp_path / "peft", PEFT)
-    model: Any = onym.api.load_checkpoint(source.base)
+    model: Any = load_checkpoint(source.base)
     LoRA.open(tmp_path / "peft", model)
     assert torch.allclose(model(TOKENS), logits, atol=1e-5)
 
@@ -107,7 +108,7 @@ def test_the_book_opens_ours(tmp_path: Path, alpha: float) -> None:
     opened = the_book_s(4, alpha / 4, tmp_path / "ours.pth")
     with torch.no_grad():
         assert torch.allclose(opened(TOKENS), model(TOKENS), atol=1e-5)
-    again: Any = onym.api.load_checkpoint(AdapterSource.open(tmp_path / "ours.pth", alpha=alpha / 4, settings=HEADS).merged())
+    again: Any = load_checkpoint(AdapterSource.open(tmp_path / "ours.pth", alpha=alpha / 4, settings=HEADS).merged())
     assert torch.allclose(again(TOKENS), model(TOKENS), atol=1e-5)
 
 

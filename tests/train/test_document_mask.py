@@ -166,7 +166,13 @@ def test_an_epoch_is_all_windows(onym: Run, notes: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", [("--document-mask",), ("--packing", "documents")], ids=["mask", "packing"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(("--document-mask",), id="mask", marks=pytest.mark.prove),
+        pytest.param(("--packing", "documents"), id="packing"),
+    ],
+)
 def test_kills_change_nothing(onym_process: Run, notes: Path, tmp_path: Path, option: tuple[str, ...]) -> None:
     options = (*option, "--micro-batch", 2, "--drop-rate", 0.1, "--gradient-checkpointing", "--save-every", 5)
     command = ("tools", "check-resume", "--kills", 2, "--folder", tmp_path / "both", "--data", notes)
