@@ -318,7 +318,7 @@ def test_only_the_weights_that_are_named_train(onym: Run, base: Path, labelled: 
 # -- resuming
 
 TASKS: dict[str, tuple[object, ...]] = {
-    "conversations": ("--sft", "rows.json"),
+    "conversations": ("--sft", "rows.json", "--loss-on", "all"),
     "an adapter with dropout": ("--sft", "rows.json", "--lora", 3, "--lora-dropout", 0.2),
     "labels, some weights": ("--classify", "spam.csv", "--train-only", "trf_blocks.1,out_head", "--class-weights", "balanced"),
 }
@@ -339,7 +339,7 @@ def test_a_run_that_stops_continues_with_the_same_bits(
         patch.setattr(planned_kill, "before", crash)
         with pytest.raises(RuntimeError, match="a machine that fails"):
             onym(*command, "--name", "stopped")
-    done = onym("train", "--name", "stopped")
+    done = onym(*command, "--name", "stopped")
     assert "Continuing after step 5 of 10." in done.stdout, done.stderr
     straight, stopped = (tmp_path / "runs" / name / "checkpoints" / "step-000000010" for name in ("straight", "stopped"))
     for file in ("model.safetensors", "optimizer.safetensors"):

@@ -55,7 +55,8 @@ def parse_options(arguments: list[str]) -> TrainOptions:
         both = before.muon_learning_rate * (rate / before.learning_rate)  # in this order an equal rate changes nothing
         stored = replace(stored, optimization=replace(stored.optimization, muon_learning_rate=both))
     if first.finetune.source is not None:
-        stored = replace(stored, finetune=replace(stored.finetune, sft=None, classify=None))
+        rows = replace(stored.finetune, sft=first.finetune.sft, classify=first.finetune.classify)
+        stored = replace(stored, finetune=rows)
     if options.data.data or options.data.mix:  # two ways to name the text, of which the new one holds
         stored = replace(stored, data=replace(stored.data, data=(), mix=()))
     stored = replace(stored, run=replace(stored.run, data_changed="refuse", time_limit=None))  # each for one start only
