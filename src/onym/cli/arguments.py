@@ -115,7 +115,7 @@ class ChatArguments:
     model: Annotated[Positional[str], _arg("MODEL")]
     """A run, a checkpoint, a file or folder, as for generate."""
     system: Annotated[str, _arg("TEXT", "none")] = ""
-    """What the model is told first: who it is, how it should reply."""
+    """The system message, which comes first: who the model is, how it should reply."""
     chat_template: Annotated[str | None, _arg("chatml|alpaca|FILE", "the model's")] = None
     """How a conversation becomes the model's text, where its folder does not say, or otherwise than it does."""
     max_new_tokens: int = 512

@@ -74,7 +74,7 @@ def run(given: ChatArguments) -> int:
 
 
 def _converse(chat: Chat) -> None:
-    """With somebody at a terminal, until they leave; a mistake of theirs is told and does not end it."""
+    """With somebody at a terminal, until they leave; a mistake of theirs is reported and does not end it."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # input() then has a history and can be edited
     _note("/help lists what can be typed besides messages; Ctrl-D leaves.")

@@ -110,7 +110,7 @@ class ChatTemplate:
         self.special: dict[str, str] = {"bos_token": begin, "eos_token": end, **(special or {})}
         """What the template may call by these names."""
         tokens = {**tokenizer.special_tokens, end: tokenizer.end_of_text}
-        # One of a single character could not be told from text.
+        # One of a single character could not be distinguished from text.
         self._of_text = {name: number for name, number in tokens.items() if len(name) > 1}
         names = sorted(self._of_text, key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -217,7 +217,7 @@ class ChatTemplate:
         if text != self.render(messages, add_generation_prompt=add_generation_prompt):
             raise ConfigError(
                 "The chat template does other things with a message depending on what it says, so its special tokens cannot be "
-                "told from text: change the message, or take another template."
+                "distinguished from text: change the message, or take another template."
             )
         assistants = [number for number, each in enumerate(messages) if each.role == "assistant"]
         if replies is None or len(replies) != len(assistants):

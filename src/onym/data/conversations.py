@@ -1,6 +1,6 @@
 """Conversations in: rows of JSON lines, of one JSON array, or of a table -> messages of a system, a user and an assistant.
 
-Three kinds of rows are known, told apart by their fields:
+Three kinds of rows are known, distinguished by their fields:
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"prompt": "…", "completion": "…"}

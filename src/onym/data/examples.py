@@ -156,14 +156,20 @@ class Examples:
         """None: there is one file, and it was read."""
         return []
 
+    @cached_property
     def windows(self) -> ExampleWindows:
         """What to train on."""
         return ExampleWindows(self.data, np.flatnonzero(~self.data.held_out), self.window, pack=self.pack)
 
+    @cached_property
+    def held_out_windows(self) -> ExampleWindows:
+        """What to evaluate on; planned once, and read at each evaluation."""
+        return ExampleWindows(self.data, np.flatnonzero(self.data.held_out), self.window, pack=self.pack)
+
     def held_out_batches(self, context_length: int, batch_size: int, limit: int) -> list[tuple[str, Iterator[Batch]]]:
         """At most ``limit`` batches of windows with the held-out examples, the same each time; of more windows, some that are
         spread evenly over them, because the first have the longest examples."""
-        windows = ExampleWindows(self.data, np.flatnonzero(self.data.held_out), self.window, pack=self.pack)
+        windows = self.held_out_windows
         chosen = np.arange(len(windows))
         if len(windows) > (most := limit * batch_size):
             chosen = np.arange(most) * len(windows) // most

@@ -42,7 +42,7 @@ class Chat:
         engine: of the model; it has nothing else to do while a reply is written.
         tokenizer: of the model.
         template: None for a base model, which continues the whole text as it stands.
-        system: the first message, by which the model is told what it is.
+        system: the system message, which comes first: what the model is.
         max_new_tokens: of a reply.
         sampling: how its tokens are chosen.
         stop: a reply ends before the first of these strings.

@@ -232,7 +232,7 @@ def _windows(
     """What a sequence of a batch is, and how many of them are trained on."""
     optimization, description = options.optimization, options.data.description
     if isinstance(sources, Examples):
-        rows = sources.windows()
+        rows = sources.windows
         schedule = make_schedule(optimization, sources.window, len(rows) * sources.window + 1)
         # Few rows are few steps: no more than a tenth of them warm up.
         warmup = min(optimization.warmup_steps, max(1, schedule.steps // 10))

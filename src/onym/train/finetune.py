@@ -236,7 +236,7 @@ def _described(rows: Rows) -> str:
             parts.append(f"{about[what]:,} {words}")
     if about["without_reply"]:
         parts.append(f"{plural(about['without_reply'], 'row')} without a token that counts within the context, left out")
-    windows = examples.windows()
+    windows = examples.windows
     parts.append(f"{plural(len(windows), 'window')} of {examples.window} tokens, {windows.padding_share:.1%} padding")
     return "; ".join(parts)
 

@@ -144,7 +144,10 @@ class Stepper:
         if self.separator is None:
             return [None] * len(parts)
         if (weights := self.model.class_weights) is not None:
-            counts = torch.stack([weights[targets[targets != IGNORED_TARGET]].sum() for _, targets in parts])
+            # Without picking out those that count: how many there are would have to be waited for.
+            counts = torch.stack(
+                [torch.where(targets != IGNORED_TARGET, weights[targets.clamp(min=0)], 0).sum() for _, targets in parts]
+            )
         else:
             counts = torch.stack([counted(*part, self.separator) for part in parts]).float()
         return (counts / self.ranks.mean(counts.mean())).unbind()
