@@ -139,14 +139,14 @@ def test_a_part_of_the_held_out_rows_is_like_all_of_them() -> None:
     """The longest rows are put into windows first, so the first windows are no sample."""
     lengths = np.random.default_rng(0).integers(2, TINY.context_length, 400)
     data = example_set([Example([1] * size, [IGNORED_TARGET] * (size - 1) + [size]) for size in lengths.tolist()])
-    examples = Examples("rows", dataclasses.replace(data, held_out=np.ones(400, dtype=bool)), TINY.context_length, False)
+    examples = Examples("rows", dataclasses.replace(data, held_out=np.ones(400, dtype=bool)), TINY.context_length, True)
     means = []
     for limit in (1000, 10):
         ((_, batches),) = examples.held_out_batches(TINY.context_length, 4, limit)
         found = torch.cat([targets[targets != IGNORED_TARGET] for _, targets in batches])
         means.append(float(found.float().mean()))
     assert means[1] == pytest.approx(means[0], rel=0.1)
-    assert len(found) == 40
+    assert 40 < len(found) < 200
 
 
 def test_balanced_weights_give_each_label_the_same_sum() -> None:
