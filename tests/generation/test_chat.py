@@ -132,5 +132,6 @@ def test_what_a_template_refuses_was_not_said(engine: Engine) -> None:
         list(chat.reply("Hi"))
     assert chat.turns == []
     chat.set_system("")
-    assert list(chat.reply("Hi"))
+    list(chat.reply("Hi"))  # empty, if the model draws the end of the turn first
+    assert [turn.content for turn in chat.turns][:1] == ["Hi"]
     assert isinstance(chat.engine.model, onym.GPT)
