@@ -86,6 +86,10 @@ class Event:
     """With the last event of a request: ``"stop"`` at a stop id, or ``"length"``."""
     prompt_logprobs: tuple[float, ...] | None = None
     """With the first one, if asked for: of the prompt's tokens from the second on."""
+    prompt_best: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """With these, if ``logprobs`` are asked for too: the likeliest tokens in each place."""
+    stop_id: int | None = None
+    """With the last one, the stop id that ended the text; ``logprob`` and ``best`` are of its place then."""
 
 
 @dataclass
@@ -106,6 +110,7 @@ class _Slot:
     written: Counter[int] = field(default_factory=Counter)
     draws: random.Random = field(default_factory=random.Random)
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_best: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
     @property
     def decoding(self) -> bool:
@@ -263,7 +268,7 @@ class Engine:
                 prompt = list(request.prompt)
                 slot.request, slot.id, slot.text, slot.written = request, number, prompt, Counter()
                 slot.draws = random.Random(request.seed)
-                slot.prompt_logprobs = []
+                slot.prompt_logprobs, slot.prompt_best = [], []
                 self._begin(slot, prompt[-self.context :], reuse=not request.prompt_logprobs)
 
     def _begin(self, slot: _Slot, tokens: list[int], *, reuse: bool) -> None:
@@ -291,7 +296,10 @@ class Engine:
             start = len(slot.held)
             following = request.prompt[-self.context :][start + 1 : start + 1 + len(chunk)]
             each = torch.tensor(following, dtype=torch.long, device=self.device)[:, None]
-            slot.prompt_logprobs += logits[: len(following)].log_softmax(dim=-1).gather(1, each)[:, 0].tolist()
+            of_prompt = logits[: len(following)].log_softmax(dim=-1)
+            slot.prompt_logprobs += of_prompt.gather(1, each)[:, 0].tolist()
+            if request.logprobs:  # row by row, as what is written
+                slot.prompt_best += [_likeliest(row, request.logprobs) for row in of_prompt]
         if len(chunk) == CHUNK and slot.in_chunks == len(slot.held):
             slot.in_chunks += CHUNK
         slot.held += chunk
@@ -340,20 +348,20 @@ class Engine:
             return choose(changed, request.sampling, slot.draws.random())
 
         token = broadcast_from_rank0(draw, self._sharded)
-        scored = tuple(slot.prompt_logprobs) if request.prompt_logprobs and not slot.written else None
+        normaliser = float(logits.logsumexp(dim=-1))
+        logprob = float(logits[token]) - normaliser
+        best = _likeliest(logits, request.logprobs, normaliser)
+        scored, best_of_prompt = None, ()
+        if request.prompt_logprobs and not slot.written:
+            scored, best_of_prompt = tuple(slot.prompt_logprobs), tuple(slot.prompt_best)
         if token in request.stop_ids:
             number = slot.id
             self._leave(slot)
-            return Event(number, None, finish="stop", prompt_logprobs=scored)
-        normaliser = float(logits.logsumexp(dim=-1))
-        best: tuple[tuple[int, float], ...] = ()
-        if request.logprobs:
-            values, tokens = logits.topk(request.logprobs)
-            best = tuple((int(t), float(v) - normaliser) for t, v in zip(tokens, values, strict=True))
+            return Event(number, None, logprob, best, "stop", scored, best_of_prompt, stop_id=token)
         slot.text.append(token)
         slot.written[token] += 1
         finish: Finish | None = "length" if slot.written.total() == request.max_new_tokens else None
-        event = Event(slot.id, token, float(logits[token]) - normaliser, best, finish, scored)
+        event = Event(slot.id, token, logprob, best, finish, scored, best_of_prompt)
         if finish is not None:
             self._leave(slot)
         elif len(slot.held) == self.context:
@@ -387,6 +395,14 @@ class Engine:
         needed = min(self.context, len(request.prompt) + request.max_new_tokens)
         if needed > self._cache.capacity:
             raise ConfigError(f"{needed} tokens do not fit the engine's capacity of {self._cache.capacity}: make it larger.")
+
+
+def _likeliest(logits: Tensor, count: int, normaliser: float = 0.0) -> tuple[tuple[int, float], ...]:
+    """The tokens with the largest logits [vocab], and these less the normaliser."""
+    if not count:
+        return ()
+    values, tokens = logits.topk(count)
+    return tuple((token, value - normaliser) for token, value in zip(tokens.tolist(), values.tolist(), strict=True))
 
 
 def generate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,10 @@ class Token:
     """Of several texts, whose it is."""
     prompt_logprobs: tuple[float, ...] | None = None
     """With the first one, if asked for: of the prompt's tokens from the second on."""
+    prompt_best: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """With these, the likeliest tokens in each place."""
+    stop_id: int | None = None
+    """The stop token that ended the text, with the last one."""
 
 
 def generate(
@@ -115,26 +119,73 @@ def write(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request]) -> 
     Raises:
         ConfigError: a request is out of range; before the first token.
     """
-    numbers = engine.submit_all(requests)
-    texts = (Text(tokenizer, request.stop) for request in requests)
-    return _written(engine, dict(zip(numbers, enumerate(texts), strict=True)))
+    writer = Writer(engine, tokenizer)
+    return _written(writer, writer.submit_all(requests))
 
 
-def _written(engine: Engine, texts: dict[int, tuple[int, Text]]) -> Iterator[Token]:
-    try:
-        while engine.busy:
-            for event in engine.step():
-                place, text = texts[event.request]
-                finish, piece = event.finish, "" if event.token is None else text.add(event.token)
-                if text.stopped:
-                    engine.cancel(event.request)
-                elif finish is not None:
-                    piece += text.rest()
+class Writer:
+    """Writes texts with an engine that nobody else uses; requests come and go between two steps."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.engine = engine
+        self._tokenizer = tokenizer
+        self._texts: dict[int, Text] = {}
+
+    def submit_all(self, requests: Sequence[Request]) -> list[int]:
+        """The number of each; :attr:`Token.request` of its tokens. See :meth:`Engine.submit_all`."""
+        numbers = self.engine.submit_all(requests)
+        for number, request in zip(numbers, requests, strict=True):
+            self._texts[number] = Text(self._tokenizer, request.stop)
+        return numbers
+
+    def cancel(self, number: int) -> None:
+        """Forget a request, waiting or under way; one that has ended already is no mistake."""
+        self.engine.cancel(number)
+        self._texts.pop(number, None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to write."""
+        return self.engine.busy
+
+    def step(self) -> list[Token]:
+        """What one step of the engine gives."""
+        tokens = []
+        for event in self.engine.step():
+            text = self._texts[event.request]
+            finish, piece = event.finish, "" if event.token is None else text.add(event.token)
+            if text.stopped:
+                finish = "stop"
+            elif finish is not None:
+                piece += text.rest()
                 finish = "stop" if text.stopped else finish
-                yield Token(piece, event.token, event.logprob, event.best, finish, place, event.prompt_logprobs)
+            if finish is not None:
+                self.cancel(event.request)
+            tokens.append(
+                Token(
+                    piece,
+                    event.token,
+                    event.logprob,
+                    event.best,
+                    finish,
+                    event.request,
+                    event.prompt_logprobs,
+                    event.prompt_best,
+                    event.stop_id,
+                )
+            )
+        return tokens
+
+
+def _written(writer: Writer, numbers: Sequence[int]) -> Iterator[Token]:
+    places = {number: place for place, number in enumerate(numbers)}
+    try:
+        while writer.busy:
+            for token in writer.step():
+                yield replace(token, request=places[token.request])
     finally:
-        for number in texts:
-            engine.cancel(number)
+        for number in numbers:
+            writer.cancel(number)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
