@@ -32,6 +32,15 @@ def format_clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def utc(seconds: float) -> str:
+    """A time of the system's clock, as manifests have it.
+
+    >>> utc(0)
+    '1970-01-01T00:00:00Z'
+    """
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
 def format_age(written: str | None) -> str:
     """How long ago a manifest's time (``2026-01-31T12:00:00Z``) was, in words; ``?`` for text that is no time."""
     try:

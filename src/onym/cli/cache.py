@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from onym.cli.arguments import CacheArguments
-from onym.cli.report import print_facts, print_heading, print_json, print_table, utc
+from onym.cli.report import print_facts, print_heading, print_json, print_table
 from onym.cli.text_cache import describe_text, print_text, prune_text
 from onym.compile import cache
 from onym.compile.archive import export_cache, import_cache
 from onym.compile.cache_key import facts, key_of
 from onym.errors import ConfigError
-from onym.units import format_age, format_size, plural
+from onym.units import format_age, format_size, plural, utc
 
 
 def run(given: CacheArguments) -> int:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from blake3 import blake3
 
-from onym.cli.report import bytes_of, print_facts, print_heading, print_table, utc
+from onym.cli.report import bytes_of, print_facts, print_heading, print_table
 from onym.data.survey import SPLITS, Split
 from onym.data.tokens import TOKENIZER, USED, Shard, shards_of
 from onym.errors import DataError
-from onym.units import format_age, format_size, plural
+from onym.units import format_age, format_size, plural, utc
 
 _DESCRIPTION, _FILES = "tokens.json", "files.jsonl"
 _LARGEST, _SKIPPED = 10, 5  # how many are shown

@@ -7,7 +7,6 @@ import math
 import re
 import sys
 import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,11 +45,6 @@ def open_noting(path: str, step: str, *, part: str | None = None, settings: Conf
     for skipped, reason in found.skipped:
         print(f"Passed over '{skipped}': {reason}", file=sys.stderr)
     return found.checkpoint
-
-
-def utc(seconds: float) -> str:
-    """A time of the system's clock, as manifests have it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def print_json(values: Mapping[str, Any]) -> None:

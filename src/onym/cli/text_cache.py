@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from onym.cli.report import print_facts, print_heading, print_table, some, utc
+from onym.cli.report import print_facts, print_heading, print_table, some
 from onym.data.cache import HOUR, LIMIT_BYTES, Entry, Kind, Pruned, entries, prune
-from onym.units import format_age, format_size, parse_size, plural
+from onym.units import format_age, format_size, parse_size, plural, utc
 
 _NOUNS: dict[Kind, str] = {
     "tokens": "token folder",
