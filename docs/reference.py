@@ -105,6 +105,7 @@ _ROOMS = {
     "generation": "Text out, and how likely a text is.",
     "compile": "torch.compile: in place, where it pays, with a cache of its own.",
     "train": "The trainer: the loop, and a file for each thing that it needs.",
+    "serve": "`onym serve`: trained models behind the interface that everybody's clients speak, and the pages.",
     "tools": "What helps before and after a run.",
     "tools/doctor": "This machine, examined.",
     "tools/ladder": "The book's ladder of techniques, measured here.",

@@ -25,7 +25,7 @@ from onym.train.run_folder import DESCRIPTION, METRICS, RUNNING, RunFolder
 from onym.units import utc
 
 KILLED = "killed"
-_TAIL = 8 << 10  # bytes: some 40 rows
+_TAIL = 4 << 10  # bytes: some 20 rows
 _LONGEST_TAIL = 4 << 20
 _LARGEST_DESCRIPTION = 16 << 20
 _HELD_OUT = re.compile(rb'"val_loss": ?(-?[0-9][0-9.eE+-]*)')
@@ -101,6 +101,8 @@ class RunSummarizer:
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
+        self._described, self._measured, self._checkpoints = folder.path / DESCRIPTION, folder.metrics, folder.checkpoints
+        self._first_sample = folder.path / "samples" / "step-000000000.txt"
         self._search = _HeldOutLosses(folder.metrics)
         self._held_out: tuple[Stamp | None, Losses] = (None, (None, None, None))
         self._about: tuple[Stamp | None, dict[str, Any] | None] = (None, None)
@@ -110,7 +112,7 @@ class RunSummarizer:
     def summary(self) -> RunSummary:
         """The run as it is now. Files that did not change since the last call are not read."""
         folder, name = self._folder, self._folder.path.name
-        described, measured = _stamp(folder.path / DESCRIPTION), _stamp(folder.metrics)
+        described, measured = stamp_of(self._described), stamp_of(self._measured)
         try:
             if described is None:
                 return RunSummary(name, "run.json is missing")
@@ -120,7 +122,7 @@ class RunSummarizer:
             if about is None:
                 return RunSummary(name, "run.json is damaged", changed=described[2] / 1e9)
             if measured != self._tail[0]:
-                self._tail = measured, _read_tail(folder.metrics)
+                self._tail = measured, _read_tail(self._measured)
             saved = self._newest_checkpoint()
             ended = about["status"] != RUNNING and "best" in about
             if not ended and measured != self._held_out[0]:
@@ -129,7 +131,7 @@ class RunSummarizer:
         except (OSError, OnymError) as error:
             return RunSummary(name, f"it cannot be read: {error.strerror if isinstance(error, OSError) else error}")
         status, tail, steps_asked = about["status"], self._tail[1], _whole(about.get("steps"))
-        if status == RUNNING and writer_of(folder.checkpoints) is None:
+        if status == RUNNING and writer_of(self._checkpoints) is None:
             status = KILLED
         left = None
         if status == RUNNING and steps_asked is not None and tail.step is not None and tail.seconds_per_step is not None:
@@ -149,15 +151,15 @@ class RunSummarizer:
             eta_seconds=left,
             parameters=_whole(about.get("parameters")),
             saved=saved,
-            started=_changed(folder.path / "samples" / "step-000000000.txt"),
+            started=_changed(self._first_sample),
             changed=max(described[2], measured[2] if measured else 0) / 1e9,
         )
 
     def _newest_checkpoint(self) -> str | None:
-        stamp = _stamp(self._folder.checkpoints)
+        stamp = stamp_of(self._checkpoints)
         if stamp != self._saved[0] or stamp is None:
-            found = steps(self._folder.checkpoints) if stamp is not None else []
-            seconds = _changed(step_folder(self._folder.checkpoints, found[-1])) if found else None
+            found = steps(self._checkpoints) if stamp is not None else []
+            seconds = _changed(step_folder(self._checkpoints, found[-1])) if found else None
             self._saved = stamp, None if seconds is None else utc(seconds)
         return self._saved[1]
 
@@ -179,13 +181,15 @@ class _HeldOutLosses:
         for lines in self._file.read():
             if lines.restarts:
                 self._forget()
+            best_at = None
             for found in _HELD_OUT.finditer(lines.text):
                 with suppress(ValueError):
                     self._newest = float(found[1])
                     if self._best is None or self._newest < self._best:
-                        start, end = lines.text.rfind(b"\n", 0, found.start()) + 1, lines.text.find(b"\n", found.end()) + 1
-                        self._best = self._newest
-                        self._best_step = next((row["step"] for row in _rows(lines.text[start:end])), None)
+                        self._best, best_at = self._newest, found.start()
+            if best_at is not None:
+                start, end = lines.text.rfind(b"\n", 0, best_at) + 1, lines.text.find(b"\n", best_at) + 1
+                self._best_step = next((row["step"] for row in _rows(lines.text[start:end])), None)
         return self._newest, self._best, self._best_step
 
 
@@ -234,7 +238,7 @@ def _read_tail(path: Path) -> _Tail:
 
 def _rows(text: bytes) -> Iterable[dict[str, Any]]:
     """Those with a step that are no events."""
-    for line in text[: text.rfind(b"\n") + 1].splitlines():
+    for line in text[: text.rfind(b"\n") + 1].decode(errors="replace").splitlines():
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
             if type(row) is dict and "event" not in row and _whole(row.get("step")) is not None:
@@ -258,7 +262,8 @@ def _ended_with(about: dict[str, Any]) -> Losses:
     return newest, best, None if best is None else _whole(about.get("best_step"))
 
 
-def _stamp(path: Path) -> Stamp | None:
+def stamp_of(path: Path) -> Stamp | None:
+    """That of a file or folder; None where it is not there."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -267,7 +272,7 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 def _changed(path: Path) -> float | None:
-    stamp = _stamp(path)
+    stamp = stamp_of(path)
     return None if stamp is None else stamp[2] / 1e9
 
 
