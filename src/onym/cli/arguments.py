@@ -162,6 +162,51 @@ class ClassifyArguments:
 
 
 @dataclass(frozen=True)
+class ServeArguments:
+    """Serve models to programs that speak OpenAI's interface, and to people: a page to write in, a page to watch runs on.
+
+    Only this machine can reach it, unless --host says otherwise. Ctrl-C or SIGTERM stops it: texts under way may end first.
+    """
+
+    models: Annotated[Positional[tuple[str, ...]], _arg("[MODEL|RUN|FOLDER ...]", "runs")] = ()
+    """Models as for generate, RUN@STEP for one step of a run; and at most one folder of runs, each of which can be chosen."""
+    model: Annotated[tuple[str, ...], _arg("NAME=PATH …", "none")] = ()
+    """Models under names that you choose."""
+    host: str = "127.0.0.1"
+    """The address to listen at. Others than this machine's own need an API key: 0.0.0.0 is all networks."""
+    port: int = 8000
+    """0 takes a free one."""
+    follow: bool = False
+    """Of a run that is going on, serve each newer step as soon as it is saved. A text that has begun ends on its step."""
+    api_key: Annotated[str | None, _arg("KEY", "$ONYM_API_KEY, else none")] = None
+    """What clients have to send. Others on this machine can see it in the list of processes; see --api-key-file."""
+    api_key_file: Annotated[Path | None, _arg("FILE", "none")] = None
+    """A file that holds the key."""
+    allow_host: Annotated[tuple[str, ...], _arg("NAME …", "none")] = ()
+    """Further names under which the server may be reached; addresses and this machine's name always may."""
+    allow_origin: Annotated[tuple[str, ...], _arg("SITE …", "none")] = ()
+    """Sites whose pages may use the server, as https://example.org; * for all."""
+    slots: int = 8
+    """Texts that are written at once. A text does not depend on what is written beside it."""
+    queue: int = 32
+    """Texts that wait for a slot, for each model; further ones are answered with 429, try again later."""
+    grace: Annotated[str, _arg("DURATION")] = "30s"
+    """How long texts under way may go on when the server is stopped."""
+    chat_template: Annotated[str | None, _arg("chatml|alpaca|FILE", "the model's")] = None
+    """How a conversation becomes the model's text, where its folder does not say, or otherwise than it does."""
+    dtype: Annotated[Dtype, _arg("auto|fp32|bf16|int8", "bf16 where the device multiplies it in hardware, else fp32")] = "auto"
+    """Of the weights. int8 is smaller and rounds them."""
+    compile: Compile = "auto"
+    """Whether a step is compiled; auto: where that was measured to be faster here, and is there already or pays."""
+    tokenizer: Annotated[str | None, _arg("FILE|NAME")] = None
+    """A tokenizer.json or hub name, where the model's folder holds none."""
+    n_heads: _Heads = None
+    rope_base: _Base = None
+    context_length: _Context = None
+    device: _Device = "cpu"
+
+
+@dataclass(frozen=True)
 class EvaluateArguments:
     """Measure how well models predict a text: loss, perplexity, and bits per byte, which compares between tokenizers.
 
@@ -395,6 +440,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": EvaluateArguments,
     "generate": GenerateArguments,
     "chat": ChatArguments,
+    "serve": ServeArguments,
     "classify": ClassifyArguments,
     "runs": RunsArguments,
     "inspect": InspectArguments,

@@ -3,7 +3,7 @@
 Exit codes: 0 done; 1 the answer is no (``verify``: damaged; ``diff``: different; ``tools doctor``: a problem that matters);
 2 the user's input or surroundings are at fault (one sentence on standard error); 3 ``verify`` found nothing damaged, and no
 weights. ``train`` that stopped with everything saved:
-130 by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by its ``--time-limit``.
+130 by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by its ``--time-limit``. ``serve`` ends with the first two.
 
 Arguments are parsed before anything slow is imported: help pages and mistyped options are answered without torch.
 """
@@ -27,6 +27,7 @@ _COMMANDS = {
     "evaluate": "measure how well models predict a text: loss, perplexity, bits per byte",
     "generate": "continue a text with a trained GPT",
     "chat": "converse with a model in the terminal",
+    "serve": "serve models to programs and people: OpenAI's interface, a page to write in, a page of runs",
     "classify": "tell the labels of texts with a trained classifier",
     "runs": "list runs: how far each is, and how well it does; draw their losses",
     "inspect": "show what a file or folder is: steps, tensors, configuration, origin, tokens",

@@ -158,7 +158,8 @@ class Engine:
         if not 1 <= self.slide <= context:
             raise ConfigError(f"slide must be from 1 to the context length {context}, not {slide}.")
         self.context, self.vocab_size = context, model.config.vocab_size
-        self._source, self.device, self._sharded = model, computes_on(model.tok_emb.weight), any_sharded([model])
+        self.device, self._sharded = computes_on(model.tok_emb.weight), any_sharded([model])
+        self._source = model if self._sharded else None  # else it may be freed, where its weights are copied
         self.dtype = None if dtype is None else resolve(dtype, self.device)
         buffers = torch.float32 if self.device.type == "cpu" else model.tok_emb.weight.dtype
         self._cache = Slots(model.config, slots, min(context, capacity or context), self.device, buffers)
@@ -177,6 +178,11 @@ class Engine:
     def model(self) -> CausalLM:
         """With the weights that it computes with."""
         return self._model
+
+    @property
+    def slots(self) -> int:
+        """Texts that are written side by side."""
+        return len(self._slots)
 
     @property
     def compiled(self) -> bool:
@@ -226,7 +232,7 @@ class Engine:
         finally:
             for number in numbers:
                 self.cancel(number)
-            if self._sharded:
+            if self._source is not None:
                 reshard(self._source)
 
     def step(self) -> list[Event]:
@@ -351,9 +357,9 @@ class Engine:
         normaliser = float(logits.logsumexp(dim=-1))
         logprob = float(logits[token]) - normaliser
         best = _likeliest(logits, request.logprobs, normaliser)
-        scored, best_of_prompt = None, ()
-        if request.prompt_logprobs and not slot.written:
-            scored, best_of_prompt = tuple(slot.prompt_logprobs), tuple(slot.prompt_best)
+        first = request.prompt_logprobs and not slot.written
+        scored = tuple(slot.prompt_logprobs) if first else None
+        best_of_prompt = tuple(slot.prompt_best) if first else ()
         if token in request.stop_ids:
             number = slot.id
             self._leave(slot)
