@@ -63,7 +63,7 @@ $(BASE): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Onym needs Python 3.11 or later; $(PYTHON) is older. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(MAKE_VENV)
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[serve]'  # so that the run can be shown
 	@touch $@
 
 # The book's package and LitGPT are references for the tests. The book's package asks for TensorFlow and JupyterLab, which only its

@@ -47,8 +47,6 @@ def export(model: torch.nn.Module, folder: Path) -> None:
     """Write the same weights for each of them."""
     import onym
     from onym.convert.write import convert
-    from onym.data.corpus import Corpus, Document
-    from onym.data.tokenizer import Tokenizer
 
     gpt2 = isinstance(model, onym.GPT)
     onym.save(model, folder / "onym")
@@ -56,11 +54,18 @@ def export(model: torch.nn.Module, folder: Path) -> None:
     if gpt2:
         convert(folder / "onym", folder / "book.pth", to="book")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
-    # llama.cpp opens no model without a tokenizer; it gets token ids, and so any will do.
-    documents = Corpus((str(Path(json.__file__).parent),), suffixes=("py",)).documents()
-    tokenizer = Tokenizer.train([each.text for each in documents if isinstance(each, Document)], 512).to_json()
+    tokenizer = small_tokenizer().to_json()  # llama.cpp opens no model without one
     for kind in ("F32", "F16", "BF16", "Q8_0"):
         convert(folder / "onym", folder / f"{kind}.gguf", to="gguf", dtype=kind.lower(), tokenizer=tokenizer)
+
+
+def small_tokenizer() -> Any:
+    """One for all programs, trained on Python sources: they get token ids, or texts of its words."""
+    from onym.data.corpus import Corpus, Document
+    from onym.data.tokenizer import Tokenizer
+
+    documents = Corpus((str(Path(json.__file__).parent),), suffixes=("py",)).documents()
+    return Tokenizer.train([each.text for each in documents if isinstance(each, Document)], 512)
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -33,7 +33,9 @@ THEIRS: dict[str, Callable[..., object]] = {  # options of functions that are no
 }
 DCP = {"checkpoint_id", "use_collectives"}  # of dcp.save, checked below
 NOT_OURS = re.compile(r"(pip install|docker run|srun|container with|xcode-select|train\.py|\bgit\b)[^.;]*$")
-NO_MESSAGES = {"format/provenance.py", "compile/cache_key.py", "cli/completion.py"}  # arguments of git, a compiler, tyro
+NO_MESSAGES = {  # arguments of git, a compiler, tyro; Prometheus' format
+    *("format/provenance.py", "compile/cache_key.py", "cli/completion.py", "serve/metrics.py"),
+}
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:

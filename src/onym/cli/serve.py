@@ -131,7 +131,7 @@ def _sources(given: ServeArguments) -> tuple[dict[str, Source], Path | None]:
         source = source_of(path)
         name = name or path.rstrip("/").rpartition("/")[2]
         if name in sources:
-            raise ConfigError(f"Two models are called {name!r}: name them yourself, as --model one=PATH two=PATH.")
+            raise ConfigError(f"Two models are called {name!r}: name them yourself, with --model NAME=PATH.")
         sources[name] = source
     return sources, runs
 

@@ -95,6 +95,8 @@ def _summarise(outcome: Outcome, display: Display) -> None:
     else:
         display.note(f"  {command} generate {name} --prompt 'Return the'")
         display.note(f"  {command} evaluate {name}    (bits per byte, which compare with any other model's)")
+    if not classifies:
+        display.note(f"  {command} serve {name}    (a page to write in, a page of runs, OpenAI's interface)")
     if tuning.given is not None:
         merged = ", merged: --unmerged writes base and adapter" if adapter else ""
         display.note(f"  {command} convert {name} {quote(run.name)}-hf --to huggingface    (for transformers{merged})")

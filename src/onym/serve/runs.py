@@ -108,7 +108,7 @@ class RunsApi:
         name = _name(request)
         pieces = await self._in_thread(lambda: self.store.csv(name))
         headers = {"Cache-Control": "no-store", "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name, '')}.csv"}
-        return StreamingResponse(self._pieces(pieces), media_type="text/csv; charset=utf-8", headers=headers)
+        return StreamingResponse(self._pieces(pieces), media_type="text/csv", headers=headers)
 
     async def _pieces(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
         while (piece := await self._in_thread(lambda: next(pieces, None))) is not None:
