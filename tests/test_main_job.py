@@ -39,6 +39,8 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("main_job")
     done = _onym(folder, "train", *LENGTH)
     assert done.returncode == 0, done.stderr
+    for command in ("generate", "serve"):
+        assert f"{command} runs/python-docs" in done.stdout, "the next commands"
     return folder
 
 
