@@ -39,12 +39,24 @@ class Answered(NamedTuple):
 
 
 class Server:
-    """The process. Ends with SIGTERM at the end of the block."""
+    """The process. Ends with SIGTERM at the end of the block.
 
-    def __init__(self, folder: Path, *arguments: object, environment: dict[str, str] | None = None, ready: bool = True) -> None:
+    Args:
+        before: a program that runs in the process first, to shorten its time limits.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+        ready: bool = True,
+        before: str | None = None,
+    ) -> None:
         self.log_path = folder / "serve.log"
         self._log = self.log_path.open("w")
-        command = [sys.executable, "-m", "onym", "serve", *map(str, arguments), "--port", "0"]
+        program = ["-m", "onym"] if before is None else ["-c", f"{before}\nfrom onym.cli.main import program\nprogram()"]
+        command = [sys.executable, *program, "serve", *map(str, arguments), "--port", "0"]
         command += ["--compile", "off", "--dtype", "fp32"]
         own = {"OMP_NUM_THREADS": "1", "ONYM_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", **(environment or {})}
         self.process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -49,12 +50,12 @@ class Service:
     async def completions(self, request: Request) -> ASGIApp:
         """``POST /v1/completions``."""
         asked = read_completion(await self._body(request), self._ignored)
-        return self._answer(CompletionTexts(asked, await self.models.get(asked.model)))
+        return self._answer(await asyncio.to_thread(CompletionTexts, asked, await self.models.get(asked.model)))
 
     async def chat(self, request: Request) -> ASGIApp:
         """``POST /v1/chat/completions``."""
         asked = read_chat(await self._body(request), self._ignored)
-        return self._answer(ChatTexts(asked, await self.models.get(asked.model)))
+        return self._answer(await asyncio.to_thread(ChatTexts, asked, await self.models.get(asked.model)))
 
     async def _body(self, request: Request) -> dict[str, object]:
         if self.draining:
@@ -89,7 +90,7 @@ class Service:
         """``POST /tokenize``."""
         name, text = read_tokenize(await read_json(request))
         model = await self.models.get(name)
-        tokens = model.tokenizer.encode(_as_utf8(text))
+        (tokens,) = await asyncio.to_thread(model.tokenizer.encode_batch, [_as_utf8(text)])  # without the GIL
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": model.context})
 
     async def detokenize(self, request: Request) -> Response:

@@ -15,10 +15,9 @@ import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onym.serve.errors import ApiError, error_response
@@ -33,11 +32,12 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
-_ALWAYS = {
+HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+"""Of every answer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Guard:
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answered = MutableHeaders(scope=message)
-                for name, value in _ALWAYS.items():
+                for name, value in HEADERS.items():
                     answered.setdefault(name, value)
                 if shared and origin is not None:
                     answered["Access-Control-Allow-Origin"] = origin
@@ -103,7 +103,7 @@ class Guard:
 
     def _require_origin(self, headers: Headers, method: str, shared: bool) -> None:
         origin = headers.get("origin")
-        same = origin is None or urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+        same = origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
         cross_site = method != "GET" and headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
         if shared or (same and not cross_site):
             return
@@ -148,6 +148,8 @@ async def read_json(request: Request) -> dict[str, Any]:
                     raise too_large
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {BODY_SECONDS:.0f} seconds.") from None
+    except ClientDisconnect:  # nobody reads this
+        raise ApiError(400, "The client left before its body had arrived.") from None
     try:
         values = json.loads(body, parse_constant=_refuse)
     except RecursionError:

@@ -7,6 +7,7 @@ clients, so they are looked up among those that are there, and no path is ever m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -20,7 +21,7 @@ import torch
 from onym.checkpoint.steps import CHECKPOINTS, steps
 from onym.data.chat_template import ChatTemplate
 from onym.data.tokenizer import Tokenizer
-from onym.errors import CheckpointError, ConfigError, OnymError, nearest
+from onym.errors import CheckpointError, ConfigError, OnymError, StorageError, nearest
 from onym.generation.chat import template_of_model
 from onym.generation.engine import Engine
 from onym.generation.opening import find_model
@@ -195,7 +196,7 @@ class Models:
         base, at, step = name.rpartition("@")
         if name in known:
             return known[name]
-        if at and base in known and known[base].run is not None and re.fullmatch(r"[0-9]{1,12}", step):
+        if at and base in known and known[base].run is not None and step in map(str, _steps_of(known[base].path)):
             return Source(known[base].path, int(step), known[base].run)
         raise ApiError(
             404,
@@ -291,5 +292,9 @@ def _steps_of(run: Path) -> list[int]:
 def _runs_in(served: ServedRuns) -> dict[str, Path]:
     """The runs that have a step, by name, the newest first."""
     found = {name: run.checkpoints for name, run in served.all().items() if served.leads_out(run) is None}
-    ages = {name: folder.stat().st_mtime for name, folder in found.items() if folder.is_dir() and steps(folder)}
+    ages: dict[str, float] = {}
+    for name, folder in found.items():
+        with contextlib.suppress(OSError, StorageError):  # deleted just now
+            if folder.is_dir() and steps(folder):
+                ages[name] = folder.stat().st_mtime
     return {name: found[name].parent for name in sorted(ages, key=lambda name: -ages[name])}

@@ -15,13 +15,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from onym.errors import ConfigError
+from onym.serve.answers import SLOW_SECONDS
 from onym.serve.app import Service, make_app
-from onym.serve.errors import ApiError
-from onym.serve.guard import Access
+from onym.serve.errors import ApiError, error_response
+from onym.serve.guard import HEADERS, Access
 from onym.serve.models import Models, Opening, Source
 from onym.serve.runs import RunsApi
 from onym.serve.worker import Worker
@@ -156,9 +158,10 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(H11Protocol):
-    """One that is closed where a request's headers do not arrive."""
+    """One that is closed where a request's headers do not arrive, or where nobody reads the answer."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -174,9 +177,35 @@ class _Connection(H11Protocol):
             self._deadline = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._unread):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # One that was only closed would wait for ever to send the rest.
+        self._unread = self.loop.call_later(SLOW_SECONDS + _CLOSING_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP has an answer as all others have it; uvicorn's own is a plain text."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
+            error = ApiError(400, "This is no HTTP request, or its headers are larger than 64 KiB.")
+            response = error_response(error)
+            headers = [*response.raw_headers, (b"connection", b"close")]
+            headers += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+            for event in (
+                h11.Response(status_code=400, headers=headers),
+                h11.Data(data=bytes(response.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _await_headers(self) -> None:
         self._deadline = self.loop.call_later(HEADER_SECONDS, self._give_up)
