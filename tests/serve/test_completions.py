@@ -205,15 +205,15 @@ BAD: dict[str, list[Any]] = {
     "top_p": [0, 1.5],
     "top_k": [-2, 1.5],
     "min_p": [2],
-    "repetition_penalty": [0],
+    "repetition_penalty": [0, 1e-300],
     "presence_penalty": ["x"],
     "logit_bias": [[1], {"a": 1}, {"1": 1000}, {"100000": 1}],
-    "seed": [-1, 2**63, 1.5],
+    "seed": [2**63, 1.5],
     "stop": [3, ["a"] * 5, [""], "", ["x" * 1001]],
     "n": [0, 129, True],
     "logprobs": [21, -1],
     "max_tokens": [-1, 0, "many"],
-    "prompt": [[], [""] * 129, [["a"]], [1, "a"], [[]], {"text": "a"}, [-1], [10**9], "\ud800"],
+    "prompt": [[10**4000], [], [""] * 129, [["a"]], [1, "a"], [[]], {"text": "a"}, [-1], [10**9], "\ud800"],
     "stream": ["yes"],
     "stream_options": [True],
     "suffix": ["after"],
@@ -237,6 +237,7 @@ BAD_MESSAGES: list[Any] = [
     *(None, [], "hello", [{"role": "user"}], [{"role": "tool", "content": "x"}], [{"content": "x"}], [7]),
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
     [{"role": "user", "content": "x " * 500}],
+    [{"role": "user", "content": "\ud800"}],
 ]
 
 
@@ -277,3 +278,14 @@ def test_a_client_that_leaves_ends_its_text(served: Server) -> None:
         connection.close()
     served.wait_until_idle()
     assert served.metric("onym_requests_cancelled_total") == before + 10
+
+
+def test_a_request_with_strange_settings_ends_no_other_text(served: Server) -> None:
+    """Every setting that is accepted keeps logits finite: what is not would end the texts beside it."""
+    body: dict[str, Any] = {"model": "talker", "prompt": "the river", "max_tokens": 60, "seed": 7}
+    alone = served.complete(**body)["choices"][0]["text"]
+    chunks = served.stream(**body)
+    begun = [next(chunks)]
+    for strange in ({"repetition_penalty": 0.01}, {"temperature": 1e-40}, {"presence_penalty": -100, "top_p": 1e-9}):
+        assert served.complete(model="talker", prompt="the river", max_tokens=8, **strange)["usage"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in [*begun, *chunks]) == alone

@@ -58,19 +58,24 @@ class Service:
         return self._answer(await asyncio.to_thread(ChatTexts, asked, await self.models.get(asked.model)))
 
     async def _body(self, request: Request) -> dict[str, object]:
-        if self.draining:
-            raise ApiError(503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "5"})
+        self._require_open()
         return await read_json(request)
 
+    def _require_open(self) -> None:
+        if self.draining:
+            raise ApiError(503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "5"})
+
     def _answer(self, texts: Texts) -> Answer:
+        self._require_open()  # it may have begun to stop while the model was opened
         job = self.worker.submit(texts.model.writer, texts.requests)
         self.metrics.prompt_tokens += sum(map(len, texts.prompts))
         return Answer(texts, job, self.metrics)
 
     def _ignored(self, name: str) -> None:
+        name = name[:60]
         if len(self._reported) < 100 and name not in self._reported:
             self._reported.add(name)
-            _LOG.warning("A client sends %r, which this server does not know: it is ignored.", name[:60])
+            _LOG.warning("A client sends %r, which this server does not know: it is ignored.", name)
 
     # -- models and their tokens
 
@@ -118,8 +123,7 @@ class Service:
 
     async def ready(self, request: Request) -> Response:
         """``GET /ready``: it takes texts now."""
-        if self.draining:
-            raise ApiError(503, "The server is shutting down.", headers={"Retry-After": "5"})
+        self._require_open()
         if not self.models.ready:
             raise ApiError(503, "The model is being loaded.", headers={"Retry-After": "2"})
         return json_response({"status": "ready"})
@@ -171,7 +175,7 @@ def make_app(service: Service, access: Access, further: Sequence[BaseRoute] = ()
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _failure},  # type: ignore[dict-item]
     )
     known = {path for _, path, _ in paths}
-    return Guard(_counted(app, service.metrics, known), access)
+    return _counted(Guard(app, access), service.metrics, known)
 
 
 def _counted(app: ASGIApp, metrics: Metrics, known: set[str]) -> ASGIApp:

@@ -74,6 +74,7 @@ class Guard:
                     answered.setdefault(name, value)
                 if shared and origin is not None:
                     answered["Access-Control-Allow-Origin"] = origin
+                    answered["Access-Control-Expose-Headers"] = "Retry-After"
                     answered.add_vary_header("Origin")
                 else:
                     answered.setdefault("Cross-Origin-Resource-Policy", "same-origin")
@@ -81,9 +82,9 @@ class Guard:
 
         try:
             self._require_host(headers.get("host", ""))
-            self._require_origin(headers, scope["method"], shared)
+            self._require_origin(headers, scope["path"], shared)
             if scope["method"] == "OPTIONS" and shared:
-                await _preflight(send_guarded)
+                await _preflight(headers.get("access-control-request-headers", ""), send_guarded)
                 return
             self._require_key(headers, scope["path"])
         except ApiError as error:
@@ -101,10 +102,11 @@ class Guard:
             code="wrong_host",
         )
 
-    def _require_origin(self, headers: Headers, method: str, shared: bool) -> None:
+    def _require_origin(self, headers: Headers, path: str, shared: bool) -> None:
         origin = headers.get("origin")
         same = origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
-        cross_site = method != "GET" and headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
+        # A picture of another page is a GET without an Origin, and could have models opened; a link to a page may be followed.
+        cross_site = not _is_open(path) and headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
         if shared or (same and not cross_site):
             return
         raise ApiError(
@@ -114,7 +116,7 @@ class Guard:
         )
 
     def _require_key(self, headers: Headers, path: str) -> None:
-        if self.access.key is None or path in OPEN_PATHS or path.startswith("/page/"):
+        if self.access.key is None or _is_open(path):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.access.key.encode()):
@@ -165,10 +167,14 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-async def _preflight(send: Send) -> None:
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith("/page/")
+
+
+async def _preflight(asked: str, send: Send) -> None:
     headers = [
         (b"access-control-allow-methods", b"GET, POST"),
-        (b"access-control-allow-headers", b"authorization, content-type"),
+        (b"access-control-allow-headers", asked.encode("latin-1")),  # OpenAI's client sends some of its own
         (b"access-control-max-age", b"600"),
     ]
     await send({"type": "http.response.start", "status": 204, "headers": headers})

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from onym.checkpoint.steps import CHECKPOINTS, steps
+from onym.checkpoint.steps import CHECKPOINTS, step_folder, steps
 from onym.data.chat_template import ChatTemplate
 from onym.data.tokenizer import Tokenizer
 from onym.errors import CheckpointError, ConfigError, OnymError, StorageError, nearest
@@ -29,6 +29,7 @@ from onym.generation.ways import Compile, Dtype
 from onym.generation.write import Writer
 from onym.serve.errors import ApiError
 from onym.serve.run_folders import ServedRuns
+from onym.serve.threads import in_own_thread
 from onym.serve.worker import Worker
 from onym.storage.paths import as_path, is_local
 
@@ -100,7 +101,7 @@ class Models:
     def __init__(self, worker: Worker, sources: Mapping[str, Source], runs: ServedRuns | None, opening: Opening) -> None:
         self._worker, self._sources, self._runs, self._opening = worker, dict(sources), runs, opening
         self._opened: dict[str, ServedModel] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._lock = asyncio.Lock()  # one is opened at a time, so that only so many are in memory
         self.ready = False
         """Whether those that were given at the start are in memory."""
 
@@ -144,7 +145,7 @@ class Models:
             if not self.ready and name in self._sources:
                 raise ApiError(503, "The model is being loaded. Try again in a few seconds.", headers={"Retry-After": "2"})
             source = await asyncio.to_thread(self._find, name)
-            async with self._locks.setdefault(name, asyncio.Lock()):
+            async with self._lock:
                 opened = self._opened.get(name) or await self._open_on_demand(name, source)
         opened.used = time.monotonic()
         return opened
@@ -159,41 +160,59 @@ class Models:
 
     async def follow(self) -> None:
         """Replace models of runs when a newer step is there, for as long as this runs."""
+        tried: dict[str, int] = {}
         while True:
             await asyncio.sleep(FOLLOWED_EVERY)
-            following = {
-                **{name: source for name, source in self._sources.items() if source.run is not None},
-                **{name: opened.source for name, opened in self._opened.items() if opened.source.run is not None},
-            }
-            for name, source in following.items():
-                opened = self._opened.get(name)
-                if source.step != "latest":
+            for name, source in {**{each.name: each.source for each in self.opened}, **self._sources}.items():
+                if source.run is None or source.step != "latest":
                     continue
                 try:
-                    newest = await asyncio.to_thread(_steps_of, source.path)
-                    if newest and (opened is None or opened.step is None or newest[-1] > opened.step):
-                        found = await self._open(name, source)
-                        self._opening.note(f"'{name}' is now step {found.step}.")
-                except (OnymError, OSError) as error:  # being written, or deleted: the one in memory stays
+                    await self._renew(name, source, tried)
+                except Exception as error:  # being deleted, damaged, or too large beside the one in memory, which stays
                     _LOG.warning("'%s' stays as it is: %s", name, error)
 
+    async def _renew(self, name: str, source: Source, tried: dict[str, int]) -> None:
+        newest = (await asyncio.to_thread(_steps_of, source.path) or [-1])[-1]
+        if newest <= tried.get(name, -1):
+            return
+        tried[name] = newest  # one that is damaged is not tried again: an older one would be found each time
+        async with self._lock:
+            before = self._opened.get(name)
+            if (before is None and name not in self._sources) or (before and before.step is not None and before.step >= newest):
+                return
+            opened = await self._open(name, source, expected_tokens=_STEPS if name in self._sources else 0)
+            if before is not None:
+                opened.used = before.used
+            if before is None or opened.step != before.step:
+                self._opening.note(f"'{name}' is now step {opened.step}.")
+
     async def _open_on_demand(self, name: str, source: Source) -> ServedModel:
-        try:
-            opened = await self._open(name, source)
-        except CheckpointError as error:
-            raise ApiError(404, f"'{name}' cannot be served: {error}", param="model", code="model_not_found") from error
-        except OnymError as error:
-            raise ApiError(500, f"'{name}' cannot be served: {error}", param="model") from error
-        on_demand = [each for key, each in self._opened.items() if key not in self._sources and each is not opened]
+        if source.run is not None and not await asyncio.to_thread(_steps_of, source.path):
+            raise ApiError(503, f"{name!r} has no checkpoint yet. Try again later.", headers={"Retry-After": "10"})
+        on_demand = [each for key, each in self._opened.items() if key not in self._sources]
         for each in sorted(on_demand, key=lambda model: model.used)[: max(0, len(on_demand) + 1 - MOST_OPENED)]:
             del self._opened[each.name]
-        return opened
+        try:
+            return await self._open(name, source)
+        except OnymError as error:  # which names paths of this machine
+            _LOG.warning("%r cannot be served: %s", name, error)
+            status, code = (404, "model_not_found") if isinstance(error, CheckpointError) else (500, None)
+            raise ApiError(
+                status, f"{name!r} cannot be opened; the server's log says why. Choose another model.", param="model", code=code
+            ) from error
 
     def _find(self, name: str) -> Source:
         known = dict(self._sources)
         if self._runs is not None:
             known = {run: Source(path, run=run) for run, path in _runs_in(self._runs).items()} | known
         base, at, step = name.rpartition("@")
+        of_folder = (name if name in known else base) not in self._sources
+        if self._runs is not None and of_folder and (run := known.get(name) or known.get(base)) is not None:
+            folder = run.path / CHECKPOINTS
+            if not all(self._runs.is_inside(step_folder(folder, number)) for number in steps(folder)):
+                raise ApiError(
+                    403, f"{name!r} is not served: a link in it leads out of the folder that is served.", param="model"
+                )
         if name in known:
             return known[name]
         if at and base in known and known[base].run is not None and step in map(str, _steps_of(known[base].path)):
@@ -220,7 +239,7 @@ class Models:
             )
             return opened.model, found.tokenizer, template, found.checkpoint
 
-        model, tokenizer, template, checkpoint = await asyncio.to_thread(read)
+        model, tokenizer, template, checkpoint = await in_own_thread(read)
         parameters = sum(weight.numel() for weight in model.parameters())
         made = Writer(
             await self._worker.call(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from onym.data.conversations import Message
+from onym.format.manifest import is_text
 from onym.generation.engine import MOST_LOGPROBS
 from onym.generation.sampling import Sampling
 from onym.serve.errors import ApiError
@@ -184,6 +185,8 @@ def _message(value: Any) -> Message:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise _Wrong("messages whose content is text")
+    if not is_text(content):
+        raise _Wrong("messages whose content is valid UTF-8 text")
     return Message(str(role), content)
 
 
@@ -202,11 +205,11 @@ _COMMON: Table = {
     "top_p": _number(0, 1, above=True),
     "top_k": _integer(-1, 10**9),  # vLLM's -1 is our 0
     "min_p": _number(0, 1),
-    "repetition_penalty": _number(0, 100, above=True),
+    "repetition_penalty": _number(0.01, 100),  # far below, logits are no finite numbers any more
     "presence_penalty": _number(-100, 100),
     "frequency_penalty": _number(-100, 100),
     "logit_bias": _bias,
-    "seed": _integer(0, 2**63 - 1),
+    "seed": _integer(-(2**63), 2**63 - 1),
     "stop": _stops,
     "stop_token_ids": _ids,
     "ignore_eos": _boolean,

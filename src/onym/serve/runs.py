@@ -10,7 +10,6 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -24,6 +23,7 @@ from onym.serve.json_body import json_bytes_response, to_json
 from onym.serve.run_events import MOST_NAMES, RunEvents
 from onym.serve.run_folders import ServedRuns
 from onym.serve.run_store import RunStore
+from onym.serve.threads import in_own_thread
 from onym.train.metrics_file import UNITS, Unit
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class RunsApi:
             )
         self._verifications += 1
         try:
-            answer = await _in_daemon(lambda: self.checkpoints.verify(name, step))
+            answer = await in_own_thread(lambda: self.checkpoints.verify(name, step))
         finally:
             self._verifications -= 1
         return json_bytes_response(to_json(answer))
@@ -134,29 +134,6 @@ class RunsApi:
         if len(names) > MOST_NAMES:
             raise ApiError(400, f"metrics names at most {MOST_NAMES} runs.", param="metrics")
         return await self.events.response(names)
-
-
-async def _in_daemon(call: Callable[[], T]) -> T:
-    """In a thread that does not keep the program from ending: it may read for minutes."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        future.set_exception(error) if error is not None else future.set_result(result)  # type: ignore[arg-type]
-
-    def work() -> None:
-        result, failure = None, None
-        try:
-            result = call()
-        except BaseException as error:
-            failure = error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, failure)
-
-    Thread(target=work, name="onym-verify", daemon=True).start()
-    return await future
 
 
 async def _none_served(request: Request) -> Response:

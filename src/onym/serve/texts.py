@@ -37,13 +37,17 @@ class Texts:
 
     def __init__(self, asked: Asked, model: ServedModel, prompts: Sequence[list[int]]) -> None:
         self.asked, self.model, self.prompts = asked, model, prompts
-        self.seed = random.SystemRandom().randrange(2**32) if asked.seed is None else asked.seed
+        self.seed = random.SystemRandom().randrange(2**32) if asked.seed is None else asked.seed % 2**63
         self.completion_tokens = 0
         self.requests = [
             self._request(ids, self.seed + number * asked.n + sample)
             for number, ids in enumerate(prompts)
             for sample in range(asked.n)
         ]
+        known = model.writer.engine.vocab_size
+        for name, ids in (("logit_bias", asked.logit_bias or ()), *(("prompt", prompt) for prompt in prompts)):
+            if (unknown := next((token for token in ids if not 0 <= token < known), None)) is not None:
+                raise ApiError(400, f"{name} has token {str(unknown)[:20]}: this model's ids are below {known}.", param=name)
         for request in self.requests:
             try:
                 model.writer.engine.check(request)
@@ -275,8 +279,9 @@ class ChatTexts(Texts):
         return {**shown, "top_logprobs": [self._one(number, logprob) for number, logprob in token.best]}
 
     def _one(self, number: int, logprob: float) -> dict[str, Any]:
-        text = token_text(self.model.tokenizer, number)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text = self.model.tokenizer.decode([number])
+        of_token = None if "\ufffd" in text else list(text.encode())
+        return {"token": token_text(self.model.tokenizer, number), "logprob": logprob, "bytes": of_token}
 
 
 def token_text(tokenizer: Tokenizer, number: int) -> str:

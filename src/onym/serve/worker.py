@@ -184,7 +184,8 @@ class Worker:
                 result = function()
             except BaseException as error:
                 failed = error
-            self._loop.call_soon_threadsafe(settle, result, failed)
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(settle, result, failed)
 
         self._calls.put(run)
         return await future
@@ -197,12 +198,15 @@ class Worker:
     # -- in the thread
 
     def _run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
-            while self._take_calls():
-                for writer in list(self._writers):
+        while self._take_calls():
+            for writer in list(self._writers):
+                try:
                     self._step(writer)
-                if not self._writers or time.monotonic() - self._handed_over_at > _TOGETHER:
-                    self._flush()
+                except Exception as error:  # of the device, or of weights that are not finite: the other models go on
+                    _LOG.exception("A step failed")
+                    self._abandon(writer, _as_api_error(error))
+            if not self._writers or time.monotonic() - self._handed_over_at > _TOGETHER:
+                self._flush()
 
     def _take_calls(self) -> bool:
         """Run what was asked for; wait for it where there is nothing to write. False at the end."""
@@ -219,13 +223,7 @@ class Worker:
         if not writer.busy:
             self._writers.discard(writer)
             return
-        try:
-            tokens = writer.step()
-        except Exception as error:  # of the device, or of weights that are not finite: the other models go on
-            _LOG.exception("A step failed")
-            self._abandon(writer, _as_api_error(error))
-            return
-        for token in tokens:
+        for token in writer.step():
             key = (writer, token.request)
             job = self._of_number.pop(key) if token.finish is not None else self._of_number[key]
             self._handed_over.append((job, token))
@@ -248,7 +246,8 @@ class Worker:
 
     def _flush(self) -> None:
         if self._handed_over:
-            self._loop.call_soon_threadsafe(_deliver, self._handed_over)
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
+                self._loop.call_soon_threadsafe(_deliver, self._handed_over)
             self._handed_over = []
         self._handed_over_at = time.monotonic()
 
@@ -267,5 +266,7 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, OnymError):
         return ApiError(500, str(error))
     if is_out_of_memory(error):
-        return ApiError(503, "Out of memory: start the server with fewer --slots.", headers={"Retry-After": "5"})
+        return ApiError(
+            503, "The server is out of memory for this: ask for less at once, or try again later.", headers={"Retry-After": "5"}
+        )
     return ApiError(500, f"The model failed ({type(error).__name__}); the server's log says more.")
