@@ -95,11 +95,7 @@ class Service:
         """``POST /tokenize``."""
         name, text = read_tokenize(await read_json(request))
         model = await self.models.get(name)
-        special = {**model.tokenizer.special_tokens, model.tokenizer.end_of_text_token: model.tokenizer.end_of_text}
-        if text in special:  # lm-eval asks for the id of the end of a text in this way; within a text it is text
-            tokens = [special[text]]
-        else:
-            (tokens,) = await asyncio.to_thread(model.tokenizer.encode_batch, [_as_utf8(text)])  # without the GIL
+        (tokens,) = await asyncio.to_thread(model.tokenizer.encode_batch, [_as_utf8(text)])  # without the GIL
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": model.context})
 
     async def detokenize(self, request: Request) -> Response:
