@@ -145,21 +145,21 @@ metric_list: [{metric: bits_per_byte}]
 """
 
 
-def test_lm_eval_gives_nearly_what_onym_evaluate_gives(
-    served: Server, runs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lm_eval_gives_what_onym_evaluate_gives(runs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It asks for tokens without naming a model, so the server has one."""
     texts = [f"the lamp and the {word}, the stone" for word in ("river", "garden", "island", "letter")]
     (tmp_path / "rolling.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "task.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
     (command,) = blocks("sh", "lm_eval run")
-    for old, new in ((WRITTEN_FOR, served.url), ("lambada_openai", "local_rolling"), ("model=first", "model=talker")):
-        assert old in command
-        command = command.replace(old, new)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     here = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets"), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    run("bash", "-c", f"{command.strip()} --include_path {tmp_path} --output_path {tmp_path / 'out'}", **here)
+    with Server(tmp_path, runs_folder / "first") as server:
+        for old, new in ((WRITTEN_FOR, server.url), ("lambada_openai", "local_rolling"), ("=128", "=64")):
+            assert old in command
+            command = command.replace(old, new)
+        run("bash", "-c", f"{command.strip()} --include_path {tmp_path} --output_path {tmp_path / 'out'}", **here)
     (report,) = (tmp_path / "out").rglob("*.json")
     theirs = json.loads(report.read_text())["results"]["local_rolling"]["bits_per_byte,none"]
-    assert main(["evaluate", str(runs_folder / "talker"), "--data", str(tmp_path / "rolling.jsonl"), "--json"]) == 0
+    assert main(["evaluate", str(runs_folder / "first"), "--data", str(tmp_path / "rolling.jsonl"), "--json"]) == 0
     (ours,) = json.loads(capsys.readouterr().out)["models"]
-    assert theirs == pytest.approx(ours["bits_per_byte"], rel=2e-2)  # another token before the text
+    assert theirs == pytest.approx(ours["bits_per_byte"], rel=1e-4)

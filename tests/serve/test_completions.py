@@ -261,6 +261,10 @@ def test_tokens_and_text(served: Server) -> None:
     assert tokens["tokens"] == chat_model.TOKENIZER.encode("the lamp ☃")
     assert (tokens["count"], tokens["max_model_len"]) == (len(tokens["tokens"]), chat_model.CONTEXT)
     assert served.post("/detokenize", {"model": "talker", "tokens": tokens["tokens"]}).json == {"prompt": "the lamp ☃"}
+    end = served.post("/tokenize", {"model": "talker", "prompt": "<|endoftext|>"}).json["tokens"]
+    assert end == [chat_model.TOKENIZER.end_of_text]
+    within = served.post("/tokenize", {"model": "talker", "prompt": "the <|endoftext|>"}).json["tokens"]
+    assert end[0] not in within
     assert served.post("/detokenize", {"tokens": [320]}).status == 400
     assert served.post("/tokenize", {"prompt": "\ud800"}).status == 400
     info = served.get("/tokenizer_info").json

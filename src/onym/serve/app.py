@@ -95,7 +95,12 @@ class Service:
         """``POST /tokenize``."""
         name, text = read_tokenize(await read_json(request))
         model = await self.models.get(name)
-        (tokens,) = await asyncio.to_thread(model.tokenizer.encode_batch, [_as_utf8(text)])  # without the GIL
+        tokenizer = model.tokenizer
+        special = {**tokenizer.special_tokens, tokenizer.end_of_text_token: tokenizer.end_of_text}
+        if text in special:  # lm-eval asks so for the id of the token that ends a text; within a text its name is text
+            tokens = [special[text]]
+        else:
+            (tokens,) = await asyncio.to_thread(tokenizer.encode_batch, [_as_utf8(text)])  # without the GIL
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": model.context})
 
     async def detokenize(self, request: Request) -> Response:
