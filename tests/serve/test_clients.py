@@ -16,6 +16,7 @@ import pytest
 
 from onym.cli.main import main
 from tests.serve.serving import Server, wait_for
+from tests.tools.test_lm_eval import ROLLING
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 WRITTEN_FOR = "http://127.0.0.1:8000"
@@ -133,23 +134,11 @@ def test_openai_tries_again_where_the_queue_is_full(runs_folder: Path, tmp_path:
             assert asking.result().usage
 
 
-TASK = """
-task: local_rolling
-dataset_path: json
-dataset_kwargs: {data_files: {test: "FOLDER/rolling.jsonl"}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: bits_per_byte}]
-"""
-
-
 def test_lm_eval_gives_what_onym_evaluate_gives(runs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It asks for tokens without naming a model, so the server has one."""
     texts = [f"the lamp and the {word}, the stone" for word in ("river", "garden", "island", "letter")]
     (tmp_path / "rolling.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (tmp_path / "task.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "task.yaml").write_text(ROLLING.replace("FOLDER", str(tmp_path)))
     (command,) = blocks("sh", "lm_eval run")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     here = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets"), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}

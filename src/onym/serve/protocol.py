@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from onym.data.conversations import Message
@@ -25,6 +25,8 @@ MOST_NAME_CHARACTERS = 300
 MOST_TOKENS = 32_768
 """Of a text that is longer than the context."""
 
+_SAMPLING = Sampling(temperature=1.0)  # as OpenAI's
+
 Prompt = str | list[int]
 
 
@@ -35,13 +37,7 @@ class Asked:
     model: str | None = None
     max_tokens: int | None = None
     """None: what is left of the context."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    sampling: Sampling = _SAMPLING
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
@@ -51,11 +47,6 @@ class Asked:
     stream: bool = False
     stream_options: Mapping[str, bool] | None = None
     return_token_ids: bool = False
-
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens are chosen."""
-        return Sampling(**{each.name: getattr(self, each.name) for each in fields(Sampling)})
 
     @property
     def include_usage(self) -> bool:
@@ -203,7 +194,7 @@ _COMMON: Table = {
     "max_tokens": _integer(0, 10**18),  # whether the context holds so many is for the model to say
     "temperature": _number(0, 100),
     "top_p": _number(0, 1, above=True),
-    "top_k": _integer(-1, 10**9),  # vLLM's -1 is our 0
+    "top_k": _integer(-1, 10**9),
     "min_p": _number(0, 1),
     "repetition_penalty": _number(0.01, 100),  # far below, logits are no finite numbers any more
     "presence_penalty": _number(-100, 100),
@@ -323,9 +314,10 @@ def _read(body: Mapping[str, Any], table: Table, unknown: Callable[[str], None])
                 raise _refused(name, f"{name} is not supported here, and would change the text: leave it out")
         elif name not in _IGNORED:
             unknown(name)
-    if values.get("top_k") == -1:
-        values["top_k"] = 0
-    return values
+    given = {each.name: values.pop(each.name) for each in fields(Sampling) if each.name in values}
+    if given.get("top_k") == -1:  # vLLM's word for all of them
+        given["top_k"] = 0
+    return {**values, "sampling": replace(_SAMPLING, **given)} if given else values
 
 
 def _read_value(name: str, value: Any, read: Callable[[Any], Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ Shown = tuple[int, float | None, Best]
 """A token, its log-probability (None of the first one of a prompt), and the likeliest ones in its place."""
 
 
-class Texts:
+class Texts(ABC):
     """What one request asks for.
 
     Raises:
@@ -48,11 +49,6 @@ class Texts:
         for name, ids in (("logit_bias", asked.logit_bias or ()), *(("prompt", prompt) for prompt in prompts)):
             if (unknown := next((token for token in ids if not 0 <= token < known), None)) is not None:
                 raise ApiError(400, f"{name} has token {str(unknown)[:20]}: this model's ids are below {known}.", param=name)
-        for request in self.requests:
-            try:
-                model.writer.engine.check(request)
-            except ConfigError as error:
-                raise ApiError(400, str(error), param="prompt") from error
         self._about = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "object": self.kind,
@@ -93,9 +89,9 @@ class Texts:
             "total_tokens": read + self.completion_tokens,
         }
 
+    @abstractmethod
     def choice(self, place: int, tokens: Sequence[Token], *, chunk: bool) -> dict[str, Any]:
         """One text, or what is new of it."""
-        raise NotImplementedError
 
     def says_something(self, choice: dict[str, Any]) -> bool:
         """Whether a chunk is worth sending."""
@@ -109,8 +105,8 @@ class Texts:
 
     # -- what the engine writes
 
-    def _request(self, ids: list[int], seed: int) -> Request:
-        raise NotImplementedError
+    @abstractmethod
+    def _request(self, ids: list[int], seed: int) -> Request: ...
 
     def _tokens_left(self, ids: list[int], wanted: int | None, *, slide: bool = False) -> int:
         """How many tokens to write at most."""

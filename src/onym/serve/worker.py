@@ -23,11 +23,14 @@ from onym.errors import OnymError, is_out_of_memory
 from onym.generation.engine import Request
 from onym.generation.write import Token, Writer
 from onym.serve.errors import ApiError
+from onym.serve.threads import result_of
 
 T = TypeVar("T")
 
 _TOGETHER = 0.01
 """Seconds of tokens that are handed over at once, after the first: each time costs the step 20 to 60 microseconds."""
+_TURN = 0.001
+"""Seconds that the event loop has for a first or last token before the next step begins."""
 _LOG = logging.getLogger("onym.serve")
 
 
@@ -168,27 +171,7 @@ class Worker:
 
     async def call(self, function: Callable[[], T]) -> T:
         """The result of a function that the thread runs between two steps."""
-        future: asyncio.Future[T] = self._loop.create_future()
-
-        def settle(result: T | None, error: BaseException | None) -> None:
-            if future.cancelled():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
-
-        def run() -> None:
-            result, failed = None, None
-            try:
-                result = function()
-            except BaseException as error:
-                failed = error
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(settle, result, failed)
-
-        self._calls.put(run)
-        return await future
+        return await result_of(function, self._calls.put)
 
     async def close(self) -> None:
         """Let the thread end."""
@@ -206,7 +189,10 @@ class Worker:
                     _LOG.exception("A step failed")
                     self._abandon(writer, _as_api_error(error))
             if not self._writers or time.monotonic() - self._handed_over_at > _TOGETHER:
+                waited_for = self._handed_over_at == 0.0
                 self._flush()
+                if waited_for and self._writers:  # a compiled step holds the GIL to its end
+                    time.sleep(_TURN)
 
     def _take_calls(self) -> bool:
         """Run what was asked for; wait for it where there is nothing to write. False at the end."""

@@ -8,7 +8,7 @@ import { Paper } from "./paper.js";
 import { Continuation, textOf } from "./text.js";
 
 export class Pane {
-  /** `page` gives `sampling`, and is told of changes: changed(), busy(), failed(error, again), chose(). */
+  /** `page` gives `sampling`, and is called on changes: changed(), busy(), failed(error, again), chose(). */
   constructor(page, name) {
     this.page = page;
     this.abort = null;
