@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -498,3 +499,48 @@ def test_no_prompt_is_in_the_log(served: Server) -> None:
     served.wait_until_idle()
     assert "xylophone" not in served.log
     assert "Traceback" not in served.log
+
+
+# -- what a reviewer found
+
+
+def test_a_picture_on_another_site_opens_no_model(served: Server) -> None:
+    """Such a GET has no Origin; a link to a page may be followed from anywhere."""
+    for site in ("cross-site", "same-site"):
+        for path in ("/tokenizer_info?model=first@10", "/v1/models", "/api/runs"):
+            answer = served.get(path, **{"Sec-Fetch-Site": site})
+            assert (answer.status, answer.error["code"]) == (403, "wrong_origin")
+        assert served.get("/", **{"Sec-Fetch-Site": site}).status == 200
+    assert served.get("/v1/models", **{"Sec-Fetch-Site": "same-origin"}).status == 200
+
+
+def test_a_site_that_is_allowed_may_send_the_headers_of_openais_client(runs_folder: Path, tmp_path: Path) -> None:
+    with Server(tmp_path, runs_folder / "talker", "--allow-origin", "https://a.example") as server:
+        asked = {"Origin": "https://a.example", "Access-Control-Request-Headers": "authorization, x-stainless-os"}
+        answer = server.request("OPTIONS", "/v1/completions", headers=asked)
+        assert answer.status == 204
+        assert answer.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+        refused = server.request("OPTIONS", "/v1/completions", headers={**asked, "Origin": "https://b.example"})
+        assert refused.status == 403
+
+
+def test_a_step_that_is_a_link_out_of_the_folder_is_not_opened(runs_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_folder / "first", tmp_path / "runs" / "linked")
+    step = tmp_path / "runs" / "linked" / "checkpoints" / "step-000000030"
+    step.rename(tmp_path / "outside")
+    step.symlink_to(tmp_path / "outside")
+    with Server(tmp_path, tmp_path / "runs") as server:
+        for name in ("linked", "linked@30", "linked@20"):
+            assert server.post("/v1/completions", {"model": name}).status == 403
+
+
+def test_answers_name_no_path_of_this_machine(runs_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_folder / "first", tmp_path / "runs" / "cut")
+    for weights in (tmp_path / "runs" / "cut").rglob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:1000])
+    with Server(tmp_path, tmp_path / "runs") as server:
+        for name in ("cut", "cut@10", "cut@11"):
+            answer = server.post("/v1/completions", {"model": name})
+            assert answer.status == 404
+            assert str(tmp_path) not in answer.body.decode()
+        assert "'cut' cannot be served" in server.log

@@ -278,6 +278,32 @@ def test_a_newer_step_is_served_and_a_text_that_began_ends_on_its_own(runs_folde
         assert "'first' is now step 30." in server.log
 
 
+def test_a_newer_step_that_is_damaged_is_tried_once_and_the_next_one_is_served(runs_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_folder / "first", tmp_path / "runs" / "first")
+    steps = tmp_path / "runs" / "first" / "checkpoints"
+    for step in ("step-000000020", "step-000000030"):
+        (steps / step).rename(tmp_path / step)
+    weights = tmp_path / "step-000000020" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with Server(tmp_path, tmp_path / "runs" / "first", "--follow") as server:
+        (tmp_path / "step-000000020").rename(steps / "step-000000020")
+        wait_for(lambda: "Passed over" in server.log, "the damaged step")
+        (tmp_path / "step-000000030").rename(steps / "step-000000030")
+        wait_for(lambda: server.get("/v1/models/first").json["step"] == 30, "the good step")
+        assert server.log.count("Passed over") == 1
+        assert "is now step 10" not in server.log
+
+
+def test_a_run_without_a_checkpoint_is_asked_for_later(runs_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_folder / "first", tmp_path / "runs" / "first")
+    (tmp_path / "runs" / "first" / "checkpoints").rename(tmp_path / "later")
+    with Server(tmp_path, tmp_path / "runs" / "first", "--follow") as server:
+        answer = server.post("/v1/completions", {"prompt": "the"})
+        assert (answer.status, "retry-after" in answer.headers) == (503, True)
+        (tmp_path / "later").rename(tmp_path / "runs" / "first" / "checkpoints")
+        wait_for(lambda: server.post("/v1/completions", {"prompt": "the", "max_tokens": 1}).status == 200, "the first step")
+
+
 # -- what cannot be served
 
 
