@@ -18,6 +18,7 @@ from pathlib import Path
 
 from _measure import save_results
 from onym.serve.json_body import to_json
+from onym.serve.run_folders import ServedRuns
 from onym.serve.run_store import RunStore
 from onym.train.options import TrainOptions
 from onym.train.run_folder import FINISHED, RUNNING, RunFolder
@@ -51,7 +52,7 @@ def measure(folder: Path, runs: int, rows: int, long: int) -> dict[str, float]:
     for number in range(runs):  # every tenth was killed: its run.json does not know its best loss
         make_run(folder / f"run-{number:04d}", rows, RUNNING if number % 10 == 0 else FINISHED)
     make_run(folder / "long", long, RUNNING)
-    store = RunStore.of_folder(folder)
+    store = RunStore(ServedRuns(folder, alone=False))
     answers: dict[str, Callable[[], object]] = {
         "first list": lambda: store.list_runs(),
         "second list": lambda: store.list_runs(),

@@ -304,8 +304,8 @@ class Engine:
             each = torch.tensor(following, dtype=torch.long, device=self.device)[:, None]
             of_prompt = logits[: len(following)].log_softmax(dim=-1)
             slot.prompt_logprobs += of_prompt.gather(1, each)[:, 0].tolist()
-            if request.logprobs:  # row by row, as what is written
-                slot.prompt_best += [_likeliest(row, request.logprobs) for row in of_prompt]
+            if request.logprobs:
+                slot.prompt_best += _likeliest(of_prompt, request.logprobs)
         if len(chunk) == CHUNK and slot.in_chunks == len(slot.held):
             slot.in_chunks += CHUNK
         slot.held += chunk
@@ -356,7 +356,7 @@ class Engine:
         token = broadcast_from_rank0(draw, self._sharded)
         normaliser = float(logits.logsumexp(dim=-1))
         logprob = float(logits[token]) - normaliser
-        best = _likeliest(logits, request.logprobs, normaliser)
+        best = _likeliest(logits[None], request.logprobs, normaliser)[0] if request.logprobs else ()
         first = request.prompt_logprobs and not slot.written
         scored = tuple(slot.prompt_logprobs) if first else None
         best_of_prompt = tuple(slot.prompt_best) if first else ()
@@ -403,12 +403,11 @@ class Engine:
             raise ConfigError(f"{needed} tokens do not fit the engine's capacity of {self._cache.capacity}: make it larger.")
 
 
-def _likeliest(logits: Tensor, count: int, normaliser: float = 0.0) -> tuple[tuple[int, float], ...]:
-    """The tokens with the largest logits [vocab], and these less the normaliser."""
-    if not count:
-        return ()
+def _likeliest(logits: Tensor, count: int, normaliser: float = 0.0) -> list[tuple[tuple[int, float], ...]]:
+    """Of each row [rows, vocab], the tokens with the largest logits, and these less the normaliser."""
     values, tokens = logits.topk(count)
-    return tuple((token, value - normaliser) for token, value in zip(tokens.tolist(), values.tolist(), strict=True))
+    rows = zip(tokens.tolist(), values.tolist(), strict=True)
+    return [tuple((token, value - normaliser) for token, value in zip(*row, strict=True)) for row in rows]
 
 
 def generate(

@@ -32,6 +32,7 @@ from onym.serve.run_folders import ServedRuns
 from onym.serve.threads import in_own_thread
 from onym.serve.worker import Worker
 from onym.storage.paths import as_path, is_local
+from onym.train.run_folder import DESCRIPTION
 
 MOST_OPENED = 4
 """Models that were opened on demand and stay in memory, besides those that were given at the start."""
@@ -202,27 +203,31 @@ class Models:
             ) from error
 
     def _find(self, name: str) -> Source:
-        known = dict(self._sources)
-        if self._runs is not None:
-            known = {run: Source(path, run=run) for run, path in _runs_in(self._runs).items()} | known
+        if (source := self._known(name)) is not None:
+            return source
         base, at, step = name.rpartition("@")
-        of_folder = (name if name in known else base) not in self._sources
-        if self._runs is not None and of_folder and (run := known.get(name) or known.get(base)) is not None:
-            folder = run.path / CHECKPOINTS
-            if not all(self._runs.is_inside(step_folder(folder, number)) for number in steps(folder)):
-                raise ApiError(
-                    403, f"{name!r} is not served: a link in it leads out of the folder that is served.", param="model"
-                )
-        if name in known:
-            return known[name]
-        if at and base in known and known[base].run is not None and step in map(str, _steps_of(known[base].path)):
-            return Source(known[base].path, int(step), known[base].run)
+        source = self._known(base) if at else None
+        if source is not None and source.run is not None and step in map(str, _steps_of(source.path)):
+            return Source(source.path, int(step), source.run)
+        known = [*self._sources, *(self._runs.all() if self._runs is not None else ())]
         raise ApiError(
             404,
             f"There is no model {name!r}{nearest(name, known)}: GET /v1/models lists those of this server.",
             param="model",
             code="model_not_found",
         )
+
+    def _known(self, name: str) -> Source | None:
+        """What a name without a step is; None where there is nothing of it."""
+        if name in self._sources or self._runs is None:
+            return self._sources.get(name)
+        run = self._runs.all().get(name)
+        if run is None:
+            return None
+        inside = self._runs.leads_out(run) is None
+        if not inside or not all(self._runs.is_inside(step_folder(run.checkpoints, step)) for step in _steps_of(run.path)):
+            raise ApiError(403, f"{name!r} is not served: a link in it leads out of the folder that is served.", param="model")
+        return Source(run.path, run=name)
 
     async def _open(self, name: str, source: Source, expected_tokens: int = 0) -> ServedModel:
         how = self._opening
@@ -241,23 +246,19 @@ class Models:
 
         model, tokenizer, template, checkpoint = await in_own_thread(read)
         parameters = sum(weight.numel() for weight in model.parameters())
-        made = Writer(
-            await self._worker.call(
-                lambda: Engine(
-                    model,
-                    slots=how.slots,
-                    dtype=how.dtype,
-                    compile=how.compile,
-                    expected_tokens=expected_tokens,
-                    note=how.note,
-                )
-            ),
-            tokenizer,
-        )
+        arranged: dict[str, Any] = {
+            "slots": how.slots,
+            "dtype": how.dtype,
+            "compile": how.compile,
+            "expected_tokens": expected_tokens,
+        }
+        engine = await self._worker.call(lambda: Engine(model, **arranged, note=how.note))
         path = as_path(checkpoint.path)
         created = int(path.stat().st_mtime) if is_local(path) else 0
         step = checkpoint.manifest.step if checkpoint.manifest is not None and source.run is not None else None
-        served = ServedModel(name, source, made, tokenizer, template, step, parameters, created, time.monotonic())
+        served = ServedModel(
+            name, source, Writer(engine, tokenizer), tokenizer, template, step, parameters, created, time.monotonic()
+        )
         self._opened[name] = served
         return served
 
@@ -285,7 +286,7 @@ def source_of(path: str) -> Source:
         return Source(base, int(step), base.name)
     if is_local(base) and not base.exists():
         raise ConfigError(f"There is nothing at '{path}': name a run, a checkpoint, a model's folder or file.")
-    is_run = (base / CHECKPOINTS).is_dir() or (base / "run.json").is_file()
+    is_run = (base / CHECKPOINTS).is_dir() or (base / DESCRIPTION).is_file()
     return Source(base, "latest", base.name if is_run else None)
 
 

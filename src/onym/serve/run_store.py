@@ -38,16 +38,6 @@ class RunStore:
         self._versions: dict[str, tuple[Stamp | None, tuple[str, int]]] = {}
         self._listing, self._lock = Lock(), Lock()
 
-    @classmethod
-    def of_folder(cls, folder: Path) -> RunStore:
-        """Of all runs in a folder."""
-        return cls(ServedRuns(folder, alone=False))
-
-    @classmethod
-    def of_run(cls, folder: Path) -> RunStore:
-        """Of one run."""
-        return cls(ServedRuns(folder, alone=True))
-
     def summaries(self) -> dict[str, RunSummary]:
         """All runs, the one that changed last first."""
         with self._listing:
