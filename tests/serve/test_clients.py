@@ -53,11 +53,12 @@ def test_curl(served: Server) -> None:
 
 
 def test_the_openai_package(served: Server) -> None:
+    asked = {"model": "talker", "messages": [{"role": "user", "content": "the lamp"}], "max_tokens": 30, "seed": 1}
+    reply = served.post("/v1/chat/completions", asked).json["choices"][0]["message"]["content"]
+    assert reply
     for script in blocks("python", "import OpenAI"):
         out = run(sys.executable, "-c", script.replace(WRITTEN_FOR, served.url))
-        assert out.strip()
-        if 'completions.create(model="first"' in script:
-            assert out == first_text(served)
+        assert out == (reply + "\n" if "chat.completions" in script else first_text(served))
 
 
 def test_llm(served: Server, tmp_path: Path) -> None:

@@ -188,7 +188,8 @@ class Models:
                 self._opening.note(f"'{name}' is now step {opened.step}.")
 
     async def _open_on_demand(self, name: str, source: Source) -> ServedModel:
-        if source.run is not None and not await asyncio.to_thread(_steps_of, source.path):
+        is_run = source.run is not None and source.step == "latest" and source.path.is_dir()  # else it was deleted just now
+        if is_run and not await asyncio.to_thread(_steps_of, source.path):
             raise ApiError(503, f"{name!r} has no checkpoint yet. Try again later.", headers={"Retry-After": "10"})
         on_demand = [each for key, each in self._opened.items() if key not in self._sources]
         for each in sorted(on_demand, key=lambda model: model.used)[: max(0, len(on_demand) + 1 - MOST_OPENED)]:
