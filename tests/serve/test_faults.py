@@ -279,19 +279,30 @@ def test_a_newer_step_is_served_and_a_text_that_began_ends_on_its_own(runs_folde
 
 
 def test_a_newer_step_that_is_damaged_is_tried_once_and_the_next_one_is_served(runs_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs_folder / "first", tmp_path / "runs" / "first")
-    steps = tmp_path / "runs" / "first" / "checkpoints"
-    for step in ("step-000000020", "step-000000030"):
-        (steps / step).rename(tmp_path / step)
-    weights = tmp_path / "step-000000020" / "model.safetensors"
+    """That another run's steps are served meanwhile shows that it was looked at again."""
+    names = ("step-000000020", "step-000000030")
+    for run in ("first", "other"):
+        shutil.copytree(runs_folder / "first", tmp_path / "runs" / run)
+        (tmp_path / run).mkdir()
+        for name in names:
+            (tmp_path / "runs" / run / "checkpoints" / name).rename(tmp_path / run / name)
+    weights = tmp_path / "first" / names[0] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with Server(tmp_path, tmp_path / "runs" / "first", "--follow") as server:
-        (tmp_path / "step-000000020").rename(steps / "step-000000020")
+
+    def add(run: str, step: int) -> None:
+        name = f"step-{step:09d}"
+        (tmp_path / run / name).rename(tmp_path / "runs" / run / "checkpoints" / name)
+
+    with Server(tmp_path, tmp_path / "runs" / "first", tmp_path / "runs" / "other", "--follow") as server:
+        add("first", 20)
         wait_for(lambda: "Passed over" in server.log, "the damaged step")
-        (tmp_path / "step-000000030").rename(steps / "step-000000030")
-        wait_for(lambda: server.get("/v1/models/first").json["step"] == 30, "the good step")
+        for step in (20, 30):
+            add("other", step)
+            wait_for(lambda step=step: server.get("/v1/models/other").json["step"] == step, "the other run")  # type: ignore[misc]
         assert server.log.count("Passed over") == 1
-        assert "is now step 10" not in server.log
+        assert "'first' is now" not in server.log
+        add("first", 30)
+        wait_for(lambda: server.get("/v1/models/first").json["step"] == 30, "the good step")
 
 
 def test_a_run_without_a_checkpoint_is_asked_for_later(runs_folder: Path, tmp_path: Path) -> None:
