@@ -193,7 +193,7 @@ def main() -> None:
         context = config_of(given.shape).context_length
         for slots in (1, 8):
             asks[f"engine, {slots} slots"] = stack.enter_context(engine(folder, slots))
-            asks[f"onym, {slots} slots"] = stack.enter_context(onym_server(folder, slots, 32))
+            asks[f"onym, {slots} slots"] = stack.enter_context(onym_server(folder, slots, 32, free_port()))
         if importlib.util.find_spec("fastapi") is None:
             print("transformers serve is left out: it needs fastapi (pip install fastapi)", file=sys.stderr)
         else:
@@ -229,8 +229,7 @@ def bf16() -> bool:
     return computes_in_bf16(torch.device("cpu"))
 
 
-def onym_server(folder: Path, slots: int, queue: int) -> Any:
-    port = free_port()
+def onym_server(folder: Path, slots: int, queue: int, port: int) -> Any:
     command = [sys.executable, "-m", "onym", "serve", f"model={folder / 'onym'}", "--port", str(port), "--compile", "on"]
     command += ["--tokenizer", str(folder / "tokenizer.json")]
     return served([*command, "--slots", str(slots), "--queue", str(queue)], port, folder / f"onym-{slots}.log", "model")
@@ -283,8 +282,8 @@ def load(folder: Path, seconds: float) -> None:
     """64 clients that ask without a pause."""
     outcomes: Counter[int] = Counter()
     latencies: list[float] = []
-    with onym_server(folder, 8, 32) as ask:
-        port = ask.__closure__[1].cell_contents  # type: ignore[attr-defined]
+    port = free_port()
+    with onym_server(folder, 8, 32, port):
         end = time.monotonic() + seconds
 
         def keep_asking(number: int) -> None:
