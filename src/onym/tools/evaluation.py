@@ -1,7 +1,7 @@
 """Models of any origin on the same text: held-out loss, perplexity and bits per byte, and the suite's tasks.
 
 Every model reads the same documents, each whole and by itself, whatever its tokenizer and its context. All are opened and
-checked before the first is computed, so that a wrong one is told at once; one is in memory at a time.
+checked before the first is computed, so that a wrong one is reported at once; one is in memory at a time.
 """
 
 from __future__ import annotations
