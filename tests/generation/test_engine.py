@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from onym import GPT, Decoder, DecoderConfig, GPTConfig
 from onym.errors import CheckpointError, ConfigError
-from onym.generation import compiled, engine, steps
+from onym.generation import engine, steps
+from onym.generation.captured import CapturedStep
 from onym.generation.compiled import CompiledStep
 from onym.generation.engine import CHUNK, Engine, Event, Request
 from onym.generation.sampling import Sampling
+from onym.generation.step_function import Known, Measured
 from onym.gpt.causal_lm import CausalLM
 
 GREEDY = Sampling(temperature=0)
@@ -128,8 +130,40 @@ def test_so_are_those_of_a_compiled_step_which_is_compiled_once(compiled_engine:
     assert CompiledStep.made == made + 1, "other weights, lengths, batches and settings are the same function"
 
 
+def as_on_a_gpu(model: CausalLM, compile: str = "auto", **options: object) -> Engine:
+    """An engine whose step is captured, as far as that can be had on a CPU: the same function, called and not replayed."""
+    made = Engine(model, slots=SLOTS, dtype=options.pop("dtype", "fp32"), compile="off", **options)  # type: ignore[arg-type]
+    reasons: list[str] = []
+    with torch.no_grad():
+        made._step_function = steps.captured_step(made.model, made._cache, compile, 0, reasons.append)  # type: ignore[arg-type]
+    assert made.captured, reasons
+    return made
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(sorted(CONFIGS)), st.integers(0, 10**6), st.lists(st.integers(1, 45), min_size=1, max_size=4))
+def test_so_are_those_of_a_captured_step(kind: str, seed: int, lengths: list[int]) -> None:
+    check_against_uncached(random_model(CONFIGS[kind], seed), seed, lengths, lambda model: as_on_a_gpu(model, slide=1))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["eager fp32", "eager bf16", "eager int8", "as it is", "compiled"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_a_captured_step_that_is_compiled_first_gives_the_same_logits(
+    kind: str, dtype: str, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONYM_CACHE_DIR", str(cache_folder))
+    model = random_model(CONFIGS[kind], 2)
+    made = {compile: as_on_a_gpu(model, compile, dtype=dtype) for compile in ("auto", "on")}
+    assert [each.compiled for each in made.values()] == [False, True]
+    requests = [Request([3, 1, 4], 12, GREEDY, logprobs=20), Request([9] * 20, 8, GREEDY, logprobs=20)]
+    expected, found = ([event.best for event in each.run(requests)] for each in made.values())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert dict(ours) == pytest.approx(dict(theirs), abs=1e-4 if dtype == "fp32" else 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["eager fp32", "eager bf16", "eager int8", "as it is", "compiled", "captured"])
 def test_a_text_is_the_same_whatever_is_written_beside_it(
     way: str, compiled_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +175,8 @@ def test_a_text_is_the_same_whatever_is_written_beside_it(
     def make() -> Engine:
         if way == "compiled":
             return compiled_engine(model)
+        if way == "captured":
+            return as_on_a_gpu(model)
         dtype = None if way == "as it is" else way.removeprefix("eager ")
         return Engine(model, slots=SLOTS, dtype=dtype, compile="off")  # type: ignore[arg-type]
 
@@ -254,19 +290,51 @@ def test_a_step_that_does_not_compile_is_told_and_done_without(
     assert len(texts(made, [Request([1], 5)])[0]) == 5
 
 
+class FakeStep:
+    """Has nothing but what the decision asks of a step."""
+
+    def __init__(self, compiled: bool) -> None:
+        self.compiled, self.known = compiled, Known(None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("known", "expected", "compiled"),
+    [
+        (None, 10, False),  # nothing is known, and it would not pay
+        (None, 10**9, True),
+        (Measured(5.0, 0.02, 0.01), 100, True),
+        (Measured(5.0, 0.02, 0.01), 10**9, True),
+        (Measured(5.0, 0.1, 0.05), 10**9, False),
+    ],
+)
+def test_what_was_measured_decides_whether_a_captured_step_is_compiled_first(
+    known: Measured | None, expected: int, compiled: bool, tiny: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Engine(tiny.eval(), dtype="fp32", compile="off")
+    remembered: list[Measured] = []
+    monkeypatch.setattr(Known, "recall", lambda _: known)
+    monkeypatch.setattr(Known, "remember", lambda _, measured: remembered.append(measured))
+    seconds = iter([0.04, 0.001])
+    monkeypatch.setattr(steps, "_seconds", lambda *_: next(seconds))
+    monkeypatch.setattr(steps, "CapturedStep", lambda *_, compiled: FakeStep(compiled))
+    step = steps.captured_step(made.model, made._cache, "auto", expected, lambda _: None)
+    assert step is not None
+    assert step.compiled == bool(remembered) == compiled
+
+
 @pytest.mark.parametrize(
     ("known", "expected_tokens", "way"),
     [
         (None, 10, "off"),  # nothing is known, and it would not pay
-        (compiled.Measured(40.0, 0.02, 0.01), 1, "load"),
-        (compiled.Measured(40.0, 0.01, 0.02), 10**9, "off"),
+        (Measured(40.0, 0.02, 0.01), 1, "load"),
+        (Measured(40.0, 0.01, 0.02), 10**9, "off"),
     ],
 )
 def test_what_was_measured_decides(
-    known: compiled.Measured | None, expected_tokens: int, way: str, tiny: GPT, monkeypatch: pytest.MonkeyPatch
+    known: Measured | None, expected_tokens: int, way: str, tiny: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
-    monkeypatch.setattr(CompiledStep, "recall", lambda _: known)
+    monkeypatch.setattr(Known, "recall", lambda _: known)
     monkeypatch.setattr(CompiledStep, "load", lambda self: loaded.append(self) is None)
     monkeypatch.setattr(steps, "_seconds", lambda *_: 0.001)
     made = Engine(tiny.eval(), dtype="fp32", expected_tokens=expected_tokens)

@@ -106,7 +106,7 @@ def test_what_cannot_work_is_refused(tiny: GPT, arguments: dict[str, object], me
 def draws(sampling: Sampling, count: int = 4000) -> torch.Tensor:
     """How often each of four tokens with probabilities 0.4, 0.3, 0.2, 0.1 is chosen."""
     logits, uniform = torch.tensor([0.4, 0.3, 0.2, 0.1]).log(), random.Random(0)
-    chosen = torch.tensor([choose(logits, sampling, uniform.random()) for _ in range(count)])
+    chosen = torch.stack([choose(logits, sampling, uniform.random()) for _ in range(count)])
     return torch.bincount(chosen, minlength=4) / count
 
 

@@ -45,9 +45,9 @@ def test_what_can_be_drawn_and_how_likely(how: Sampling, size: int, seed: int, s
     with pytest.MonkeyPatch.context() as patch:
         if small_prefixes:
             patch.setattr(sampling, "_PREFIXES", (2, 5))
-        tokens, weights = sampling._candidates(logits, float(logits.max()), how)
+        tokens, weights = sampling._candidates(logits, logits.max(), how)
     found = torch.zeros(size, dtype=torch.float64)
-    found[torch.arange(size) if tokens is None else tokens] = weights / weights.sum()
+    found[torch.arange(size) if tokens is None else tokens] = weights.double() / weights.sum()
     # A token at the very edge of a nucleus may fall on either side.
     expected = by_definition(logits, how)
     edge = ((found > 0) != (expected > 0)).sum()
@@ -62,7 +62,7 @@ def test_what_can_be_drawn_and_how_likely(how: Sampling, size: int, seed: int, s
 def test_draws_are_of_that_distribution(how: Sampling) -> None:
     """Chi-square of 50,000 draws with a fixed seed; below what one of a million true samplers exceeds."""
     logits, draws, count = torch.linspace(-1.5, 1.5, 12)[torch.randperm(12)], random.Random(5), 50_000
-    seen = Counter(choose(logits, how, draws.random()) for _ in range(count))
+    seen = Counter(int(choose(logits, how, draws.random())) for _ in range(count))
     expected = by_definition(logits, how) * count
     assert set(seen) == set(expected.nonzero()[:, 0].tolist())
     chi_square = sum((seen[token] - float(expected[token])) ** 2 / float(expected[token]) for token in seen)
@@ -72,7 +72,7 @@ def test_draws_are_of_that_distribution(how: Sampling) -> None:
 def test_neither_end_of_a_draw_takes_what_cannot_be_drawn() -> None:
     logits = torch.tensor([-1000.0, 0.0, -1000.0, 1.0, -1000.0])
     for how in (Sampling(1.0), Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.99), Sampling(1.0, min_p=0.01)):
-        assert {choose(logits, how, uniform) for uniform in (0.0, 1e-300, 0.5, 1 - 2**-53)} == {1, 3}
+        assert {int(choose(logits, how, uniform)) for uniform in (0.0, 1e-300, 0.5, 1 - 2**-53)} == {1, 3}
 
 
 def test_penalties_and_biases() -> None:

@@ -18,6 +18,7 @@ class Slots:
     """Buffers for ``slots`` texts of up to ``capacity`` tokens.
 
     fp32 on a CPU, whatever the weights are: attention of one query is 5 to 8 times slower there in bf16 (docs/performance.md).
+    On a GPU, which reads all of them for each token, they are as narrow as the weights.
     Positions come first, so that those that are held are one piece of memory.
     """
 
@@ -62,8 +63,8 @@ class OneStep:
     Args:
         keys, values: of each layer [positions, slots, groups, head_dim].
         positions: [slots] int64, where the new tokens stand.
-        lengths: tokens of each slot, the new one included, 0 where it writes nothing; without them (compiled), a mask over all
-            positions does the same.
+        lengths: tokens of each slot, the new one included, 0 where it writes nothing; without them (compiled or captured), a
+            mask over all positions does the same.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class OneStep:
         slots, heads, _, head_dim = q.shape
         keys, values = self.keys[layer], self.values[layer]
         if self.lengths is None:
-            return self._compiled(keys, values, q, k, v)
+            return self._masked(keys, values, q, k, v)
         y = torch.zeros(slots, heads, 1, head_dim, device=q.device, dtype=keys.dtype)
         grouped = q.to(keys.dtype).view(slots, keys.shape[2], -1, head_dim)  # the queries that read the same keys
         for slot, length in enumerate(self.lengths):
@@ -99,16 +100,19 @@ class OneStep:
                 y[slot] = part.view(heads, 1, head_dim)
         return y
 
-    def _compiled(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The formula: the compiler makes loops of it that read keys and values once."""
+    def _masked(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slots, heads, _, head_dim = q.shape
         each = torch.arange(slots, device=q.device)
         keys[self.at, each] = k[:, :, 0].to(keys.dtype)
         values[self.at, each] = v[:, :, 0].to(values.dtype)
-        keys, values = keys.permute(1, 2, 0, 3)[:, :, None], values.permute(1, 2, 0, 3)[:, :, None]
-        grouped = q.float().view(slots, keys.shape[1], -1, 1, head_dim) * head_dim**-0.5
-        scores = (grouped * keys.float()).sum(-1)  # [slots, groups, heads / groups, positions]
-        hidden = torch.arange(keys.shape[3], device=q.device) > self.at[:, None, None, None]
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        y: Tensor = (weights[..., None] * values.float()).sum(-2)  # [slots, groups, heads / groups, head_dim]
+        keys, values = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)  # [slots, groups, positions, head_dim]
+        hidden = torch.arange(keys.shape[2], device=q.device) > self.at[:, None, None, None]
+        grouped = q.view(slots, keys.shape[1], -1, head_dim)  # [slots, groups, heads / groups, head_dim]
+        if not torch.compiler.is_compiling():
+            seen = F.scaled_dot_product_attention(grouped.to(keys.dtype), keys, values, attn_mask=~hidden)
+            return seen.reshape(slots, heads, 1, head_dim).to(q.dtype)
+        # The formula: the compiler makes loops of it that read keys and values once.
+        scores = (grouped.float()[:, :, :, None] * head_dim**-0.5 * keys.float()[:, :, None]).sum(-1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)  # [slots, groups, heads / groups, positions]
+        y: Tensor = (weights[..., None] * values.float()[:, :, None]).sum(-2)  # [slots, groups, heads / groups, head_dim]
         return y.view(slots, heads, 1, head_dim)

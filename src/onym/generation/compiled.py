@@ -5,22 +5,16 @@ of compiled code (:mod:`onym.compile.cache`). The weights are arguments of it, s
 are a tensor, and how many of them are attended to may differ from step to step, so nothing is ever compiled again. The next
 process loads it in hundredths of a second, where ``torch.compile`` would trace for 4 to 6 (docs/performance.md).
 
-Beside it lies what it took and gave::
-
     <cache>/compiled/<key>/decode/<hash>.pt2     the function
-    <cache>/compiled/<key>/decode/<hash>.json    {"seconds": 40.6, "eager": 0.024, "compiled": 0.0127}
+    <cache>/compiled/<key>/decode/<hash>.json    what it took and gave, see :mod:`onym.generation.step_function`
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import os
 import tempfile
 import warnings
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from onym.compile.cache import open_folder, warm_start
-from onym.errors import StorageError
-from onym.generation.cache import ROUND, OneStep, Slots
+from onym.compile.cache import warm_start
+from onym.generation.cache import ROUND, Slots
+from onym.generation.step_function import Known, Step, weights_of
 from onym.gpt.causal_lm import CausalLM
 from onym.storage.paths import replace_file
-
-
-class _Step(nn.Module):
-    def __init__(self, model: CausalLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        hidden = self.model.hidden_states(tokens[:, None], OneStep(keys, values, positions))
-        return self.model.out_head(hidden)[:, 0]  # type: ignore[no-any-return]  # [slots, vocab]
 
 
 class _Pure(nn.Module):
     """The same with the weights as an argument. It holds the module out of sight, so that they are no constants of it."""
 
-    def __init__(self, step: _Step) -> None:
+    def __init__(self, step: Step) -> None:
         super().__init__()
         self.step = (step,)
 
@@ -56,15 +40,6 @@ class _Pure(nn.Module):
         self, weights: dict[str, Tensor], tokens: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]
     ) -> Tensor:
         return functional_call(self.step[0], weights, (tokens, positions, keys, values))  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What compiling a step took, and what a step takes, in seconds."""
-
-    seconds: float
-    eager: float
-    compiled: float
 
 
 class CompiledStep:
@@ -77,11 +52,12 @@ class CompiledStep:
 
     made = 0
     """How many this process has compiled."""
+    compiled = True
 
     def __init__(self, model: CausalLM, slots: Slots) -> None:
-        step = _Step(model)
-        self._step, self._slots = step, slots
-        self._weights = {**dict(step.named_parameters(remove_duplicate=False)), **dict(step.named_buffers())}
+        self._step, self._slots = Step(model), slots
+        self._weights = weights_of(self._step)
+        self.known = Known(self._step, slots)
         self._function: Any = None
 
     def __call__(self, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
@@ -90,33 +66,12 @@ class CompiledStep:
         logits: Tensor = self._function([*self._weights.values(), tokens, positions, *keys, *values])[0]
         return logits
 
-    @functools.cached_property
-    def _path(self) -> Path:
-        """Named by everything that the function depends on; what depends on the machine is in the folder's name."""
-        shapes = {name: [list(weight.shape), str(weight.dtype)] for name, weight in self._weights.items()}
-        buffers = [list(self._slots.keys.shape[2:]), str(self._slots.keys.dtype), str(self._slots.keys.device)]
-        key = json.dumps([self._step.model.config.to_dict(), shapes, buffers, _source()], sort_keys=True, default=str)
-        folder = open_folder() / "decode"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt2"
-
-    def recall(self) -> Measured | None:
-        """What is known of it here; None where it was never compiled."""
-        with suppress(OSError, ValueError, TypeError, StorageError):
-            return Measured(**json.loads(self._path.with_suffix(".json").read_text(encoding="utf-8")))
-        return None
-
-    def remember(self, measured: Measured) -> None:
-        """For the next process."""
-        with suppress(OSError, StorageError):
-            replace_file(self._path.with_suffix(".json"), json.dumps(asdict(measured)))
-
     def load(self) -> bool:
         """Take the function from the cache; whether it is there."""
         with suppress(Exception):  # whatever is wrong with it: it is made anew
-            if self._path.exists():
-                self._function = _loaded(self._path)
-                os.utime(self._path)
+            if self.known.function.exists():
+                self._function = _loaded(self.known.function)
+                os.utime(self.known.function)
                 return True
         return False
 
@@ -147,8 +102,8 @@ class CompiledStep:
                 inductor_configs={"cpp.enable_floating_point_contract_flag": "fast"},
             )
             CompiledStep.made += 1
-            replace_file(self._path, Path(made).read_bytes())
-        self._function = _loaded(self._path)
+            replace_file(self.known.function, Path(made).read_bytes())
+        self._function = _loaded(self.known.function)
 
 
 def _loaded(path: Path) -> Any:
@@ -158,13 +113,3 @@ def _loaded(path: Path) -> Any:
     """
     aoti: Any = torch._C._aoti
     return aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).boxed_run
-
-
-@functools.cache
-def _source() -> str:
-    """A hash of the code that the function is made of."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted([*here.glob("*.py"), *(here.parent / "gpt").glob("*.py")]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ quarters of what it could.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter, deque
@@ -28,16 +29,17 @@ import torch
 from torch import Tensor
 
 from onym.compile.in_place import without_compilation
-from onym.errors import ConfigError
+from onym.errors import CheckpointError, ConfigError
 from onym.generation.cache import Slots
-from onym.generation.compiled import CompiledStep
+from onym.generation.captured import CapturedStep
 from onym.generation.sampling import Sampling, choose, penalised
-from onym.generation.steps import arrange, run_eagerly
+from onym.generation.steps import StepFunction, arrange, run_eagerly
 from onym.generation.text import check_stops
 from onym.generation.ways import Compile, Dtype
 from onym.generation.weights import bytes_a_token, resolve
 from onym.gpt.attention import KVCache
 from onym.gpt.causal_lm import CausalLM
+from onym.gpt.hardware import computes_in_bf16
 from onym.state.collectives import broadcast_from_rank0
 from onym.state.dtensor import any_sharded, computes_on, reshard, without_gradients
 
@@ -128,7 +130,7 @@ class Engine:
         dtype: of the weights; ``"auto"``: bf16 where the device multiplies it in hardware, else fp32; ``"int8"`` rounds them.
             None: the model as it is, nothing copied, for a model that trains or is sharded.
         compile: ``"auto"``: the step is compiled where that was measured to be faster and is there already, or pays within
-            ``expected_tokens``.
+            ``expected_tokens``. On a GPU it is captured as a CUDA graph in any case, but for ``"off"``.
         capacity: tokens of a text that the buffers hold, the context by default.
         slide: tokens dropped from the front when the context is full, a quarter of it by default; 1 gives exactly the result of
             cropping to the last ``context_length`` tokens at each step.
@@ -161,17 +163,19 @@ class Engine:
         self.device, self._sharded = computes_on(model.tok_emb.weight), any_sharded([model])
         self._source = model if self._sharded else None  # else it may be freed, where its weights are copied
         self.dtype = None if dtype is None else resolve(dtype, self.device)
-        buffers = torch.float32 if self.device.type == "cpu" else model.tok_emb.weight.dtype
+        narrow = self.dtype in ("bf16", "int8") and computes_in_bf16(self.device)
+        buffers = torch.bfloat16 if narrow else model.tok_emb.weight.dtype
+        buffers = torch.float32 if self.device.type == "cpu" else buffers
         self._cache = Slots(model.config, slots, min(context, capacity or context), self.device, buffers)
         self._slots = [_Slot(number) for number in range(slots)]
         self._waiting: deque[tuple[int, Request]] = deque()
         self._submitted = 0
         self.reset_timings()
         self._model: CausalLM = model
-        self._compiled: CompiledStep | None = None
+        self._step_function: StepFunction | None = None
         if self.dtype is not None:
             with torch.no_grad(), without_compilation():
-                self._model, self._compiled = arrange(model, self._cache, self.dtype, compile, expected_tokens, note)
+                self._model, self._step_function = arrange(model, self._cache, self.dtype, compile, expected_tokens, note)
         self._bytes_of_weights = bytes_a_token(self._model)
 
     @property
@@ -187,7 +191,12 @@ class Engine:
     @property
     def compiled(self) -> bool:
         """Whether steps are compiled."""
-        return self._compiled is not None
+        return self._step_function is not None and self._step_function.compiled
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are a CUDA graph."""
+        return isinstance(self._step_function, CapturedStep)
 
     def submit(self, request: Request) -> int:
         """Put a request into the queue; its number.
@@ -247,12 +256,12 @@ class Engine:
                 if slot.request is not None and not slot.decoding and self.prefilled_tokens - before < CHUNK:
                     logits = self._read_chunk(slot)
                     if logits is not None:
-                        events.append(self._choose(slot, logits))
+                        events += self._choose([(slot, logits)])
             self.prefill_seconds += time.perf_counter() - began
             if decoding:
                 began = time.perf_counter()
                 logits = self._decode(decoding)
-                events += [self._choose(slot, logits[slot.number]) for slot in decoding]
+                events += self._choose([(slot, logits[slot.number]) for slot in decoding])
                 self.decode_seconds += time.perf_counter() - began
                 self.decoded_tokens += len(decoding)
                 self.bytes_read += self._bytes_of_weights + self._cache.bytes_a_position * sum(
@@ -320,7 +329,7 @@ class Engine:
         longest = max(lengths)
         positions = []
         for slot in self._slots:
-            # A compiled step writes to every slot: to one that is not decoding, behind what it holds.
+            # A compiled or captured step writes to every slot: to one that is not decoding, behind what it holds.
             if slot.request is None and len(slot.held) >= longest:
                 slot.held, slot.in_chunks = slot.held[: longest - 1], min(slot.in_chunks, (longest - 1) // CHUNK * CHUNK)
             positions.append(len(slot.held))
@@ -331,9 +340,10 @@ class Engine:
         return logits
 
     def _step(self, tokens: list[int], positions: list[int], lengths: list[int], longest: int) -> Tensor:
-        token, position = torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
-        if self._compiled is not None:
-            return self._compiled(token, position, longest)
+        token, position = torch.tensor(tokens), torch.tensor(positions)
+        if self._step_function is not None:
+            return self._step_function(token, position, longest)
+        token, position = (each.to(self.device, non_blocking=True) for each in (token, position))
         return run_eagerly(self._model, self._cache, token, position, lengths).float()
 
     def _logits(self, chunk: list[int], cache: KVCache, *, every: bool) -> Tensor:
@@ -345,17 +355,30 @@ class Engine:
         hidden = self._model.hidden_states(tokens, cache=cache)
         return self._model.out_head(hidden if every else hidden[:, -1:])[0].float()  # type: ignore[no-any-return]
 
-    def _choose(self, slot: _Slot, logits: Tensor) -> Event:  # [vocab] fp32
+    def _choose(self, ready: Sequence[tuple[_Slot, Tensor]]) -> list[Event]:
+        """The next token of each of these slots by its logits [vocab] fp32. The device is waited for once."""
+
+        def draw() -> list[list[float]]:
+            drawn = []
+            for slot, logits in ready:
+                request = slot.request
+                assert request is not None
+                changed = penalised(logits, request.sampling, request.prompt, slot.written, request.logit_bias)
+                token = choose(changed, request.sampling, slot.draws.random())
+                logit = logits.gather(0, token[None])[0]
+                drawn.append(torch.stack([token.double(), logit.double(), logits.logsumexp(dim=-1).double()]))
+            return torch.stack(drawn).tolist()
+
+        chosen = broadcast_from_rank0(draw, self._sharded)
+        return [self._take(*each, *values) for each, values in zip(ready, chosen, strict=True)]
+
+    def _take(self, slot: _Slot, logits: Tensor, chosen: float, logit: float, normaliser: float) -> Event:
+        """Write a token that was drawn. ``normaliser``: the logarithm of the sum of the exponentials of all logits."""
         request = slot.request
         assert request is not None
-
-        def draw() -> int:
-            changed = penalised(logits, request.sampling, request.prompt, slot.written, request.logit_bias)
-            return choose(changed, request.sampling, slot.draws.random())
-
-        token = broadcast_from_rank0(draw, self._sharded)
-        normaliser = float(logits.logsumexp(dim=-1))
-        logprob = float(logits[token]) - normaliser
+        if not math.isfinite(normaliser):
+            raise CheckpointError("The model's output is non-finite, and so are its weights: take an earlier step.")
+        token, logprob = int(chosen), logit - normaliser
         best = _likeliest(logits[None], request.logprobs, normaliser)[0] if request.logprobs else ()
         first = request.prompt_logprobs and not slot.written
         scored = tuple(slot.prompt_logprobs) if first else None

@@ -4,6 +4,9 @@
 2. else it is compiled if that pays within the steps that are to come: as in training (:mod:`onym.compile.policy`), with half
    of the cost counted, because the next process finds it
 3. what it took and gave is measured in this process, and remembered; the faster way is taken
+
+On a CPU it is compiled ahead of time (:mod:`onym.generation.compiled`). On a GPU it is captured as a CUDA graph
+(:mod:`onym.generation.captured`), which costs next to nothing, and what is asked here is whether to compile it first.
 """
 
 from __future__ import annotations
@@ -17,19 +20,28 @@ from torch import Tensor
 
 from onym.compile.policy import Costs
 from onym.generation.cache import OneStep, Slots
-from onym.generation.compiled import CompiledStep, Measured
+from onym.generation.captured import CapturedStep
+from onym.generation.compiled import CompiledStep
+from onym.generation.step_function import Measured
 from onym.generation.ways import Compile, Dtype
 from onym.generation.weights import for_decoding
 from onym.gpt.causal_lm import CausalLM
+from onym.gpt.hardware import synchronize
+
+StepFunction = CompiledStep | CapturedStep
+"""Called with tokens and positions [slots] on the CPU, and one more than the highest position; gives logits [slots, vocab]."""
 
 _ASSUMED = Costs(45.0, 0.4)
 """Seconds to compile, and the share of a step that it saves, where this shape was never compiled here."""
+_ASSUMED_OF_GRAPH = Costs(45.0, 0.3)
+"""The same on a GPU, where a step that is a CUDA graph already is compared with one that is compiled too; not measured."""
+_WARM = 0.2  # of the seconds, where the code is found
 _TRIAL_STEPS = 7
 
 
 def arrange(
     model: CausalLM, cache: Slots, dtype: Dtype, wanted: Compile, expected: int, note: Callable[[str], None]
-) -> tuple[CausalLM, CompiledStep | None]:
+) -> tuple[CausalLM, StepFunction | None]:
     """Arrange a model's weights for decoding.
 
     Args:
@@ -44,19 +56,28 @@ def arrange(
         The model with :class:`~onym.generation.weights.Product` for its linear layers, and its step if it is compiled.
     """
     on_cpu = cache.keys.device.type == "cpu"
-    if wanted == "off" or (wanted == "auto" and not on_cpu):  # nobody has measured it on a GPU
+    if wanted == "off" or cache.keys.device.type not in ("cpu", "cuda"):
         return for_decoding(model, dtype, pack=on_cpu), None
+    if on_cpu:
+        return _compiled_if_it_pays(model, cache, dtype, wanted, expected, note)
+    ready = for_decoding(model, dtype, pack=False)
+    return ready, captured_step(ready, cache, wanted, expected, note)
+
+
+def _compiled_if_it_pays(
+    model: CausalLM, cache: Slots, dtype: Dtype, wanted: Compile, expected: int, note: Callable[[str], None]
+) -> tuple[CausalLM, CompiledStep | None]:
     by_rows = for_decoding(model, dtype, pack=False)
     step = CompiledStep(by_rows, cache)
-    known = step.recall()
+    known = step.known.recall()
     if known is not None and (wanted == "on" or known.compiled < known.eager):
         if step.load():
             return by_rows, step
         known = None  # it was deleted, or is damaged
     if wanted == "auto" and known is not None:
         del by_rows, step  # before another copy is made
-        return for_decoding(model, dtype, pack=on_cpu), None
-    packed = for_decoding(model, dtype, pack=on_cpu)
+        return for_decoding(model, dtype, pack=True), None
+    packed = for_decoding(model, dtype, pack=True)
     eager = _seconds(lambda tokens, positions: run_eagerly(packed, cache, tokens, positions, [1] * cache.slots), cache)
     if wanted == "auto" and not pays(expected, eager):
         return packed, None
@@ -66,10 +87,43 @@ def arrange(
         seconds = time.perf_counter() - began
         compiled = _seconds(lambda tokens, positions: step(tokens, positions, 1), cache)
     except Exception as error:  # whatever a compiler can raise must not cost the user the text
-        note(f"The step is not compiled ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}).")
+        note(f"The step is not compiled ({_short(error)}).")
         return packed, None
-    step.remember(Measured(seconds, eager, compiled))
+    step.known.remember(Measured(seconds, eager, compiled))
     return (by_rows, step) if wanted == "on" or compiled < eager else (packed, None)
+
+
+def captured_step(
+    model: CausalLM, cache: Slots, wanted: Compile, expected: int, note: Callable[[str], None]
+) -> CapturedStep | None:
+    """The step as a CUDA graph, compiled first if that is wanted or pays; None where it cannot be captured.
+
+    Args:
+        model: of :func:`~onym.generation.weights.for_decoding`, not packed.
+        cache, wanted, expected, note: as of :func:`arrange`.
+    """
+    try:
+        plain = CapturedStep(model, cache, compiled=False)
+    except Exception as error:  # what a device or a model does not let be captured must not cost the user the text
+        note(f"The step is no CUDA graph ({_short(error)}).")
+        return None
+    eager = _seconds(lambda tokens, positions: plain(tokens, positions, 1), cache)
+    known = plain.known.recall()
+    if wanted == "auto":
+        saved = _ASSUMED_OF_GRAPH.saved * eager if known is None else eager - known.compiled
+        if expected * saved <= 0.5 * (_ASSUMED_OF_GRAPH.seconds if known is None else known.seconds):
+            return plain
+    began = time.perf_counter()
+    try:
+        step = CapturedStep(model, cache, compiled=True)
+    except Exception as error:
+        note(f"The step is not compiled ({_short(error)}).")
+        return plain
+    seconds = time.perf_counter() - began
+    compiled = _seconds(lambda tokens, positions: step(tokens, positions, 1), cache)
+    # What was compiled now is found the next time.
+    plain.known.remember(Measured(seconds if known is not None else seconds * _WARM, eager, compiled))
+    return step if wanted == "on" or compiled < eager else plain
 
 
 def pays(steps: int, eager_seconds: float) -> bool:
@@ -91,12 +145,17 @@ def run_eagerly(model: CausalLM, cache: Slots, tokens: Tensor, positions: Tensor
     return model(tokens[:, None], cache=OneStep(keys, values, positions, lengths))[:, 0]  # type: ignore[no-any-return]
 
 
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
 def _seconds(step: Callable[[Tensor, Tensor], Tensor], cache: Slots) -> float:
     """Of one step, in the middle of several; the buffers hold nothing yet."""
-    tokens = torch.zeros(cache.slots, dtype=torch.long, device=cache.keys.device)
+    tokens = torch.zeros(cache.slots, dtype=torch.long)
     taken = []
     for _ in range(_TRIAL_STEPS):
         began = time.perf_counter()
         step(tokens, tokens)
+        synchronize(cache.keys.device)
         taken.append(time.perf_counter() - began)
     return statistics.median(taken)

@@ -3,8 +3,9 @@
 Decoding reads every weight for each token, and little else: its speed is the memory's. So the linear layers are taken in the
 narrowest dtype that is wanted, once, and multiplied by what reads them fastest:
 
-- compiled, as a sum over each row of the weights. For a few tokens the compiler makes one loop of it that reads each weight
-  once, whatever its dtype, and all layers become one function (:mod:`onym.generation.compiled`)
+- compiled, as a sum over each row of the weights: on a CPU, and of one token or of int8 on a GPU too. For a few tokens the
+  compiler makes one loop of it that reads each weight once, whatever its dtype, and all layers become one function
+  (:mod:`onym.generation.compiled`, :mod:`onym.generation.captured`)
 - not compiled on a CPU, by oneDNN, with the weights in its own order: twice as fast as ``F.linear`` for 1 to 8 tokens
 - elsewhere by ``F.linear``
 
@@ -68,7 +69,7 @@ class Product(nn.Module):
         self.packed = packed  # an opaque tensor: in no state dict
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, time, in] fp32 -> [batch, time, out] fp32
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and (x.device.type == "cpu" or len(x) == 1 or self.scale is not None):
             return self._by_rows(x)
         # In two dimensions: of one row in three, a product in bf16 takes fifteen times as long.
         return self._product(x.flatten(0, -2)).view(*x.shape[:-1], self.out_features)

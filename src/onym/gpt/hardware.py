@@ -17,6 +17,12 @@ def computes_in_bf16(device: torch.device) -> bool:
     return False
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second that the device reads from its memory: the best of a few sums over more than its caches hold."""
     values = torch.ones(64 << 20, device=device)  # 256 MiB

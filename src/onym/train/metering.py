@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from onym.gpt.config import ModelConfig
+from onym.gpt.hardware import synchronize
 from onym.train.precision import Compute
 
 # Dense bf16 and fp16 operations a second, from the vendor's data sheets; the more exact name before the shorter one.
@@ -139,12 +140,6 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = _MEA
     while time.perf_counter() < ends:
         best = min(best, once())
     return 2.0 * _SIDE**3 / best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def memory_in_use(device: torch.device) -> int:

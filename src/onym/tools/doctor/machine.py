@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from onym.compile.cache_key import compiler_version
-from onym.train.metering import documented_peak, matmul_flops, synchronize
+from onym.gpt.hardware import synchronize
+from onym.train.metering import documented_peak, matmul_flops
 
 SYSTEM = Path("/")
 _EXTRAS = ("tensorboard", "wandb", "pyarrow", "s3fs")

@@ -35,11 +35,12 @@ from onym.data.batches import Batch
 from onym.errors import is_out_of_memory
 from onym.gpt.config import GPTConfig
 from onym.gpt.gpt2 import GPT
+from onym.gpt.hardware import synchronize
 from onym.tools.ladder.model import LadderModel, Technique
 from onym.train import fresh_process
 from onym.train.dry_run import prepare
 from onym.train.fresh_process import answering
-from onym.train.metering import memory_in_use, synchronize
+from onym.train.metering import memory_in_use
 from onym.train.options import OptimizationOptions
 from onym.train.precision import choose_compute
 from onym.train.step import Stepper
