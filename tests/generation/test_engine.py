@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from onym import GPT, Decoder, DecoderConfig, GPTConfig
+from onym.compile.in_place import graphs_compiled, without_compilation
 from onym.errors import CheckpointError, ConfigError
-from onym.generation import engine, steps
-from onym.generation.captured import CapturedStep
+from onym.generation import captured, engine, steps
+from onym.generation.cache import Slots
 from onym.generation.compiled import CompiledStep
 from onym.generation.engine import CHUNK, Engine, Event, Request
 from onym.generation.sampling import Sampling
@@ -134,10 +136,17 @@ def as_on_a_gpu(model: CausalLM, compile: str = "auto", **options: object) -> En
     """An engine whose step is captured, as far as that can be had on a CPU: the same function, called and not replayed."""
     made = Engine(model, slots=SLOTS, dtype=options.pop("dtype", "fp32"), compile="off", **options)  # type: ignore[arg-type]
     reasons: list[str] = []
-    with torch.no_grad():
+    with torch.no_grad(), without_compilation():
         made._step_function = steps.captured_step(made.model, made._cache, compile, 0, reasons.append)  # type: ignore[arg-type]
     assert made.captured, reasons
     return made
+
+
+ENGINES: dict[str, Callable[[CausalLM], Engine]] = {
+    "eager": lambda model: Engine(model, dtype="fp32", compile="off"),
+    "as it is": lambda model: Engine(model, dtype=None),
+    "captured": as_on_a_gpu,
+}
 
 
 @settings(max_examples=50, deadline=None)
@@ -157,9 +166,23 @@ def test_a_captured_step_that_is_compiled_first_gives_the_same_logits(
     made = {compile: as_on_a_gpu(model, compile, dtype=dtype) for compile in ("auto", "on")}
     assert [each.compiled for each in made.values()] == [False, True]
     requests = [Request([3, 1, 4], 12, GREEDY, logprobs=20), Request([9] * 20, 8, GREEDY, logprobs=20)]
+    graphs = graphs_compiled()
     expected, found = ([event.best for event in each.run(requests)] for each in made.values())
     for ours, theirs in zip(found, expected, strict=True):
-        assert dict(ours) == pytest.approx(dict(theirs), abs=1e-4 if dtype == "fp32" else 0.1)
+        both = dict(ours).keys() & dict(theirs).keys()  # the last ones of twenty may differ
+        assert len(both) >= 15
+        assert [dict(ours)[token] for token in both] == pytest.approx(
+            [dict(theirs)[token] for token in both], abs=1e-4 if dtype == "fp32" else 0.1
+        )
+    assert graphs_compiled() == graphs
+
+
+def test_as_many_engines_as_are_made_have_a_compiled_step(tiny: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives up compiling the same lines after eight times, by default."""
+    monkeypatch.setattr(captured, "_OPTIONS", None)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    tiny.eval()
+    assert all(as_on_a_gpu(tiny, "on").compiled for _ in range(10))
 
 
 @pytest.mark.slow
@@ -220,6 +243,34 @@ def test_a_prompt_that_begins_alike_is_not_read_again_and_gives_the_same_bits() 
     assert made.prefilled_tokens == 30 + 53
     assert both[0] == [token for token, _ in fresh]
     assert both[1] == texts(Engine(model, slots=2, dtype="fp32", compile="off"), [Request(half, 8, GREEDY)])[0]
+
+
+def test_attention_may_return_its_result_in_another_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's memory-efficient kernel gives [batch, time, heads, head_dim] in memory, not one head after the other."""
+    model, request = random_model(CONFIGS["qwen3"], 4), Request([1, 2, 3], 9, GREEDY)
+    expected = {way: texts(make(model), [request]) for way, make in ENGINES.items()}
+    attention = F.scaled_dot_product_attention
+
+    def transposed(*args: torch.Tensor, **options: object) -> torch.Tensor:
+        return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    assert {way: texts(make(model), [request]) for way, make in ENGINES.items()} == expected
+
+
+def test_a_gpu_that_is_short_of_memory_shortens_the_context(tiny: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, notes = tiny.config, list[str]()
+    bytes_a_position = 2 * config.n_layers * config.emb_dim * 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 3 * 10 * bytes_a_position, 10**12))
+    assert Slots.fitting(config, 3, torch.device("cuda"), torch.float32) == 10
+    assert Slots.fitting(config, 3, torch.device("cuda"), torch.bfloat16) == 20
+    assert Slots.fitting(config, 3, torch.device("cpu"), torch.float32) == config.context_length
+    monkeypatch.setattr(Slots, "fitting", lambda *_: 10)
+    made = Engine(tiny.eval(), slots=3, dtype="fp32", compile="off", note=notes.append)
+    assert "3 texts of 32 tokens: each sees its last 10" in notes[0]
+    assert len(texts(made, [Request([1] * 15, 20)])[0]) == 20
+    assert not Engine(tiny, capacity=12, dtype="fp32", compile="off", note=notes.append).busy
+    assert len(notes) == 1, "what was asked for is not shortened"
 
 
 def test_log_probabilities_are_the_models_own(tiny: GPT) -> None:

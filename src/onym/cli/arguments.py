@@ -101,7 +101,7 @@ class GenerateArguments:
     n_heads: _Heads = None
     rope_base: _Base = None
     context_length: _Context = None
-    device: _Device = "cpu"
+    device: _Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class ChatArguments:
     n_heads: _Heads = None
     rope_base: _Base = None
     context_length: _Context = None
-    device: _Device = "cpu"
+    device: _Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class ClassifyArguments:
     n_heads: _Heads = None
     rope_base: _Base = None
     context_length: _Context = None
-    device: _Device = "cpu"
+    device: _Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class ServeArguments:
     n_heads: _Heads = None
     rope_base: _Base = None
     context_length: _Context = None
-    device: _Device = "cpu"
+    device: _Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class EvaluateArguments:
     n_heads: _Heads = None
     rope_base: _Base = None
     context_length: _Context = None
-    device: _Device = "cpu"
+    device: _Device = "auto"
     json: _Json = False
 
 

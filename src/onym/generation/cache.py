@@ -28,6 +28,18 @@ class Slots:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
 
+    @staticmethod
+    def fitting(config: CacheShape, slots: int, device: torch.device, dtype: torch.dtype) -> int:
+        """The most positions that half of a GPU's free memory holds; the other half is left to the weights.
+
+        Main memory is taken page by page when it is written to, so there all of the context may be asked for.
+        """
+        if device.type != "cuda":
+            return config.context_length
+        bytes_a_position = 2 * config.n_layers * slots * config.n_kv_groups * config.head_dim * dtype.itemsize
+        free, _ = torch.cuda.mem_get_info(device)
+        return max(1, min(config.context_length, free // 2 // bytes_a_position))
+
     def of_slot(self, slot: int, length: int) -> KVCache:
         """One slot's, for a forward pass over several tokens of one text, of which ``length`` are held."""
         keys, values = (
@@ -97,7 +109,7 @@ class OneStep:
                     keys[:length, slot : slot + 1].permute(1, 2, 0, 3),
                     values[:length, slot : slot + 1].permute(1, 2, 0, 3),
                 )
-                y[slot] = part.view(heads, 1, head_dim)
+                y[slot] = part.reshape(heads, 1, head_dim)  # whose memory is in another order on a GPU
         return y
 
     def _masked(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -115,4 +127,4 @@ class OneStep:
         scores = (grouped.float()[:, :, :, None] * head_dim**-0.5 * keys.float()[:, :, None]).sum(-1)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)  # [slots, groups, heads / groups, positions]
         y: Tensor = (weights[..., None] * values.float()[:, :, None]).sum(-2)  # [slots, groups, heads / groups, head_dim]
-        return y.view(slots, heads, 1, head_dim)
+        return y.reshape(slots, heads, 1, head_dim)

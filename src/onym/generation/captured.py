@@ -11,7 +11,8 @@ times one vector is a loop that reads each weight once; that takes a minute, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,13 +50,11 @@ class CapturedStep:
             function = torch.compile(step, fullgraph=True, dynamic=False, options=_OPTIONS)
 
         def run() -> Tensor:
-            return function(self._inputs[0], self._inputs[1], keys, values).float()
+            # Elsewhere in the engine, modules that are compiled run as they are written.
+            with torch.compiler.set_stance("default") if compiled else nullcontext():
+                return function(self._inputs[0], self._inputs[1], keys, values).float()
 
-        if compiled:
-            # The engine's steps run as they are written; this one does not.
-            with warm_start(True), torch.compiler.set_stance("default"):
-                self._replay, self._logits = _captured(run, self._inputs.device)
-        else:
+        with _for_many_engines() if compiled else nullcontext():
             self._replay, self._logits = _captured(run, self._inputs.device)
 
     def __call__(self, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
@@ -67,13 +66,23 @@ class CapturedStep:
         return self._logits[0]
 
 
+@contextmanager
+def _for_many_engines() -> Iterator[None]:
+    """Each engine compiles the same lines once more, as often as a process makes one; torch takes eight times for a mistake."""
+    import torch._dynamo.config as limits  # takes a second
+
+    with warm_start(True), limits.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+        yield
+
+
 def _captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], list[Tensor]]:
     """What runs it again, and where its result is from then on."""
     if device.type != "cuda":
         logits = [run()]
 
         def again() -> None:
-            logits[0] = run()
+            with torch.inference_mode(False), torch.no_grad():  # as it was compiled
+                logits[0] = run()
 
         return again, logits
     with torch.cuda.device(device):

@@ -45,6 +45,7 @@ from onym.state.dtensor import any_sharded, computes_on, reshard, without_gradie
 
 CHUNK = 128
 """Tokens of a prompt that are read at once."""
+_CHUNK_ON_GPUS = 512  # which 128 do not keep busy
 MOST_LOGPROBS = 20
 
 Finish = Literal["stop", "length"]
@@ -153,20 +154,25 @@ class Engine:
         expected_tokens: int = 0,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        context = model.config.context_length
-        self.slide = max(1, context // 4) if slide is None else slide
         if slots < 1:
             raise ConfigError(f"slots must be at least 1, not {slots}.")
-        if not 1 <= self.slide <= context:
-            raise ConfigError(f"slide must be from 1 to the context length {context}, not {slide}.")
-        self.context, self.vocab_size = context, model.config.vocab_size
+        self.vocab_size, context = model.config.vocab_size, model.config.context_length
         self.device, self._sharded = computes_on(model.tok_emb.weight), any_sharded([model])
         self._source = model if self._sharded else None  # else it may be freed, where its weights are copied
         self.dtype = None if dtype is None else resolve(dtype, self.device)
         narrow = self.dtype in ("bf16", "int8") and computes_in_bf16(self.device)
         buffers = torch.bfloat16 if narrow else model.tok_emb.weight.dtype
         buffers = torch.float32 if self.device.type == "cpu" else buffers
-        self._cache = Slots(model.config, slots, min(context, capacity or context), self.device, buffers)
+        fitting = context if capacity is not None else Slots.fitting(model.config, slots, self.device, buffers)
+        if fitting < context:
+            texts = "a text" if slots == 1 else f"{slots} texts"
+            note(f"The GPU's free memory is too small for {texts} of {context:,} tokens: each sees its last {fitting:,}.")
+        self.context = min(context, fitting)
+        self.slide = max(1, self.context // 4) if slide is None else slide
+        if not 1 <= self.slide <= self.context:
+            raise ConfigError(f"slide must be from 1 to the context length {self.context}, not {slide}.")
+        self._chunk = CHUNK if self.device.type == "cpu" else _CHUNK_ON_GPUS
+        self._cache = Slots(model.config, slots, min(self.context, capacity or self.context), self.device, buffers)
         self._slots = [_Slot(number) for number in range(slots)]
         self._waiting: deque[tuple[int, Request]] = deque()
         self._submitted = 0
@@ -253,7 +259,7 @@ class Engine:
             decoding = [slot for slot in self._slots if slot.decoding]
             began, before = time.perf_counter(), self.prefilled_tokens
             for slot in self._slots:
-                if slot.request is not None and not slot.decoding and self.prefilled_tokens - before < CHUNK:
+                if slot.request is not None and not slot.decoding and self.prefilled_tokens - before < self._chunk:
                     logits = self._read_chunk(slot)
                     if logits is not None:
                         events += self._choose([(slot, logits)])
@@ -292,7 +298,7 @@ class Engine:
         for other in self._slots if reuse else []:
             # At least one token is left to be read, for its logits.
             most = min(other.in_chunks, len(tokens) - 1)
-            common = next((i for i in range(most) if tokens[i] != other.held[i]), most) // CHUNK * CHUNK
+            common = next((i for i in range(most) if tokens[i] != other.held[i]), most) // self._chunk * self._chunk
             if common > best or (common == best and other is slot):
                 best, source = common, other
         if best and source is not slot:
@@ -303,7 +309,7 @@ class Engine:
         """Read the next chunk of a prompt: the logits [vocab] that follow it, if it was the last one."""
         request = slot.request
         assert request is not None
-        chunk = slot.unread[:CHUNK]
+        chunk = slot.unread[: self._chunk]
         cache = self._cache.of_slot(slot.number, len(slot.held))
         scored = request.prompt_logprobs and not slot.written
         logits = self._logits(chunk, cache, every=scored)
@@ -315,10 +321,10 @@ class Engine:
             slot.prompt_logprobs += of_prompt.gather(1, each)[:, 0].tolist()
             if request.logprobs:
                 slot.prompt_best += _likeliest(of_prompt, request.logprobs)
-        if len(chunk) == CHUNK and slot.in_chunks == len(slot.held):
-            slot.in_chunks += CHUNK
+        if len(chunk) == self._chunk and slot.in_chunks == len(slot.held):
+            slot.in_chunks += self._chunk
         slot.held += chunk
-        slot.unread = slot.unread[CHUNK:]
+        slot.unread = slot.unread[self._chunk :]
         self.prefilled_tokens += len(chunk)
         return None if slot.unread else logits[-1]
 
@@ -331,7 +337,10 @@ class Engine:
         for slot in self._slots:
             # A compiled or captured step writes to every slot: to one that is not decoding, behind what it holds.
             if slot.request is None and len(slot.held) >= longest:
-                slot.held, slot.in_chunks = slot.held[: longest - 1], min(slot.in_chunks, (longest - 1) // CHUNK * CHUNK)
+                slot.held, slot.in_chunks = (
+                    slot.held[: longest - 1],
+                    min(slot.in_chunks, (longest - 1) // self._chunk * self._chunk),
+                )
             positions.append(len(slot.held))
         longest = max(positions) + 1
         logits = self._step(tokens, positions, lengths, longest)

@@ -65,6 +65,8 @@ class Product(nn.Module):
         self.register_buffer("weight", weight if packed is None else None)
         self.register_buffer("scale", scale)
         dtype_of_bias = torch.float32 if packed is None else packed.dtype  # which oneDNN wants to be equal
+        if weight.device.type != "cpu" and scale is None:  # as F.linear wants it, rather than to cast it for each token
+            dtype_of_bias = weight.dtype
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype_of_bias))
         self.packed = packed  # an opaque tensor: in no state dict
 

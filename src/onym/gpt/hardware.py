@@ -6,6 +6,8 @@ import time
 
 import torch
 
+_READ_BYTES, _READ_BYTES_ON_GPUS = 256 << 20, 2 << 30
+
 
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether bf16 products run in hardware; emulated, they are slower than fp32."""
@@ -24,11 +26,20 @@ def synchronize(device: torch.device) -> None:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that the device reads from its memory: the best of a few sums over more than its caches hold."""
-    values = torch.ones(64 << 20, device=device)  # 256 MiB
+    """Bytes a second that the device reads from its memory: the best of a few sums over more than its caches hold.
+
+    On a GPU several sums are queued, so that neither launching them nor waiting for them counts.
+    """
+    size, sums = _READ_BYTES, 1
+    if device.type == "cuda":
+        size, sums = max(4, min(_READ_BYTES_ON_GPUS, torch.cuda.mem_get_info(device)[0] // 2)), 10
+    values = torch.ones(size // 4, device=device)
     best = 0.0
     for _ in range(5):
+        synchronize(device)
         began = time.perf_counter()
-        float(values.sum())
-        best = max(best, values.nbytes / (time.perf_counter() - began))
+        for _ in range(sums):
+            total = values.sum()
+        float(total)
+        best = max(best, sums * values.nbytes / (time.perf_counter() - began))
     return best

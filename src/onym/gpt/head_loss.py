@@ -32,7 +32,8 @@ IGNORED_TARGET = -100
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ON_GPUS = 512 << 20
 _BLOCK_ROWS = 4096  # of dW at once on a CPU: a product's result is in the cache when it is added
-_EAGER_ROWS = 64  # of a chunk, where no kernel was compiled: fp32 copies stay small
+_EAGER_ROWS = {"cpu": 64}  # of a chunk, where no kernel was compiled: fp32 copies stay small
+_EAGER_ROWS_ON_GPUS = 1024  # of which fewer would be small kernels by the thousand
 
 
 def chunk_rows(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -152,9 +153,8 @@ def _step(logits: Tensor, targets: Tensor, share: Tensor) -> Tensor:
 
 
 def _eager_step(logits: Tensor, targets: Tensor, share: Tensor) -> Tensor:
-    return torch.stack(
-        [_step(*part, share) for part in zip(logits.split(_EAGER_ROWS), targets.split(_EAGER_ROWS), strict=True)]
-    ).sum()
+    rows = _EAGER_ROWS.get(logits.device.type, _EAGER_ROWS_ON_GPUS)
+    return torch.stack([_step(*part, share) for part in zip(logits.split(rows), targets.split(rows), strict=True)]).sum()
 
 
 _compiled: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = []

@@ -27,6 +27,7 @@ _DOCUMENTED = {
     "RTX 4090": 165e12,
 }
 _SIDE = 1024  # of the matrices that are multiplied to measure
+_SIDE_ON_GPUS = 8192  # to launch a small product takes longer than the product
 _MEASURED_FOR = 0.3  # seconds
 
 
@@ -128,7 +129,9 @@ def documented_peak(gpu: str) -> Peak | None:
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = _MEASURED_FOR) -> float:
     """Operations a second that a product of two square matrices reaches: the best of those in ``seconds``, at least of one."""
-    matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+    side = _SIDE if device.type == "cpu" else _SIDE_ON_GPUS
+    matrix = torch.rand(side, side, device=device).to(dtype)  # of ones, it would take less power, and so less time
+    synchronize(device)
 
     def once() -> float:
         start = time.perf_counter()
@@ -139,7 +142,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = _MEA
     ends, best = time.perf_counter() + seconds, once()
     while time.perf_counter() < ends:
         best = min(best, once())
-    return 2.0 * _SIDE**3 / best
+    return 2.0 * side**3 / best
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -136,7 +136,7 @@ def _onym_step(setting: Setting) -> Callable[[Batch, int], object]:
     stepper = Stepper(model, options, compute)
 
     def moved(batch: Batch) -> Batch:
-        return batch[0].to(compute.device), batch[1].to(compute.device)
+        return batch[0].to(compute.device, non_blocking=True), batch[1].to(compute.device, non_blocking=True)
 
     prepare(stepper, moved(_batches(setting)[0]), [setting.batch_size], "whole")
     return lambda batch, number: stepper(moved(batch), 1e-3, number)
