@@ -60,8 +60,9 @@ LESS_MEMORY = "lower --micro-batch or --context-length, give --gradient-checkpoi
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on the CPU."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+    """torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on the CPU and for what cuBLAS and cuDNN need."""
+    said = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def storage_error(action: str, path: Path | str, error: OSError) -> StorageError:

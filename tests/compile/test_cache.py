@@ -307,6 +307,16 @@ def test_the_size_is_bounded_and_what_was_used_longest_ago_goes_first(here: Path
     assert (here / "notes.txt").exists(), "what is not a key is not ours"
 
 
+def test_the_files_of_a_gpu_kernel_go_together(here: Path) -> None:
+    mine = open_folder()
+    kernels = [
+        [put(mine, f"triton/0/{name}/a.{kind}", 1000, days) for kind in ("cubin", "json")]
+        for name, days in (("A", 9), ("B", 3))
+    ]
+    assert bound(sum(entry.size for entry in cache.entries()) - 1) == 2000
+    assert [[file.exists() for file in files] for files in kernels] == [[False, False], [True, True]]
+
+
 def test_of_this_machines_key_files_go_but_not_those_just_used(
     here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

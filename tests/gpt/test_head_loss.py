@@ -22,7 +22,7 @@ TOKENS, WIDTH, VOCABULARY, PADDED = 24, 8, 50, 64
 def _chunks_of_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(subject._CHUNK_BYTES, "cpu", 8 * PADDED * 8)  # eight rows in fp64
     monkeypatch.setattr(subject, "_BLOCK_ROWS", 16)
-    monkeypatch.setattr(subject, "_EAGER_ROWS", 3)
+    monkeypatch.setitem(subject._EAGER_ROWS, "cpu", 3)
 
 
 def inputs(dtype: torch.dtype = torch.float64, ignored: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +74,24 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_the_plain_formula() -> Non
 
     for ours, theirs in zip(error(head_loss), error(plain), strict=True):
         assert ours < 1.5 * theirs + 1e-3
+
+
+def test_in_fp16_gradients_do_not_depend_on_how_many_tokens_share_the_loss() -> None:
+    """A probability divided by 16,384 tokens is next to nothing in fp16, before the gradient scaler's factor is there."""
+    torch.manual_seed(0)
+    tokens, scale = 16_384, 65536.0
+    exact = (torch.randn(tokens, WIDTH, dtype=torch.float64), torch.randn(VOCABULARY, WIDTH, dtype=torch.float64))
+    targets = torch.randint(VOCABULARY, (tokens,))
+
+    def gradients(x: Tensor, weight: Tensor, loss: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        return torch.autograd.grad(loss(x, weight, targets, PADDED) * scale, (x, weight))
+
+    truth = gradients(exact[0].clone(), exact[1].clone(), plain)
+    found = gradients(exact[0].half(), exact[1].float(), head_loss)
+    assert [each.dtype for each in found] == [torch.float16, torch.float32]
+    for ours, right in zip(found, truth, strict=True):
+        assert float((ours.double() - right).norm() / right.norm()) < 2e-3
 
 
 def test_without_gradients_it_is_the_same_loss() -> None:

@@ -357,6 +357,41 @@ def test_hyperparameters_that_are_tensors_of_one_number() -> None:
     assert (group["lr"].tolist(), group["betas"][0].item()) == ([0.125], 0.25)
 
 
+def test_a_step_that_was_captured_goes_on_reading_the_memory_that_was_restored() -> None:
+    """As a CUDA graph does, or a compiled step: the rate's tensor, and of a capturable optimizer the state's too."""
+
+    def made(rate: float, steps: int, *, capturable: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(rate))
+        train(model, optimizer, steps)
+        for group in optimizer.param_groups:
+            group["capturable"] = capturable  # which is asked of a GPU's parameters alone, at a step
+        return model, optimizer
+
+    stored = made(0.125, 3, capturable=False)
+    for capturable in (True, False):
+        model, optimizer = made(9.0, 1, capturable=capturable)
+        rate, states = optimizer.param_groups[0]["lr"], [dict(state) for state in optimizer.state.values()]
+        load_optimizer_state(model, optimizer, *through_json(*optimizer_state(*stored)))
+        assert optimizer.param_groups[0]["lr"] is rate
+        assert float(rate) == 0.125
+        for before, now, theirs in zip(states, optimizer.state.values(), stored[1].state.values(), strict=True):
+            assert all((now[key] is before[key]) == capturable for key in now)
+            assert all(torch.equal(now[key], theirs[key]) for key in now)
+
+
+def test_groups_that_share_a_rates_tensor_can_be_restored_to_different_rates() -> None:
+    model = network()
+    halves = list(model.parameters())[:2], list(model.parameters())[2:]
+    source = torch.optim.AdamW(
+        [{"params": half, "lr": torch.tensor(rate)} for half, rate in zip(halves, (0.5, 0.25), strict=True)]
+    )
+    rate = torch.tensor(9.0)
+    other = torch.optim.AdamW([{"params": half, "lr": rate} for half in halves])
+    load_optimizer_state(model, other, *through_json(*optimizer_state(model, source)))
+    assert [float(group["lr"]) for group in other.param_groups] == [0.5, 0.25]
+
+
 def test_mistakes_of_a_person_get_a_sentence() -> None:
     model = network()
     optimizer = MAKERS["adamw"](list(model.parameters()))

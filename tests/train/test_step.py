@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import re
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
 from onym import GPT
+from onym.compile.in_place import graphs_compiled
 from onym.data.batches import Batch
+from onym.errors import is_out_of_memory
+from onym.train import dry_run
+from onym.train.distributed import DistContext
 from onym.train.dry_run import prepare
 from onym.train.options import OptimizationOptions
-from onym.train.precision import Compute
+from onym.train.precision import Compute, choose_compute
 from onym.train.step import Stepper
 from tests.conftest import TINY
 
@@ -106,6 +114,86 @@ print(stepper.micro_batch)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) in (2, 4, 8, 16, 32, 64)
+
+
+def test_a_run_that_is_resumed_needs_no_more_memory_than_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[int] = []
+    compile_ = dry_run._DryRun.compile
+
+    def counting(self: dry_run._DryRun, *how: object) -> object:
+        reserved.append(sum(each.numel() for each in self.moments))
+        return compile_(self, *how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dry_run._DryRun, "compile", counting)
+    stepper = trained()
+    prepare(stepper, batch(0), [4], "off")
+    assert reserved == [2 * sum(each.numel() for each in stepper.model.parameters()), 0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_ran_out_of_memory_is_freed_before_less_is_tried(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper = Stepper(GPT(TINY), OptimizationOptions(), CPU)
+    if world_size > 1:  # as one of several, which all have the same luck
+        monkeypatch.setattr(DistContext, "max", lambda _, value: value)
+        monkeypatch.setattr(DistContext, "mean", lambda _, value: value)
+        stepper.ranks = DistContext(1, world_size)
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    loss_of = stepper._loss
+
+    def running_out(part: Batch) -> torch.Tensor:
+        if len(part[0]) < 4:
+            alive.append(any(each() is not None for each in held))
+            return loss_of(part)
+        failed = torch.zeros(10)
+        held.append(weakref.ref(failed))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(stepper, "_loss", running_out)
+    gc.disable()  # which would find a cycle in the end, by chance
+    try:
+        prepare(stepper, batch(0), [4, 2], "off")
+    finally:
+        gc.enable()
+    assert stepper.micro_batch == 2
+    assert alive[0] is False
+
+
+def test_every_size_that_is_tried_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles the same lines for eight shapes, and runs the ninth as it is."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    stepper = Stepper(GPT(TINY), OptimizationOptions(), CPU)
+    tokens = torch.zeros(24, TINY.context_length, dtype=torch.long)
+    backward, compiled = torch.Tensor.backward, list[int]()
+
+    def running_out(self: torch.Tensor) -> None:
+        if stepper.micro_batch > 1:
+            compiled.append(graphs_compiled())
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        backward(self)
+
+    monkeypatch.setattr(torch.Tensor, "backward", running_out)
+    before = graphs_compiled()
+    prepare(stepper, (tokens, tokens), [24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 1], "whole")
+    assert len({before, *compiled, graphs_compiled()}) == 12
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 MiB.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)
+def test_a_lack_of_memory_is_known_by_what_cuda_says(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError(words)
+
+    assert is_out_of_memory(RuntimeError(words))
+    monkeypatch.setattr(torch, "ones", failing)
+    with pytest.raises(RuntimeError, match=re.escape(words)):  # not that there is no such device
+        choose_compute("cpu", "auto")
 
 
 @pytest.mark.parametrize(("size", "passes"), [(4, 1), (2, 2), (1, 2)])

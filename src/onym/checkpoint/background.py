@@ -10,6 +10,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -69,7 +70,10 @@ class Staging:
         if buffer is not None and (buffer.dtype, buffer.shape) == (tensor.dtype, tensor.shape):
             return buffer
         with torch.inference_mode(False):
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda")
+            if tensor.device.type == "cuda":
+                with suppress(RuntimeError):  # a system limits how much can be pinned; a copy into other memory is slower
+                    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _move(moves: list[tuple[int, int, int]]) -> None:

@@ -218,8 +218,14 @@ def _thin(folder: Path, excess: int) -> int:
     freed = 0
     try:
         used = _used_here(folder)
-        for file, status in sorted(_files(folder), key=lambda each: max(each[1].st_mtime, each[1].st_atime)):
-            if freed < excess and file not in used and file.name != ABOUT and HEADERS not in file.parts:
+        units: dict[Path, list[tuple[Path, os.stat_result]]] = {}
+        for file, status in _files(folder):
+            # Triton's files of one kernel are in a folder of their own, and torch takes any of them for all of them.
+            unit = file.parent if "triton" in file.relative_to(folder).parts[:-1] else file
+            units.setdefault(unit, []).append((file, status))
+        for files in sorted(units.values(), key=lambda each: max(max(status.st_mtime, status.st_atime) for _, status in each)):
+            kept = any(file in used or file.name == ABOUT or HEADERS in file.parts for file, _ in files)
+            for file, status in files if freed < excess and not kept else []:
                 with suppress(OSError):
                     file.unlink()
                     freed += status.st_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -86,7 +87,10 @@ def compile_in_place(
             try:
                 for module in _parts(model, how):
                     module.compile(dynamic=False)
-                dry_run()
+                with warnings.catch_warnings():
+                    # Of a GPU: products that are left in fp32 are so because --precision fp32 means it.
+                    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+                    dry_run()
                 return Compilation(how, time.perf_counter() - start)
             except Exception as error:  # whatever a compiler can raise must not cost the user the run
                 uncompile(model)
@@ -128,6 +132,12 @@ def uncompile(model: nn.Module) -> None:
     """Back to running without compilation: the same parameters, the same names, the same optimizer."""
     for module in model.modules():
         module._compiled_call_impl = None
+
+
+def forget_compiled() -> None:
+    """Let torch forget what it compiled in this process, and how often."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _innermost(error: BaseException) -> BaseException:

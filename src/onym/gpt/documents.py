@@ -130,7 +130,8 @@ def kernel_for(device: str, time: int, head_dim: int, dropout: float, *, compili
     """
     if compiling and device == "cpu" and time <= _WHOLE_SQUARES:
         return "squares"
-    if compiling and documents and device == "cuda" and dropout == 0 and head_dim >= _LEAST_HEAD_DIM:
+    # Of fewer tokens than a block, there is none to skip, and torch takes a kernel that is made for one token.
+    if compiling and documents and device == "cuda" and dropout == 0 and head_dim >= _LEAST_HEAD_DIM and time >= _BLOCK:
         return "flex"
     return "sdpa"
 

@@ -32,6 +32,9 @@ IGNORED_TARGET = -100
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ON_GPUS = 512 << 20
 _BLOCK_ROWS = 4096  # of dW at once on a CPU: a product's result is in the cache when it is added
+# fp16 has no room for a probability divided by all tokens: gradients are kept at this size instead, where sums over a chunk fit
+# too, and divided on the way back, together with the factor of the gradient scaler.
+_SHARE_IN_FP16 = 2.0**-4
 _EAGER_ROWS = {"cpu": 64}  # of a chunk, where no kernel was compiled: fp32 copies stay small
 _EAGER_ROWS_ON_GPUS = 1024  # of which fewer would be small kernels by the thousand
 
@@ -74,21 +77,29 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, padded_to: int) -> Ten
 @torch.library.custom_op("onym::head_loss", mutates_args=())
 def _loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, rows: int, padded_to: int, of_weight: bool, compiled: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, dx, and dW where ``of_weight``; of a weight that is frozen it is empty, a third of the work saved."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, dx, dW where ``of_weight`` (else empty, which saves a third of the work), and the factor of both."""
     vocabulary, on_cpu = weight.shape[0], x.device.type == "cpu"
     product = _padded(weight, padded_to, x.dtype)
     block = _BLOCK_ROWS if on_cpu else vocabulary
     dx, dw = torch.empty_like(x), _gradient_of(weight, of_weight)
     logits = x.new_empty((rows, padded_to))
     share = 1 / (targets != IGNORED_TARGET).sum().to(_of_sums(x.dtype))  # infinite, as the mean of nothing, where none counts
+    now, later = (
+        (share, torch.ones_like(share))
+        if x.dtype != torch.float16
+        else (
+            torch.full_like(share, _SHARE_IN_FP16),
+            share / _SHARE_IN_FP16,
+        )
+    )
     total = torch.zeros_like(share)
     step = _compiled_step() if compiled else _eager_step
     for start in range(0, x.shape[0], rows):
         chunk, goals = x[start : start + rows], targets[start : start + rows]
         part = logits[: chunk.shape[0]]
         torch.mm(chunk, product.t(), out=part)
-        total += step(part[:, :vocabulary], goals, share)
+        total += step(part[:, :vocabulary], goals, now)
         torch.mm(part, product, out=dx[start : start + rows])
         for row in range(0, vocabulary if of_weight else 0, block):
             summand = part[:, row : min(row + block, vocabulary)].t() @ chunk
@@ -96,14 +107,15 @@ def _loss_and_gradients(
                 dw[row : row + block].copy_(summand)
             else:
                 dw[row : row + block].add_(summand)
-    return total * share, dx, dw
+    return total * share, dx, dw, later
 
 
 @_loss_and_gradients.register_fake
 def _(
     x: Tensor, weight: Tensor, targets: Tensor, rows: int, padded_to: int, of_weight: bool, compiled: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty((), dtype=_of_sums(x.dtype)), torch.empty_like(x), _gradient_of(weight, of_weight)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = x.new_empty((), dtype=_of_sums(x.dtype))
+    return loss, torch.empty_like(x), _gradient_of(weight, of_weight), torch.empty_like(loss)
 
 
 def _gradient_of(weight: Tensor, wanted: bool) -> Tensor:
@@ -112,15 +124,19 @@ def _gradient_of(weight: Tensor, wanted: bool) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     ctx.of_weight = inputs[5]
     ctx.save_for_backward(*output[1:])
 
 
 def _scale(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw = ctx.saved_tensors
-    of_weight = (dw * of_loss).to(dw.dtype) if ctx.of_weight else None
-    return (dx * of_loss).to(dx.dtype), of_weight, None, None, None, None, None
+    dx, dw, later = ctx.saved_tensors
+    factor = of_loss * later
+    of_weight = (dw * factor).to(dw.dtype) if ctx.of_weight else None
+    wide = torch.promote_types(
+        dx.dtype, factor.dtype
+    )  # a GPU would round a factor of 65536 to fp16 first, where it is infinite
+    return (dx.to(wide) * factor).to(dx.dtype), of_weight, None, None, None, None, None
 
 
 _loss_and_gradients.register_autograd(_scale, setup_context=_keep)

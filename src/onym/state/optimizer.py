@@ -241,10 +241,21 @@ def prepare_optimizer_state(
     report = OptimizerReport(restored, [name for name in live if name in anew or name not in stored], removed, kept)
 
     def change() -> OptimizerReport:
+        filled: set[int] = set()
         for (optimizer, group), hyperparameters, part in zip(groups, restored_groups, members, strict=True):
-            group.update(hyperparameters)
+            for key, value in hyperparameters.items():
+                held = group.get(key)
+                if isinstance(held, Tensor) and id(held) not in filled and _fill(held, value):  # groups may share one
+                    filled.add(id(held))
+                else:
+                    group[key] = value
             for name in part:
                 if slots.get(name):
+                    state = optimizer.state.get(live[name], {})
+                    in_place = bool(group.get("capturable")) and state.keys() == slots[name].keys()
+                    for key, value in slots[name].items():
+                        if in_place and isinstance(state[key], Tensor) and _fill(state[key], value):
+                            slots[name][key] = state[key]
                     optimizer.state[live[name]] = slots[name]
                 elif name in slots:
                     optimizer.state.pop(live[name], None)
@@ -395,6 +406,15 @@ def _like(value: Any, live: Any) -> Any:
     if isinstance(live, tuple) and isinstance(value, tuple) and len(live) == len(value):
         return tuple(map(_like, value, live))
     return value
+
+
+@torch.no_grad()
+def _fill(live: Tensor, value: Any) -> bool:
+    """Set a tensor to a value in place, if it fits: a step that was compiled or captured goes on reading the same memory."""
+    fits = isinstance(value, Tensor) and (value.shape, value.dtype, type(value)) == (live.shape, live.dtype, type(live))
+    if fits:
+        live.copy_(value)
+    return fits
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -19,12 +19,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from onym.compile.in_place import Compilation, How, compile_in_place, uncompile
+from onym.compile.in_place import Compilation, How, compile_in_place, forget_compiled, uncompile
 from onym.compile.policy import choose, recall, remember
 from onym.data.batches import Batch
 from onym.errors import LESS_MEMORY, RunError, is_out_of_memory
+from onym.gpt.hardware import synchronize
 from onym.state.collectives import broadcast_from_rank0
-from onym.train.memory import keep_freed_memory, return_freed_memory
+from onym.train.memory import keep_freed_memory, release_gpu_memory, return_freed_memory
 from onym.train.step import Stepper
 
 _SLOWER = 1.1  # times the eager time above which compiling is undone; less is noise on a machine with other work
@@ -60,8 +61,8 @@ def prepare(
             if stepper.sharding is not None and not stepper.sharding.reshard(stepper.model):
                 raise
             stepper.model.zero_grad()
-        if stepper.compute.device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget_compiled()  # torch compiles the same lines for a few shapes only, and then runs the rest as they are, unsaid
+        release_gpu_memory(stepper.compute.device)
     raise AssertionError("there is always a size to try")
 
 
@@ -76,9 +77,11 @@ class _DryRun:
         self.passes = min(self.micro_batches, 2)
         self.device = stepper.compute.device
         self.loss = math.nan
-        # The size of AdamW's moments: the optimizer's first step must not fail where the dry run did not.
-        trained = [parameter for parameter in stepper.model.parameters() if parameter.requires_grad]
-        self.moments = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
+        # The size of AdamW's moments: the optimizer's first step must not fail where the dry run did not. A run that is resumed
+        # has them already.
+        there = {parameter for optimizer in stepper.optimizers for parameter in optimizer.state}
+        coming = [each for each in stepper.model.parameters() if each.requires_grad and each not in there]
+        self.moments = [torch.empty_like(parameter) for parameter in coming for _ in range(2)]
 
     def compile(self, how: How | Literal["auto"], steps: int) -> tuple[Compilation, float]:
         if self.device.type == "cpu":
@@ -123,8 +126,7 @@ class _DryRun:
         """Of the forward and backward passes of a step."""
         start = time.perf_counter()
         self.run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         return (time.perf_counter() - start) * self.micro_batches / self.passes
 
     def _on_all_ranks(self, work: Callable[[], T]) -> T:
@@ -142,7 +144,10 @@ class _DryRun:
                     f"shard of the model: {LESS_MEMORY}."
                 ) from error
         if ranks.max(failure is not None):
-            raise failure or MemoryError("out of memory in another process")
+            try:
+                raise failure or MemoryError("out of memory in another process")
+            finally:
+                del failure  # see run_on_all_ranks: what failed would stay in memory
         return result
 
 

@@ -71,7 +71,7 @@ def held_out_loss(
     A collective: each rank computes its own batches. Forward passes of a sharded model are collective too, so evaluation is
     padded to equal batch counts on all ranks.
     """
-    sums: list[tuple[float, int]] = []  # of each batch: its loss, summed over its targets, and their number
+    found: list[tuple[Tensor, int]] = []  # of each batch: its loss, and the number of its targets
     was_training = model.training
     model.eval()
     sharded, number = any_sharded([model]), -1
@@ -81,13 +81,15 @@ def held_out_loss(
                 continue
             number_counted = int(counted(inputs, targets, separator))
             loss = loss_of(model, inputs.to(compute.device), targets.to(compute.device), separator)
-            # The mean of nothing is not a number.
-            sums.append((float(loss) * number_counted if number_counted else 0.0, number_counted))
+            found.append((loss, number_counted))  # not read yet: a GPU goes on meanwhile
         if sharded and ranks.rank > number % ranks.world_size:  # lower ranks have one batch more; this pass does not count
             loss_of(model, inputs.to(compute.device), targets.to(compute.device), separator)
     if sharded:
         reshard(model)
     model.train(was_training)
+    # The mean of nothing is not a number.
+    losses = torch.stack([loss for loss, _ in found]).tolist() if found else []
+    sums = [(loss * count if count else 0.0, count) for loss, (_, count) in zip(losses, found, strict=True)]
     gathered = all_gather_object(sums, collective=ranks.world_size > 1)
     # Summed in the order of the batches, so that the result is bitwise identical with any number of ranks.
     ordered = [each for round_ in zip_longest(*gathered) for each in round_ if each is not None]

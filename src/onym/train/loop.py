@@ -12,8 +12,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from onym.checkpoint.checkpointer import Checkpointer
 from onym.compile.cache import warm_start
 from onym.compile.in_place import Compilation, How
@@ -22,10 +20,12 @@ from onym.data.examples import Examples
 from onym.data.prefetch import Prefetcher
 from onym.data.sources import Sources
 from onym.errors import CheckpointError, RunError
+from onym.gpt.hardware import synchronize
 from onym.train.display import Display
 from onym.train.dry_run import prepare
 from onym.train.evaluate import MAIN, Evaluator
 from onym.train.log import TrainLog
+from onym.train.memory import release_gpu_memory
 from onym.train.options import TrainOptions
 from onym.train.planned_kill import planned_kill
 from onym.train.proof import Proof, prove
@@ -135,7 +135,8 @@ class Trainer:
         while not self.finished and not stop.requested:
             evaluates = (self.state.step + 1) % run.eval_every == 0 or self.state.step + 1 == steps
             logs = (self.state.step + 1) % run.log_every == 0 or evaluates
-            self.take_step(waits=logs)
+            saves = self.checkpoint_due or (self.state.step + 1) % run.save_every == 0
+            self.take_step(waits=logs or saves)
             self.checkpoint_due |= self.state.step % run.save_every == 0 or self.state.step == steps
             # What is evaluated or saved has to be finite; the last step is both, so no run ends with bad weights.
             if self.recovery.is_needed(logs=logs, checks_weights=evaluates or self.checkpoint_due):
@@ -163,8 +164,8 @@ class Trainer:
         planned_kill.before(step)
         with self.log.meter.step(lambda: self.batches.waited_seconds):
             self.state.pending.append(self.stepper(self.batch(step), self.schedule.learning_rate(step), step))
-            if waits and self.stepper.compute.device.type == "cuda":
-                torch.cuda.synchronize()
+            if waits:
+                synchronize(self.stepper.compute.device)
         self.state.step += 1
 
     def batch(self, step: int) -> Batch:
@@ -249,6 +250,7 @@ class Trainer:
             )
         # Somebody may have deleted the token cache, which stays mapped in this process alone.
         self.sources.relink(self.evaluator.tokenizer.to_json())
+        release_gpu_memory(compute.device)  # the fresh process needs some of it
         with self.display.activity("Proof") as activity:
             try:
                 proof = prove(
@@ -261,6 +263,7 @@ class Trainer:
                     precision=compute.precision,
                     rounded=self.evaluator.rounds_weights,
                     document_mask=self.evaluator.separator is not None,
+                    deterministic=self.options.run.deterministic,
                 )
             except MemoryError:
                 activity.result = "skipped: a fresh process has no memory for all of the model beside the training"

@@ -1,4 +1,6 @@
-"""On a CPU, memory that a step frees stays in the process for the next step.
+"""Memory that is freed, and who may have it next.
+
+On a CPU, what a step frees stays in the process for the next step.
 
 A training step on a CPU frees and allocates the same large tensors again and again. The C library returns each large one to
 the system, and the next allocation gets new pages, which the kernel fills with zeros at a tenth of the memory's speed. A matrix
@@ -10,6 +12,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+
+import torch
 
 # From glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -30,6 +34,17 @@ def return_freed_memory() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def release_gpu_memory(device: torch.device) -> None:
+    """Give back what torch keeps of a GPU for later, so that another size or another process can have it; on a CPU, nothing.
+
+    The most that was allocated (:func:`onym.train.metering.memory_in_use`) counts anew.
+    """
+    if device.type == "cuda":
+        gc.collect()  # an error's traceback can be part of a cycle, and holds what failed
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -18,12 +18,15 @@ from onym.train.precision import Compute
 
 # Dense bf16 and fp16 operations a second, from the vendor's data sheets; the more exact name before the shorter one.
 _DOCUMENTED = {
+    "H200 NVL": 835e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
+    "T4": 65e12,
     "RTX 4090": 165e12,
 }
 _SIDE = 1024  # of the matrices that are multiplied to measure
@@ -121,6 +124,8 @@ def documented_peak(gpu: str) -> Peak | None:
     >>> documented_peak("NVIDIA L4").source, documented_peak("NVIDIA L40")
     ("L4's documented peak", None)
     """
+    if re.search(r"\b(MIG|Laptop)\b", gpu):  # a part of it, or a smaller one of the same name
+        return None
     for known, flops in _DOCUMENTED.items():
         if re.search(rf"\b{known}\b", gpu):
             return Peak(flops, f"{known}'s documented peak")
@@ -130,7 +135,9 @@ def documented_peak(gpu: str) -> Peak | None:
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = _MEASURED_FOR) -> float:
     """Operations a second that a product of two square matrices reaches: the best of those in ``seconds``, at least of one."""
     side = _SIDE if device.type == "cpu" else _SIDE_ON_GPUS
-    matrix = torch.rand(side, side, device=device).to(dtype)  # of ones, it would take less power, and so less time
+    # Not of ones, which take less power and so less time; nor drawn from the generator that training draws from.
+    drawn = torch.Generator(device).manual_seed(0)
+    matrix = torch.rand(side, side, device=device, generator=drawn).to(dtype)
     synchronize(device)
 
     def once() -> float:

@@ -132,7 +132,7 @@ def step_unless(bad: Tensor, optimizers: Iterable[torch.optim.Optimizer]) -> Non
         before = [tensor.clone() for tensor in live]
         optimizer.step()
         for tensor, old in zip(live, before, strict=True):
-            tensor.copy_(torch.where(bad, old, tensor))
+            torch.where(bad, old, tensor, out=tensor)
 
 
 class Average:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from onym.errors import ConfigError
+from onym.errors import ConfigError, is_out_of_memory
 from onym.gpt.hardware import computes_in_bf16
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,6 +60,8 @@ def choose_compute(device: str, precision: str) -> Compute:
         chosen = torch.device(device)
         torch.ones(1, device=chosen).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"There is no device {device!r} here ({str(error).splitlines()[0][:100]}): take another --device."
         ) from error

@@ -51,6 +51,7 @@ def prove(
     precision: str,
     rounded: bool = False,
     document_mask: bool = False,
+    deterministic: bool = False,
 ) -> Proof:
     """Run the proof in a fresh process.
 
@@ -61,6 +62,7 @@ def prove(
         batch_size, eval_batches, device, precision: as the training process measures.
         rounded: whether it computed with block weights rounded to bf16, unlike those in the checkpoint.
         document_mask: whether it kept documents apart.
+        deterministic: whether it computed with algorithms that give the same bits each time; a GPU may choose others else.
 
     Raises:
         CheckpointError: the process failed; its last line gives the reason.
@@ -75,6 +77,7 @@ def prove(
         "precision": precision,
         "rounded": rounded,
         "document_mask": document_mask,
+        "deterministic": deterministic,
     }
     with FreshProcess(command_of("onym.train.proof", request)) as process:
         try:
@@ -105,6 +108,7 @@ def _open_and_measure(request: dict[str, Any]) -> tuple[float, str]:
     from onym.train.trained import round_linears
 
     compute = choose_compute(str(request["device"]), str(request["precision"]))
+    compute.set_deterministic(bool(request["deterministic"]))
     checkpoint = read_checkpoint(str(request["checkpoint"]))
     is_adapter = checkpoint.architecture == ARCHITECTURE
     opened = base_under(checkpoint).checkpoint if is_adapter else checkpoint
