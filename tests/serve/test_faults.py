@@ -340,3 +340,42 @@ def test_a_server_that_cannot_begin_says_why(onym: Run, runs_folder: Path, tmp_p
         assert done.returncode == 2, (model, done.stderr)
         assert "Traceback" not in done.stderr
         assert done.stderr.strip().splitlines()[-1].endswith((".", ")"))
+
+
+def test_a_gpu_that_failed_ends_the_server(runs_folder: Path, tmp_path: Path) -> None:
+    """After an illegal address every later call of CUDA fails too, so a supervisor has to start another process."""
+    failing = """
+import torch
+from onym.generation.engine import Engine
+def step(self):
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+Engine.step = step
+"""
+    with Server(tmp_path, "--model", f"talker={runs_folder / 'talker'}", before=failing) as server:
+        answer = server.post("/v1/completions", TEXT)
+        assert answer.status == 500
+        assert "The model failed" in answer.error["message"]
+        assert server.process.wait(DEADLINE) == 2
+        assert "The GPU failed, and this process cannot use it any more: start the server again." in server.log
+
+
+def test_a_model_that_does_not_fit_beside_the_others_is_for_later(runs_folder: Path, tmp_path: Path) -> None:
+    short = """
+import torch
+from onym.serve import models
+def engine(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+class First(models.Engine):
+    made = False
+    def __new__(cls, *arguments, **options):
+        if First.made:
+            engine()
+        First.made = True
+        return super().__new__(cls)
+models.Engine = First
+"""
+    with Server(tmp_path, "--model", f"talker={runs_folder / 'talker'}", runs_folder, before=short) as server:
+        answer = server.post("/v1/completions", {**TEXT, "model": "first"})
+        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+        assert "no memory for 'first'" in answer.error["message"]
+        assert server.post("/v1/completions", TEXT).status == 200

@@ -185,7 +185,7 @@ def _speed(engine: Engine) -> str:
         share = engine.bytes_read / engine.decode_seconds / bandwidth
         parts.append(
             f"text: {engine.decoded_tokens / engine.decode_seconds:,.0f} tokens/s, {engine.dtype}, "
-            f"{'compiled' if engine.compiled else 'not compiled'}, {share:.0%} of the memory's {bandwidth / _GIB:.0f} GiB/s"
+            f"{engine.how}, {share:.0%} of the memory's {bandwidth / _GIB:.0f} GiB/s"
         )
     return "; ".join(parts)
 

@@ -84,7 +84,7 @@ def _report(given: ServeArguments) -> Callable[[Models], None]:
             step = "" if model.step is None else f"step {model.step}, "
             _note(
                 f"{model.name}: {step}{model.parameters:,} parameters, {engine.dtype}, "
-                f"{'compiled' if engine.compiled else 'not compiled'}, context {model.context:,} tokens"
+                f"{engine.how}, context {model.context:,} tokens"
                 f"{', chat' if model.template is not None else ''}"
             )
         _note(f"Ready: {plural(given.slots, 'text')} at once, {given.queue} in the queue. Ctrl-C stops the server.")

@@ -204,6 +204,11 @@ class Engine:
         """Whether steps are a CUDA graph."""
         return isinstance(self._step_function, CapturedStep)
 
+    @property
+    def how(self) -> str:
+        """How steps are computed, in words."""
+        return ("compiled" if self.compiled else "not compiled") + (", a CUDA graph" if self.captured else "")
+
     def submit(self, request: Request) -> int:
         """Put a request into the queue; its number.
 

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from onym.errors import is_out_of_memory
+
 _READ_BYTES, _READ_BYTES_ON_GPUS = 256 << 20, 2 << 30
 
 
@@ -17,6 +19,12 @@ def computes_in_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return False
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether an error is of a kind after which a GPU answers nothing else in this process, such as an illegal address."""
+    kind = getattr(torch, "AcceleratorError", None)  # since torch 2.8
+    return kind is not None and isinstance(error, kind) and not is_out_of_memory(error)
 
 
 def synchronize(device: torch.device) -> None:

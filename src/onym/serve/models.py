@@ -21,7 +21,7 @@ import torch
 from onym.checkpoint.steps import CHECKPOINTS, step_folder, steps
 from onym.data.chat_template import ChatTemplate
 from onym.data.tokenizer import Tokenizer
-from onym.errors import CheckpointError, ConfigError, OnymError, StorageError, nearest
+from onym.errors import CheckpointError, ConfigError, OnymError, StorageError, is_out_of_memory, nearest
 from onym.generation.chat import template_of_model
 from onym.generation.engine import Engine
 from onym.generation.opening import find_model
@@ -196,7 +196,15 @@ class Models:
             del self._opened[each.name]
         try:
             return await self._open(name, source)
-        except OnymError as error:  # which names paths of this machine
+        except Exception as error:
+            if is_out_of_memory(error):
+                _LOG.warning("%r cannot be opened: %s", name, error)
+                raise ApiError(
+                    503, f"There is no memory for {name!r} now. Try again later.", param="model", headers={"Retry-After": "5"}
+                ) from error
+            if not isinstance(error, OnymError):
+                raise
+            # It names paths of this machine.
             _LOG.warning("%r cannot be served: %s", name, error)
             status, code = (404, "model_not_found") if isinstance(error, CheckpointError) else (500, None)
             raise ApiError(

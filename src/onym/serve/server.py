@@ -19,7 +19,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from onym.errors import ConfigError
+from onym.errors import ConfigError, RunError
 from onym.serve.answers import SLOW_SECONDS
 from onym.serve.app import Service, make_app
 from onym.serve.errors import ApiError, error_response
@@ -81,7 +81,7 @@ def serve(options: ServeOptions, bound: socket.socket, ready: Callable[[Models],
         The number of the signal.
 
     Raises:
-        OnymError: a model cannot be loaded.
+        OnymError: a model cannot be loaded, or the GPU failed.
     """
     return asyncio.run(_serve(options, bound, ready))
 
@@ -121,7 +121,7 @@ async def _serve(options: ServeOptions, bound: socket.socket, ready: Callable[[M
     try:
         await asyncio.wait((listening, loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and not loading.exception():
-            await asyncio.wait((listening, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((listening, stopping, worker.broken), return_when=asyncio.FIRST_COMPLETED)
         if stopping.done():
             again = asyncio.ensure_future(signals.get())
             await _drain(service, options.grace_seconds, again)
@@ -131,6 +131,9 @@ async def _serve(options: ServeOptions, bound: socket.socket, ready: Callable[[M
         await listening
         if loading.done():
             loading.result()
+        if worker.broken.done():
+            said = worker.broken.result()
+            raise RunError(f"The GPU failed, and this process cannot use it any more: start the server again. It said: {said}")
         return stopping.result() if stopping.done() else 0
     finally:
         for task in (loading, stopping):

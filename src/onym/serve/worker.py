@@ -22,6 +22,7 @@ from typing import TypeVar
 from onym.errors import OnymError, is_out_of_memory
 from onym.generation.engine import Request
 from onym.generation.write import Token, Writer
+from onym.gpt.hardware import is_broken
 from onym.serve.errors import ApiError
 from onym.serve.threads import result_of
 
@@ -99,6 +100,8 @@ class Worker:
         self.queue_length = queue_length
         self.jobs: set[Job] = set()
         """Those that have not ended."""
+        self.broken: asyncio.Future[str] = self._loop.create_future()
+        """Why nothing can be computed in this process any more, once that is so."""
         self._thread = threading.Thread(target=self._run, name="onym-serve", daemon=True)
         self._thread.start()
 
@@ -188,11 +191,17 @@ class Worker:
                 except Exception as error:  # of the device, or of weights that are not finite: the other models go on
                     _LOG.exception("A step failed")
                     self._abandon(writer, _as_api_error(error))
+                    if is_broken(error):
+                        self._loop.call_soon_threadsafe(self._break, str(error).splitlines()[0])
             if not self._writers or time.monotonic() - self._handed_over_at > _TOGETHER:
                 waited_for = self._handed_over_at == 0.0
                 self._flush()
                 if waited_for and self._writers:  # a compiled step holds the GIL to its end
                     time.sleep(_TURN)
+
+    def _break(self, reason: str) -> None:
+        if not self.broken.done():
+            self.broken.set_result(reason)
 
     def _take_calls(self) -> bool:
         """Run what was asked for; wait for it where there is nothing to write. False at the end."""
