@@ -1,6 +1,7 @@
 # Everything from a fresh clone: Python 3.11+, gcc/g++, make and git are enough.
 #   make train   install what training needs, then train a GPT on the text that Python carries (a few minutes on two cores)
 #   make test    install the rest, then run every test; ARGS='-m "not slow"' leaves out whole trainings
+#   make test-gpu  the tests of what differs on an NVIDIA GPU, on this machine's: some minutes
 #   make check   lint, format, types, import rules, a strict build of the docs
 #   make prove   the proofs in full: thousands of random models, a kill at every system call, every flipped bit, runs killed 50 times
 #   make bench   every benchmark, against the real peers in the same run
@@ -23,7 +24,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 MAKE_VENV := $(PYTHON) -m venv $(VENV)
 endif
 
-.PHONY: train test check prove bench docs reference format venv clean
+.PHONY: train test test-gpu check prove bench docs reference format venv clean
 .DELETE_ON_ERROR:
 
 train: $(BASE)
@@ -32,6 +33,10 @@ train: $(BASE)
 # The quick tests first, so that the first failure shows in the first minute; a file's tests stay in one process.
 test: venv
 	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# In one process: they share what is compiled, and the GPU.
+test-gpu: venv
+	$(VENV)/bin/python -m pytest -m cuda $(ARGS)
 
 check: venv
 	$(VENV)/bin/ruff check

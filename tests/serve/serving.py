@@ -52,12 +52,13 @@ class Server:
         environment: dict[str, str] | None = None,
         ready: bool = True,
         before: str | None = None,
+        compile: str = "off",
     ) -> None:
         self.log_path = folder / "serve.log"
         self._log = self.log_path.open("w")
         program = ["-m", "onym"] if before is None else ["-c", f"{before}\nfrom onym.cli.main import program\nprogram()"]
         command = [sys.executable, *program, "serve", *map(str, arguments), "--port", "0"]
-        command += ["--compile", "off", "--dtype", "fp32"]
+        command += ["--compile", compile, "--dtype", "fp32"]
         own = {"OMP_NUM_THREADS": "1", "ONYM_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", **(environment or {})}
         self.process = subprocess.Popen(
             command,

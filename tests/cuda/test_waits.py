@@ -1,0 +1,34 @@
+"""The measure itself: each kind of waiting is noticed, and what does not wait is not taken for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.cuda.waits import WAITING, fails, no_waits, waits
+
+
+@pytest.mark.parametrize("wait", WAITING.values(), ids=WAITING)
+def test_what_waits_is_noticed(device: torch.device, wait: Callable[[torch.Tensor], object]) -> None:
+    x = torch.rand(8, device=device) + 0.5
+    wait(x)
+    fails(wait, x)
+
+
+def test_what_does_not_wait_is_not_taken_for_it(device: torch.device) -> None:
+    x = torch.rand(8, device=device, requires_grad=True)
+    with no_waits(device), waits(device) as found:
+        y = torch.where(x > 0.5, x, 0.0).masked_fill(x < 0.2, 1.0)[torch.arange(4, device=device)]
+        (y.sum() / len(y)).backward()
+        torch.zeros(3, device=device).copy_(torch.ones(3), non_blocking=True)
+    assert found == []
+
+
+def test_they_are_counted(device: torch.device) -> None:
+    x = torch.rand(8, device=device)
+    with waits(device) as found:
+        for _ in range(3):
+            float(x.sum())
+    assert len(found) == 3
