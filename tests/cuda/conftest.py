@@ -36,6 +36,8 @@ def gpu() -> torch.device:
     if not torch.cuda.is_available():
         built = "there is no NVIDIA GPU here" if torch.version.cuda else "this torch is built without CUDA"
         pytest.skip(f"needs an NVIDIA GPU: {built}")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # some of them take all of its memory
+        pytest.skip("the tests of a GPU run one after the other: make test-gpu")
     return torch.device("cuda")
 
 
@@ -72,6 +74,7 @@ def _settings(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.device], None]:
     """Called with a device: on a CPU everything of the compiler but g++ runs, which takes half a minute a model."""
+    torch._dynamo.reset()  # it compiles the same lines eight times at the most
 
     def choose(device: torch.device) -> None:
         if device.type == "cpu":
@@ -105,6 +108,7 @@ def compiled_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Train
     command = ["train", "--data", write_book(folder), *TINY_RUN, *LENGTH, "--compile", "whole", "--device", device.type]
     command += ["--runs-dir", folder, "--name", "compiled"]
     said = io.StringIO()
+    torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         patch.setenv("ONYM_CACHE_DIR", str(cache))
         patch.setattr(Stepper, "__call__", counted)

@@ -13,6 +13,7 @@ from torch import Tensor
 from onym.data.batches import Batch
 from onym.train.step import Stepper
 
+_PIECE = 1 << 30
 ON_CPU = 8  # sequences that fit, where there is no limit
 
 
@@ -61,4 +62,8 @@ def little_memory(device: torch.device, bytes_left: int, stepper: Stepper) -> It
 def keep_all_of_it(device: torch.device) -> None:
     """Let torch take nearly all that a GPU has free, and not give it back, as after a large batch."""
     if device.type == "cuda":
-        torch.empty(torch.cuda.mem_get_info(device)[0] - (256 << 20), dtype=torch.uint8, device=device)
+        left = max(0, torch.cuda.mem_get_info(device)[0] - (256 << 20))
+        # In pieces: one in which something lies is not given back at all.
+        sizes = [_PIECE] * (left // _PIECE) + [left % _PIECE]
+        pieces = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        del pieces

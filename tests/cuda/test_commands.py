@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from onym.tools.ladder.ladder import RUNGS, climb
 from onym.tools.ladder.process import Setting, build
 from onym.train.display import Display
 from onym.train.metering import documented_peak, memory_in_use, peak_of
-from onym.train.precision import Compute, choose_compute
+from onym.train.precision import choose_compute
 from tests import chat_model
 from tests.conftest import Run
 from tests.cuda.conftest import TrainedRun
@@ -30,12 +29,12 @@ PROMPT = ("--prompt", "the lamp and the river,", "--max-new-tokens", 12, "--temp
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with random weights, far apart, and a tokenizer."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("talker")
     chat_model.save(folder, CHATML, chat_model.scattered())
-    yield folder
+    return folder
 
 
 def written(onym: Run, model: Path, device: torch.device, *options: object) -> dict[str, Any]:
@@ -69,20 +68,21 @@ def test_a_run_of_the_gpu_is_read_by_every_command(cuda: torch.device, onym: Run
 def loss_in(told: Any) -> float:
     """The first loss in what ``onym evaluate --json`` says."""
     if isinstance(told, dict):
-        return float(told["loss"]) if "loss" in told else next(loss_in(each) for each in told.values() if isinstance(each, list))
+        return (
+            float(told["loss"]) if "loss" in told else next(loss_in(each) for each in told.values() if isinstance(each, list))
+        )
     return loss_in(told[0])
 
 
 @pytest.mark.cuda
 def test_the_server_completes_as_the_cpu_does(cuda: torch.device, onym: Run, talker: Path, tmp_path: Path) -> None:
-    """From a process of its own, with steps that are a CUDA graph; twice, several at once."""
+    """From a process of its own, with steps that are a CUDA graph; one text, and several at once."""
     expected = written(onym, talker, torch.device("cpu"), "--compile", "off")["text"]
     with Server(tmp_path, "--model", f"talker={talker}", "--device", cuda.type, compile="auto") as server:
         asked = {"model": "talker", "prompt": PROMPT[1], "max_tokens": 12, "temperature": 0}
         answer = server.complete(**asked)
         assert answer["choices"][0]["text"] == expected
         assert [choice["text"] for choice in server.complete(**asked, n=3)["choices"]] == [expected] * 3
-        assert server.stop() == 0
 
 
 TINY = GPTConfig.preset("nano", vocab_size=320, context_length=32)
@@ -94,7 +94,7 @@ def test_a_rung_of_the_ladder_has_its_figures(
 ) -> None:
     monkeypatch.setattr(ladder, "_TURN", 0.05)
     monkeypatch.setattr(ladder, "_MOST_PAIRS", 3)
-    climbed = climb(TINY, 4, choose_compute(cuda.type, "auto"), 0.5, Display(), rungs=RUNGS[:1])
+    climbed = climb(TINY, 4, choose_compute(cuda.type, "auto"), 1.0, Display(), rungs=RUNGS[:1])
     (figure,) = climbed.figures
     assert figure.reason == ""
     assert figure.tokens_per_second is not None
@@ -126,15 +126,17 @@ def test_the_doctor_names_the_gpu_and_what_it_measured_is_plausible(cuda: torch.
     assert all(math.isfinite(rate) and rate > 1e11 for rate in machine["rates"].values())
     documented = documented_peak(torch.cuda.get_device_name(cuda))
     if documented is not None:  # a GPU that other programs use too may reach less
-        assert 0.3 < machine["rates"]["bf16"] / documented.flops < 1.05
+        narrow = max(machine["rates"][name] for name in ("bf16", "fp16"))
+        assert 0.3 < narrow / documented.flops < 1.05
 
 
 @pytest.mark.cuda
 def test_a_share_of_the_peak_is_a_share(cuda: torch.device) -> None:
     """Also where nothing is documented, as of fp32: what is measured is then what products reach, not what launching takes."""
     rates = matmul_rates(cuda, quick=True)
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        peak = peak_of(Compute(cuda, dtype))
+    for precision in ("fp32", "auto"):
+        compute = choose_compute(cuda.type, precision)
+        peak = peak_of(compute)
         assert math.isfinite(peak.flops)
-        assert 0.3 < rates[precision] / peak.flops < 3.0
-    assert 0 < memory_in_use(cuda)
+        assert 0.3 < rates[compute.precision] / peak.flops < 3.0
+    assert memory_in_use(cuda) > 0

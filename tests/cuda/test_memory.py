@@ -47,7 +47,9 @@ def test_as_much_as_fits_goes_through_at_once_and_goes_on_to_fit(device: torch.d
 
 def test_what_does_not_fit_at_all_is_told(device: torch.device) -> None:
     stepper = Stepper(
-        GPT(GPTConfig.preset("nano", vocab_size=80)).to(device), OptimizationOptions(optimizer="adamw"), Compute(device, torch.float32)
+        GPT(GPTConfig.preset("nano", vocab_size=80)).to(device),
+        OptimizationOptions(optimizer="adamw"),
+        Compute(device, torch.float32),
     )
     tokens = torch.zeros((64, 128), dtype=torch.long, device=device)
     prepare(stepper, (tokens[:1], tokens[:1]), [1], "off")

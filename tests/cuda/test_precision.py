@@ -50,7 +50,7 @@ def test_products_are_narrow_and_the_loss_and_gradients_are_near(device: torch.d
     found = torch.autograd.grad(loss * 1024, list(model.parameters()))  # so that fp16 loses nothing of what is small
     assert {each.dtype for each in found} == {torch.float32}
     for one, other in zip(found, wanted, strict=True):
-        assert (one / 1024 - other).norm() <= 0.05 * other.norm()
+        assert (one / 1024 - other).norm() <= 0.1 * other.norm()
 
 
 def test_an_infinite_gradient_skips_the_step_of_fp16_and_halves_the_scale(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,7 @@ def stored(folder: Path, step: int) -> dict[str, Tensor]:
     checkpoint = read_checkpoint(step_folder(folder, step))
     assert checkpoint.manifest is not None
     files = [file for file in checkpoint.manifest.files if file.endswith(".safetensors")]
-    return {
-        f"{file}/{name}": value.clone() for file in files for name, value in checkpoint.tensors(file).state().items()
-    }
+    return {f"{file}/{name}": value.clone() for file in files for name, value in checkpoint.tensors(file).state().items()}
 
 
 def test_what_is_saved_is_the_state_at_the_call_while_steps_go_on(device: torch.device, tmp_path: Path) -> None:
@@ -108,7 +107,7 @@ def test_state_goes_from_a_cpu_to_the_device_and_back(device: torch.device) -> N
     steppers = [new_stepper(where, optimizer="adamw") for where in (torch.device("cpu"), device, torch.device("cpu"))]
     for number in range(2):
         steppers[0](on(torch.device("cpu"), number), 1e-2, number)
-    for source, target in zip(steppers, steppers[1:], strict=False):
+    for source, target in itertools.pairwise(steppers):
         load_optimizer_state(target.model, target.optimizers, *optimizer_state(source.model, source.optimizers))
     first, middle, last = (optimizer_state(each.model, each.optimizers)[0] for each in steppers)
     assert {value.device.type for value in middle.values()} == {device.type}

@@ -19,10 +19,18 @@ def test_what_waits_is_noticed(device: torch.device, wait: Callable[[torch.Tenso
 
 def test_what_does_not_wait_is_not_taken_for_it(device: torch.device) -> None:
     x = torch.rand(8, device=device, requires_grad=True)
-    with no_waits(device), waits(device) as found:
-        y = torch.where(x > 0.5, x, 0.0).masked_fill(x < 0.2, 1.0)[torch.arange(4, device=device)]
+
+    def work() -> None:
+        y = torch.where(x > 0.5, x, 0.0).masked_fill(x < 0.2, 1.0)
         (y.sum() / len(y)).backward()
+        x.detach()[torch.arange(4, device=device)].clamp(min=0)
         torch.zeros(3, device=device).copy_(torch.ones(3), non_blocking=True)
+
+    work()
+    with no_waits(device):
+        work()
+    with waits(device) as found:
+        work()
     assert found == []
 
 
