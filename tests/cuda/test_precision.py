@@ -113,5 +113,5 @@ def test_a_gpu_learns_what_a_cpu_learns(cuda: torch.device, optimizer: str) -> N
         stepper = new_stepper(device, optimizer=optimizer)
         losses[device.type] = [float(stepper(on(device, 0), 1e-2, number).loss) for number in range(8)]
     assert losses["cpu"][-1] < losses["cpu"][0] - 0.3
-    assert losses[cuda.type] == pytest.approx(losses["cpu"], abs=0.02 if optimizer == "muon" else 1e-3)
+    assert losses[cuda.type] == pytest.approx(losses["cpu"], abs=0.02 if optimizer == "muon" else 5e-3)
     assert batch(0)[0].device.type == "cpu"
