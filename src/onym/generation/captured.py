@@ -11,6 +11,7 @@ times one vector is a loop that reads each weight once; that takes a minute, or 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -86,7 +87,7 @@ def _captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable
 
         return again, logits
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
+        aside = _stream(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what is made at the first call, such as cuBLAS's memory, must not be part of the graph
             for _ in range(3):
@@ -94,6 +95,12 @@ def _captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the GPU: a server opens one model while another writes.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             logits = [run()]
     return graph.replay, logits
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all engines: cuBLAS keeps memory for each stream that it was used on."""
+    return torch.cuda.Stream(device)
