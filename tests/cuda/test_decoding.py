@@ -117,7 +117,7 @@ def test_engines_that_are_dropped_leave_nothing(device: torch.device, way: str) 
     before = reserved(device)
     for _ in range(10):
         made_and_dropped()
-    assert reserved(device) <= before + (0 if device.type == "cuda" else 1 << 16)
+    assert reserved(device) <= before + (4 << 20 if device.type == "cuda" else 1 << 16)  # a GPU's memory comes in 2 MiB
 
 
 def test_one_engine_does_not_disturb_another(device: torch.device) -> None:
@@ -133,15 +133,17 @@ def test_one_engine_does_not_disturb_another(device: torch.device) -> None:
     assert texts(second, requests) == expected[1]
 
 
-def test_narrow_weights_are_near(device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_narrow_weights_are_near(device: torch.device, dtype: str) -> None:
     model = random_model(CONFIGS["qwen3"], 6)
-    (expected,) = Engine(model, dtype="fp32", compile="off").run([Request([1, 2, 3], 1, GREEDY, logprobs=10)])
-    for dtype in ("bf16", "int8"):
-        made = Engine(copy.deepcopy(model).to(device), slots=2, dtype=dtype, compile="auto")  # type: ignore[arg-type]
-        (found,) = made.run([Request([1, 2, 3], 1, GREEDY, logprobs=10)])
-        near = dict(expected.best)
-        assert len(near.keys() & dict(found.best).keys()) >= 8
-        for token, logprob in found.best:
+    request = Request([1, 2, 3], 3, GREEDY, logprobs=10, logit_bias={7: 1e4})  # the same tokens, whatever is near
+    expected = list(Engine(model, dtype="fp32", compile="off").run([request]))
+    found = list(Engine(copy.deepcopy(model).to(device), slots=2, dtype=dtype, compile="auto").run([request]))  # type: ignore[arg-type]
+    for exact, rounded in zip(expected, found, strict=True):
+        assert exact.token == rounded.token == 7
+        near = dict(exact.best)
+        assert len(near.keys() & dict(rounded.best).keys()) >= 8
+        for token, logprob in rounded.best:
             assert logprob == pytest.approx(near.get(token, logprob), abs=0.3)
 
 

@@ -177,6 +177,24 @@ def test_a_captured_step_that_is_compiled_first_gives_the_same_logits(
     assert graphs_compiled() == graphs
 
 
+def test_a_longer_text_has_a_graph_of_its_own_and_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "_MOST_AT_FIRST", 16)
+    config = dataclasses.replace(CONFIGS["qwen3"], context_length=96)
+    made = as_on_a_gpu(random_model(config, 1), slide=1)
+    step = made._step_function
+    assert isinstance(step, captured.CapturedStep)
+    assert list(step._graphs) == [16]
+    check_against_uncached(random_model(config, 1), 1, [5, 90, 20], lambda _: made)
+    assert sorted(step._graphs) == [16, 64, 96]
+    assert [captured.rounded_capacity(tokens) for tokens in (1, 256, 257, 2048, 3000)] == [256, 256, 512, 2048, 4096]
+
+
+def test_what_was_measured_of_a_graph_is_of_its_length(tiny: GPT) -> None:
+    steps_ = [as_on_a_gpu(tiny.eval(), capacity=capacity)._step_function for capacity in (16, 32, 32)]
+    names = [step.known.function.name for step in steps_ if step is not None]
+    assert names[0] != names[1] == names[2]
+
+
 def test_as_many_engines_as_are_made_have_a_compiled_step(tiny: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch gives up compiling the same lines after eight times, by default."""
     monkeypatch.setattr(captured, "_OPTIONS", None)
@@ -259,12 +277,15 @@ def test_attention_may_return_its_result_in_another_order_of_memory(monkeypatch:
 
 
 def test_a_gpu_that_is_short_of_memory_shortens_the_context(tiny: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, notes = tiny.config, list[str]()
+    config, notes = dataclasses.replace(tiny.config, context_length=1000), list[str]()
     bytes_a_position = 2 * config.n_layers * config.emb_dim * 4
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 3 * 10 * bytes_a_position, 10**12))
-    assert Slots.fitting(config, 3, torch.device("cuda"), torch.float32) == 10
-    assert Slots.fitting(config, 3, torch.device("cuda"), torch.bfloat16) == 20
-    assert Slots.fitting(config, 3, torch.device("cpu"), torch.float32) == config.context_length
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 3 * 300 * bytes_a_position, 10**12))
+    assert Slots.fitting(config, 3, torch.device("cuda"), torch.float32) == 300
+    assert Slots.fitting(config, 3, torch.device("cuda"), torch.bfloat16) == 600
+    assert Slots.fitting(config, 3, torch.device("cpu"), torch.float32) == 1000
+    assert Slots.fitting(config, 1, torch.device("cuda"), torch.float32) == 900
+    with pytest.raises(ConfigError, match="too little for 4 texts of 256 tokens: write fewer at once"):
+        Slots.fitting(config, 4, torch.device("cuda"), torch.float32)
     monkeypatch.setattr(Slots, "fitting", lambda *_: 10)
     made = Engine(tiny.eval(), slots=3, dtype="fp32", compile="off", note=notes.append)
     assert "3 texts of 32 tokens: each sees its last 10" in notes[0]
@@ -423,6 +444,8 @@ def test_a_step_that_is_damaged_or_gone_is_compiled_anew(
         (Request([1], seed=-1), "--seed"),
         (Request([1], stop=["x"] * 10_000), "10,000 stop strings"),
         (Request([1], logit_bias={500: 1.0}), "--logit-bias has token 500"),
+        (Request([1], logit_bias={5: float("inf")}), "--logit-bias must be a number or -inf, not inf"),
+        (Request([1], logit_bias={5: float("nan")}), "--logit-bias must be a number or -inf, not nan"),
         (Request([1], sampling=Sampling(top_p=0)), "--top-p"),
         (Request([1], sampling=Sampling(min_p=2)), "--min-p"),
         (Request([1], sampling=Sampling(repetition_penalty=0)), "--repetition-penalty"),
@@ -436,6 +459,14 @@ def test_what_cannot_work_is_refused_and_harms_no_other(tiny: GPT, request_: Req
         made.submit(request_)
     assert not made.busy
     assert len(texts(made, [Request([1], 5)])[0]) == 5
+
+
+def test_a_bias_that_forbids_all_tokens_is_told(tiny: GPT) -> None:
+    forbidden = {token: float("-inf") for token in range(tiny.config.vocab_size)}
+    made = Engine(tiny.eval(), dtype="fp32", compile="off")
+    assert texts(made, [Request([1], 3, logit_bias={**forbidden, 7: 0.0})])[0] == [7, 7, 7]
+    with pytest.raises(ConfigError, match="--logit-bias leaves no token to choose"):
+        list(made.run([Request([1], 3, logit_bias=forbidden)]))
 
 
 def test_weights_that_are_not_finite_are_told(tiny: GPT) -> None:

@@ -75,6 +75,24 @@ def test_neither_end_of_a_draw_takes_what_cannot_be_drawn() -> None:
         assert {int(choose(logits, how, uniform)) for uniform in (0.0, 1e-300, 0.5, 1 - 2**-53)} == {1, 3}
 
 
+@pytest.mark.parametrize("size", [1, 50_257, 131_072, 262_144])
+def test_sums_over_any_vocabulary_fit(size: int) -> None:
+    """Nearly equal logits, whose weights' sum is the largest."""
+    logits, draws = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.02, random.Random(3)
+    for how in (Sampling(0.8), Sampling(100.0, top_p=0.999)):
+        drawn = [int(choose(logits, how, draws.random())) for _ in range(100)]
+        assert len(set(drawn)) >= min(size, 99)
+        assert size == 1 or abs(sum(drawn) / len(drawn) / size - 0.5) < 0.1 or how.top_p < 1
+
+
+def test_penalties_of_any_size_leave_numbers() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    for how in (Sampling(repetition_penalty=1e-42), Sampling(presence_penalty=-1e39), Sampling(frequency_penalty=1e39)):
+        changed = penalised(logits, how, prompt=[0, 1], written={0: 1, 2: 2}, bias={1: float("-inf")})
+        assert not changed.isnan().any()
+        assert not changed.isposinf().any()
+
+
 def test_penalties_and_biases() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, 1.0, 0.5])
     how = Sampling(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)

@@ -94,6 +94,13 @@ def test_in_fp16_gradients_do_not_depend_on_how_many_tokens_share_the_loss() -> 
         assert float((ours.double() - right).norm() / right.norm()) < 2e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_where_no_target_counts_gradients_are_zero_in_every_dtype(dtype: torch.dtype) -> None:
+    x, weight, targets = inputs(dtype, ignored=TOKENS)
+    for gradient in torch.autograd.grad(head_loss(x, weight, targets, PADDED), (x, weight)):
+        assert not gradient.any()
+
+
 def test_without_gradients_it_is_the_same_loss() -> None:
     x, weight, targets = inputs()
     with torch.no_grad():

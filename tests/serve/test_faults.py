@@ -351,7 +351,7 @@ def step(self):
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 Engine.step = step
 """
-    with Server(tmp_path, "--model", f"talker={runs_folder / 'talker'}", before=failing) as server:
+    with Server(tmp_path, runs_folder / "talker", "--follow", before=failing) as server:
         answer = server.post("/v1/completions", TEXT)
         assert answer.status == 500
         assert "The model failed" in answer.error["message"]

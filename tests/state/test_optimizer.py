@@ -390,6 +390,11 @@ def test_groups_that_share_a_rates_tensor_can_be_restored_to_different_rates() -
     other = torch.optim.AdamW([{"params": half, "lr": rate} for half in halves])
     load_optimizer_state(model, other, *through_json(*optimizer_state(model, source)))
     assert [float(group["lr"]) for group in other.param_groups] == [0.5, 0.25]
+    equal = torch.optim.AdamW([{"params": half, "lr": torch.tensor(0.5)} for half in halves])
+    other = torch.optim.AdamW([{"params": half, "lr": rate} for half in halves])
+    load_optimizer_state(model, other, *through_json(*optimizer_state(model, equal)))
+    assert all(group["lr"] is rate for group in other.param_groups), "a schedule of one's own goes on setting both"
+    assert float(rate) == 0.5
 
 
 def test_mistakes_of_a_person_get_a_sentence() -> None:

@@ -225,6 +225,7 @@ def _thin(folder: Path, excess: int) -> int:
             units.setdefault(unit, []).append((file, status))
         for files in sorted(units.values(), key=lambda each: max(max(status.st_mtime, status.st_atime) for _, status in each)):
             kept = any(file in used or file.name == ABOUT or HEADERS in file.parts for file, _ in files)
+            files.sort(key=lambda each: not each[0].name.startswith("__grp__"))  # which says that the others are there
             for file, status in files if freed < excess and not kept else []:
                 with suppress(OSError):
                     file.unlink()

@@ -11,8 +11,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,9 +87,7 @@ def compile_in_place(
             try:
                 for module in _parts(model, how):
                     module.compile(dynamic=False)
-                with warnings.catch_warnings():
-                    # Of a GPU: products that are left in fp32 are so because --precision fp32 means it.
-                    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+                with no_tf32_warning():
                     dry_run()
                 return Compilation(how, time.perf_counter() - start)
             except Exception as error:  # whatever a compiler can raise must not cost the user the run
@@ -101,6 +99,14 @@ def compile_in_place(
                     break
     dry_run()
     return Compilation("off", time.perf_counter() - start, reason)
+
+
+@contextmanager
+def no_tf32_warning() -> Iterator[None]:
+    """Without torch's advice to round products that are left in fp32: ``--precision fp32`` means it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+        yield
 
 
 def without_compilation() -> AbstractContextManager[object]:

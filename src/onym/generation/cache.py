@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from onym.errors import ConfigError
 from onym.gpt.attention import CacheShape, KVCache
+from onym.units import format_size, plural
 
 ROUND = 16
 """A step attends to a multiple of this many positions: whole vectors, so that sums are the same for any number of them."""
+
+_LEAST_TOKENS = 256
 
 
 class Slots:
@@ -33,12 +37,22 @@ class Slots:
         """The most positions that half of a GPU's free memory holds; the other half is left to the weights.
 
         Main memory is taken page by page when it is written to, so there all of the context may be asked for.
+
+        Raises:
+            ConfigError: they are too few for a text.
         """
         if device.type != "cuda":
             return config.context_length
         bytes_a_position = 2 * config.n_layers * slots * config.n_kv_groups * config.head_dim * dtype.itemsize
+        torch.cuda.empty_cache()  # what torch keeps for later is not free to others
         free, _ = torch.cuda.mem_get_info(device)
-        return max(1, min(config.context_length, free // 2 // bytes_a_position))
+        fitting = min(config.context_length, free // 2 // bytes_a_position)
+        if fitting < min(config.context_length, _LEAST_TOKENS):
+            raise ConfigError(
+                f"The GPU has {format_size(free)} left, too little for {plural(slots, 'text')} of {_LEAST_TOKENS} tokens: "
+                "write fewer at once, end what else uses it, or take --device cpu."
+            )
+        return fitting
 
     def of_slot(self, slot: int, length: int) -> KVCache:
         """One slot's, for a forward pass over several tokens of one text, of which ``length`` are held."""

@@ -3,8 +3,9 @@
     submit -> a free slot -> prefill, a chunk of the prompt at a time -> one token for every slot in each step -> its end
 
 **A text does not depend on what is written beside it.** The number of slots is fixed, and all of them are computed in each
-step, so each product has the same shape whether they are in use or not; attention is of each text's own length; prompts are
-read one at a time, in chunks that begin at multiples of :data:`CHUNK`; and each request draws from its own generator. The same
+step, so each product has the same shape whether they are in use or not; attention is of each text's own length, or of all
+positions with those behind it masked; prompts are read one at a time, in chunks that begin at multiples of :data:`CHUNK` (on a
+GPU, of 512); and each request draws from its own generator. The same
 seed and prompt give the same text on the same machine, for the same number of slots, dtype and way of compiling. What a slot
 holds of an earlier text is used again where a prompt begins alike, in whole chunks, which are equal to the bit.
 
@@ -31,7 +32,7 @@ from torch import Tensor
 from onym.compile.in_place import without_compilation
 from onym.errors import CheckpointError, ConfigError
 from onym.generation.cache import Slots
-from onym.generation.captured import CapturedStep
+from onym.generation.captured import CapturedStep, rounded_capacity
 from onym.generation.sampling import Sampling, choose, penalised
 from onym.generation.steps import StepFunction, arrange, run_eagerly
 from onym.generation.text import check_stops
@@ -163,6 +164,8 @@ class Engine:
         narrow = self.dtype in ("bf16", "int8") and computes_in_bf16(self.device)
         buffers = torch.bfloat16 if narrow else model.tok_emb.weight.dtype
         buffers = torch.float32 if self.device.type == "cpu" else buffers
+        if capacity is not None and self.device.type == "cuda":
+            capacity = rounded_capacity(capacity)
         fitting = context if capacity is not None else Slots.fitting(model.config, slots, self.device, buffers)
         if fitting < context:
             texts = "a text" if slots == 1 else f"{slots} texts"
@@ -380,18 +383,29 @@ class Engine:
                 changed = penalised(logits, request.sampling, request.prompt, slot.written, request.logit_bias)
                 token = choose(changed, request.sampling, slot.draws.random())
                 logit = logits.gather(0, token[None])[0]
-                drawn.append(torch.stack([token.double(), logit.double(), logits.logsumexp(dim=-1).double()]))
+                row = [token, logit, logits.logsumexp(dim=-1), changed.max()]
+                drawn.append(torch.stack([each.double() for each in row]))
             return torch.stack(drawn).tolist()
 
         chosen = broadcast_from_rank0(draw, self._sharded)
         return [self._take(*each, *values) for each, values in zip(ready, chosen, strict=True)]
 
-    def _take(self, slot: _Slot, logits: Tensor, chosen: float, logit: float, normaliser: float) -> Event:
-        """Write a token that was drawn. ``normaliser``: the logarithm of the sum of the exponentials of all logits."""
+    def _take(self, slot: _Slot, logits: Tensor, chosen: float, logit: float, normaliser: float, largest: float) -> Event:
+        """Write a token that was drawn.
+
+        Args:
+            slot: it is written to.
+            logits: [vocab] fp32, as the model gave them.
+            chosen, logit: the token, and its logit.
+            normaliser: the logarithm of the sum of the exponentials of all logits.
+            largest: of the logits after penalties and biases.
+        """
         request = slot.request
         assert request is not None
         if not math.isfinite(normaliser):
             raise CheckpointError("The model's output is non-finite, and so are its weights: take an earlier step.")
+        if largest == -math.inf:
+            raise ConfigError("--logit-bias leaves no token to choose: allow some.")
         token, logprob = int(chosen), logit - normaliser
         best = _likeliest(logits[None], request.logprobs, normaliser)[0] if request.logprobs else ()
         first = request.prompt_logprobs and not slot.written
@@ -433,6 +447,8 @@ class Engine:
                     f"{what} has token {unknown}, the model knows {self.vocab_size}: "
                     "use the tokenizer that the model was trained with."
                 )
+        if (bias := next((each for each in request.logit_bias.values() if not each < math.inf), None)) is not None:
+            raise ConfigError(f"--logit-bias must be a number or -inf, not {bias}.")
         request.sampling.check()
         check_stops(request.stop)
         needed = min(self.context, len(request.prompt) + request.max_new_tokens)

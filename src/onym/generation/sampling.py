@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 _PREFIXES = (512, 4096)
 """How many of the likeliest tokens a nucleus is looked for among on a CPU, before all are ordered: 0.1, 0.7 and 3.7 ms of
 50,257. On a GPU each look would wait for it, and ordering all takes less."""
-_UNIT = 2.0**46
-"""The weight of the likeliest token. Tokens 3e13 times less likely have none; the sum of 100,000 fits an int64."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def penalised(
         bias: added to the logits of these tokens.
 
     Returns:
-        [vocab]; ``logits`` themselves where nothing is to be done.
+        [vocab]; ``logits`` themselves where nothing is to be done, else none of them is NaN or inf.
     """
     import torch
 
@@ -92,7 +90,7 @@ def penalised(
     if written and (sampling.presence_penalty or sampling.frequency_penalty):
         times = torch.tensor(list(written.values()), device=logits.device)
         logits[list(written)] -= sampling.presence_penalty + sampling.frequency_penalty * times
-    return logits
+    return logits.nan_to_num_(nan=-math.inf, posinf=torch.finfo(logits.dtype).max, neginf=-math.inf)
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: float) -> Tensor:
@@ -117,14 +115,16 @@ def choose(logits: Tensor, sampling: Sampling, uniform: float) -> Tensor:
 def _candidates(logits: Tensor, largest: Tensor, sampling: Sampling) -> tuple[Tensor | None, Tensor]:
     """The tokens among which one is drawn (None: all, in their order) and their probabilities, up to a factor.
 
-    They are whole numbers, the likeliest token's is :data:`_UNIT`: their sums are the same in whatever order a GPU adds them.
+    They are whole numbers: their sums are the same in whatever order a GPU adds them. The likeliest token's is as large as
+    leaves room for the sum of all in an int64, so that of 50,257 tokens those 7e13 times less likely have none.
     """
     import torch
 
+    unit = 2.0 ** (62 - len(logits).bit_length())
     # Below the largest, so that a tiny temperature leads to 0 and never to a NaN.
-    weights = logits.to(torch.float64, copy=True).sub_(largest).div_(max(sampling.temperature, 1e-30)).exp_().mul_(_UNIT)
+    weights = logits.to(torch.float64, copy=True).sub_(largest).div_(max(sampling.temperature, 1e-30)).exp_().mul_(unit)
     limit = sampling.top_k if 0 < sampling.top_k < len(weights) else len(weights)
-    least = math.ceil(sampling.min_p * _UNIT)
+    least = math.ceil(sampling.min_p * unit)
     if limit == len(weights) and sampling.top_p == 1:
         return None, (weights.where(weights >= least, 0) if least else weights).long()
     looking = [] if logits.device.type != "cpu" else [size for size in _PREFIXES if size < limit == len(weights)]

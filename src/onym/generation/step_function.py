@@ -59,17 +59,20 @@ class Known:
     Args:
         step: it.
         slots: the buffers that it writes to.
+        kind: what else it depends on.
     """
 
-    def __init__(self, step: Step, slots: Slots) -> None:
-        self._step, self._slots = step, slots
+    def __init__(self, step: Step, slots: Slots, kind: str = "") -> None:
+        self._step, self._slots, self._kind = step, slots, kind
 
     @functools.cached_property
     def function(self) -> Path:
         """Where it is, compiled, by a name of all that it depends on; what depends on the machine is in the folder's name."""
         shapes = {name: [list(weight.shape), str(weight.dtype)] for name, weight in weights_of(self._step).items()}
         buffers = [list(self._slots.keys.shape[2:]), str(self._slots.keys.dtype), str(self._slots.keys.device)]
-        key = json.dumps([self._step.model.config.to_dict(), shapes, buffers, _source()], sort_keys=True, default=str)
+        key = json.dumps(
+            [self._step.model.config.to_dict(), shapes, buffers, self._kind, _source()], sort_keys=True, default=str
+        )
         folder = open_folder() / "decode"
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt2"

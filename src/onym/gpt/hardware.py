@@ -24,7 +24,13 @@ def computes_in_bf16(device: torch.device) -> bool:
 def is_broken(error: BaseException) -> bool:
     """Whether an error is of a kind after which a GPU answers nothing else in this process, such as an illegal address."""
     kind = getattr(torch, "AcceleratorError", None)  # since torch 2.8
-    return kind is not None and isinstance(error, kind) and not is_out_of_memory(error)
+    if kind is None or not isinstance(error, kind) or is_out_of_memory(error):
+        return False
+    try:
+        torch.accelerator.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def synchronize(device: torch.device) -> None:

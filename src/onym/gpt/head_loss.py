@@ -34,7 +34,7 @@ _CHUNK_BYTES_ON_GPUS = 512 << 20
 _BLOCK_ROWS = 4096  # of dW at once on a CPU: a product's result is in the cache when it is added
 # fp16 has no room for a probability divided by all tokens: gradients are kept at this size instead, where sums over a chunk fit
 # too, and divided on the way back, together with the factor of the gradient scaler.
-_SHARE_IN_FP16 = 2.0**-4
+_SHARE_IN_FP16, _SUM_IN_FP16 = 2.0**-4, 2.0**9
 _EAGER_ROWS = {"cpu": 64}  # of a chunk, where no kernel was compiled: fp32 copies stay small
 _EAGER_ROWS_ON_GPUS = 1024  # of which fewer would be small kernels by the thousand
 
@@ -85,21 +85,18 @@ def _loss_and_gradients(
     dx, dw = torch.empty_like(x), _gradient_of(weight, of_weight)
     logits = x.new_empty((rows, padded_to))
     share = 1 / (targets != IGNORED_TARGET).sum().to(_of_sums(x.dtype))  # infinite, as the mean of nothing, where none counts
-    now, later = (
-        (share, torch.ones_like(share))
-        if x.dtype != torch.float16
-        else (
-            torch.full_like(share, _SHARE_IN_FP16),
-            share / _SHARE_IN_FP16,
-        )
-    )
+    small, factor = share, torch.ones_like(share)
+    if x.dtype == torch.float16:
+        kept = min(_SHARE_IN_FP16, _SUM_IN_FP16 / rows)
+        # Where no target counts, all gradients are zero.
+        small, factor = torch.full_like(share, kept), torch.where(share.isinf(), 1.0, share / kept)
     total = torch.zeros_like(share)
     step = _compiled_step() if compiled else _eager_step
     for start in range(0, x.shape[0], rows):
         chunk, goals = x[start : start + rows], targets[start : start + rows]
         part = logits[: chunk.shape[0]]
         torch.mm(chunk, product.t(), out=part)
-        total += step(part[:, :vocabulary], goals, now)
+        total += step(part[:, :vocabulary], goals, small)
         torch.mm(part, product, out=dx[start : start + rows])
         for row in range(0, vocabulary if of_weight else 0, block):
             summand = part[:, row : min(row + block, vocabulary)].t() @ chunk
@@ -107,7 +104,7 @@ def _loss_and_gradients(
                 dw[row : row + block].copy_(summand)
             else:
                 dw[row : row + block].add_(summand)
-    return total * share, dx, dw, later
+    return total * share, dx, dw, factor
 
 
 @_loss_and_gradients.register_fake
@@ -130,13 +127,17 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _scale(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw, later = ctx.saved_tensors
-    factor = of_loss * later
-    of_weight = (dw * factor).to(dw.dtype) if ctx.of_weight else None
-    wide = torch.promote_types(
-        dx.dtype, factor.dtype
-    )  # a GPU would round a factor of 65536 to fp16 first, where it is infinite
-    return (dx.to(wide) * factor).to(dx.dtype), of_weight, None, None, None, None, None
+    dx, dw, factor = ctx.saved_tensors
+    factor = of_loss * factor
+
+    def scaled(gradient: Tensor) -> Tensor:
+        wide = torch.promote_types(
+            gradient.dtype, factor.dtype
+        )  # a GPU would round a factor of 65536 to fp16, where it is infinite
+        result: Tensor = (gradient.to(wide) * factor).to(gradient.dtype)
+        return result
+
+    return scaled(dx), scaled(dw) if ctx.of_weight else None, None, None, None, None, None
 
 
 _loss_and_gradients.register_autograd(_scale, setup_context=_keep)

@@ -119,8 +119,8 @@ async def _serve(options: ServeOptions, bound: socket.socket, ready: Callable[[M
     loading = asyncio.ensure_future(load())
     stopping = asyncio.ensure_future(signals.get())
     try:
-        await asyncio.wait((listening, loading, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if loading.done() and not loading.exception():
+        await asyncio.wait((listening, loading, stopping, worker.broken), return_when=asyncio.FIRST_COMPLETED)
+        if not worker.broken.done() and loading.done() and not loading.exception():
             await asyncio.wait((listening, stopping, worker.broken), return_when=asyncio.FIRST_COMPLETED)
         if stopping.done():
             again = asyncio.ensure_future(signals.get())

@@ -245,7 +245,9 @@ def prepare_optimizer_state(
         for (optimizer, group), hyperparameters, part in zip(groups, restored_groups, members, strict=True):
             for key, value in hyperparameters.items():
                 held = group.get(key)
-                if isinstance(held, Tensor) and id(held) not in filled and _fill(held, value):  # groups may share one
+                if isinstance(held, Tensor) and id(held) in filled and torch.equal(held, value):  # groups may share one
+                    continue
+                if isinstance(held, Tensor) and id(held) not in filled and _fill(held, value):
                     filled.add(id(held))
                 else:
                     group[key] = value
