@@ -139,7 +139,7 @@ class OnymLM(TemplateLM):  # type: ignore[misc]
     @functools.cached_property
     def _engine(self) -> Engine:
         # In fp32, as the log-likelihoods, and as lm-eval's hf has it by default on a CPU.
-        return Engine(self._model, slots=self.batch_size, dtype="fp32")
+        return Engine(self._model, slots=self.batch_size, dtype="fp32", note=lambda text: print(text, file=sys.stderr))
 
     def _request(self, context: str, how: Mapping[str, Any]) -> Request:
         sampling, stops, count = _how(how, self.max_gen_toks)
