@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,14 @@ def test_killed_at_any_moment_it_leaves_the_repository_free(repository: Path, mo
         if found is not None:
             break
     assert opened > 10
+
+
+def test_sources_that_are_used_without_an_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with PYTHONPATH=src: there is no version to be found, which is no reason not to save."""
+
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(provenance, "version", version)
+    onym.save(torch.nn.Linear(2, 1), tmp_path / "saved")
+    assert onym.open_checkpoint(tmp_path / "saved").provenance["onym"] == "not installed"

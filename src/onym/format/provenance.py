@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from threading import Thread
 from typing import Any
 
@@ -21,12 +21,19 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "onym": version("onym"),
+        "onym": _own_version(),
     }
     if _asking is not None:
         _asking.join()
     commit = _git_commit()
     return {**about, "git": commit} if commit else about
+
+
+def _own_version() -> str:
+    try:
+        return version("onym")
+    except PackageNotFoundError:  # its sources are used as they are
+        return "not installed"
 
 
 _asking: Thread | None = None
