@@ -83,28 +83,10 @@ def of_steps(times: list[float], ids: Prompts) -> Decoded:
 def onym(folder: Path, batch: int, dtype: str, compiled: bool) -> Peer:
     """The engine of this working copy."""
     import onym as package
-    from onym.generation.engine import Engine, Request
-    from onym.generation.sampling import Sampling
+    from onym.generation.engine import Engine
 
     engine = Engine(package.load_model(folder / "onym"), slots=batch, dtype=dtype, compile="on" if compiled else "off")
     plain: list[Any] = []
-
-    def decode(prompts: Prompts, count: int) -> Decoded:
-        requests = [Request(prompt, max_new_tokens=count, sampling=Sampling(temperature=0)) for prompt in prompts]
-        ids: dict[int, list[int]] = {}
-        engine.reset_timings()
-        start = time.perf_counter()
-        for event in engine.run(requests):
-            ids.setdefault(event.request, []).append(event.token)
-        total = time.perf_counter() - start
-        # What the engine spends between its steps is part of decoding, so only its reading of prompts is taken off.
-        return Decoded(
-            total,
-            engine.prefill_seconds,
-            total - engine.prefill_seconds,
-            (count - 1) * len(prompts),
-            [ids[number] for number in sorted(ids)],
-        )
 
     def forward(prompt: list[int]) -> float:
         if not plain:  # there is no int8 model but the engine's own, which computes in bf16
@@ -112,7 +94,29 @@ def onym(folder: Path, batch: int, dtype: str, compiled: bool) -> Peer:
         with torch.inference_mode():
             return timed(lambda: plain[0](torch.tensor([prompt])))
 
-    return Peer(decode, forward)
+    return Peer(lambda prompts, count: decode_with_engine(engine, prompts, count), forward)
+
+
+def decode_with_engine(engine: Any, prompts: Prompts, count: int) -> Decoded:
+    """With an engine that has a slot for each prompt, and nothing else to do."""
+    from onym.generation.engine import Request
+    from onym.generation.sampling import Sampling
+
+    requests = [Request(prompt, max_new_tokens=count, sampling=Sampling(temperature=0)) for prompt in prompts]
+    ids: dict[int, list[int]] = {}
+    engine.reset_timings()
+    start = time.perf_counter()
+    for event in engine.run(requests):
+        ids.setdefault(event.request, []).append(event.token)
+    total = time.perf_counter() - start
+    # What the engine spends between its steps is part of decoding, so only its reading of prompts is taken off.
+    return Decoded(
+        total,
+        engine.prefill_seconds,
+        total - engine.prefill_seconds,
+        (count - 1) * len(prompts),
+        [ids[number] for number in sorted(ids)],
+    )
 
 
 def before(folder: Path, batch: int) -> Peer:
@@ -141,26 +145,46 @@ def before(folder: Path, batch: int) -> Peer:
 
 
 def transformers(folder: Path, batch: int, dtype: str, cache: str, compiled: bool) -> Peer:
-    """Its own ``generate``; where compiled, as it compiles by itself on a GPU: the decode step, with a static cache.
+    """Its own ``generate``.
+
+    Args:
+        cache: ``dynamic`` or ``static``.
+        compiled: see :func:`transformers_decode`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "transformers", dtype=DTYPES[dtype]).eval()
+    plain = model.forward
+
+    def forward(prompt: list[int]) -> float:
+        with torch.inference_mode():
+            return timed(lambda: plain(torch.tensor([prompt]), use_cache=False))
+
+    return Peer(transformers_decode(model, cache, "default" if compiled else None), forward)
+
+
+def transformers_decode(model: Any, cache: str, mode: str | None) -> Callable[[Prompts, int], Decoded]:
+    """``generate`` of one of its models, greedy.
 
     Args:
         cache: ``dynamic`` or ``static``, its ``cache_implementation``.
-        compiled: not frozen, which packs weights into oneDNN's layout but takes the static cache's length for a constant.
+        mode: of ``torch.compile``, or None. Static: the decode step is compiled, as it does by itself on a GPU; not frozen,
+            which packs weights into oneDNN's layout but takes the static cache's length for a constant. Dynamic:
+            ``model.forward`` is, with dynamic shapes, because its generate compiles nothing with this cache.
     """
-    from transformers import AutoModelForCausalLM, CompileConfig, StoppingCriteria, StoppingCriteriaList
+    from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "transformers", dtype=DTYPES[dtype]).eval()
     model.generation_config.eos_token_id = None
-    plain = model.forward
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     if cache == "static":
         options["cache_implementation"] = "static"
-    if compiled:
-        if cache == "static":
-            options["compile_config"] = CompileConfig(fullgraph=True, dynamic=False, mode="default")
+        if mode is not None:
+            options["compile_config"] = CompileConfig(fullgraph=True, dynamic=False, mode=mode)
             options["compile_config"]._compile_all_devices = True
-        else:  # its generate compiles nothing with this cache
-            model.forward = torch.compile(model.forward, dynamic=True)
+        else:
+            options["disable_compile"] = True
+    elif mode is not None:
+        model.forward = torch.compile(model.forward, dynamic=True, mode=mode)
 
     class Clock(StoppingCriteria):
         """Called after each step; never stops."""
@@ -170,21 +194,20 @@ def transformers(folder: Path, batch: int, dtype: str, cache: str, compiled: boo
 
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             self.times.append(time.perf_counter())
-            return torch.zeros(ids.shape[0], dtype=torch.bool)
+            return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
     def decode(prompts: Prompts, count: int) -> Decoded:
-        given = torch.tensor(prompts)
+        given = torch.tensor(prompts, device=model.device)
         mask = torch.ones_like(given)
         clock = Clock()
         criteria = StoppingCriteriaList([clock])
         ids = model.generate(given, attention_mask=mask, max_new_tokens=count, stopping_criteria=criteria, **options)
-        return of_steps(clock.times, ids[:, given.shape[1] :].tolist())
+        new = ids[:, given.shape[1] :].tolist()
+        if given.is_cuda:  # where a step is launched before the one before is done: to the end of the last
+            clock.times[-1] = time.perf_counter()
+        return of_steps(clock.times, new)
 
-    def forward(prompt: list[int]) -> float:
-        with torch.inference_mode():
-            return timed(lambda: plain(torch.tensor([prompt]), use_cache=False))
-
-    return Peer(decode, forward)
+    return decode
 
 
 def book(folder: Path, batch: int) -> Peer:

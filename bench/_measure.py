@@ -61,10 +61,20 @@ def table(title: str, seconds: dict[str, list[float]], base: str) -> dict[str, f
 
 def added_peak(run: Callable[[], object]) -> float:
     """MiB by which memory in use (RSS, file pages included) rose above where it stood, at its highest."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    begin_peak()
     before = _status("VmRSS")
     run()
-    return (_status("VmHWM") - before) / 1024
+    return peak_mib() - before / 1024
+
+
+def begin_peak() -> None:
+    """From now on, the peak of this process's memory counts anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """The most memory that this process had in use, since its begin or since :func:`begin_peak`."""
+    return _status("VmHWM") / 1024
 
 
 def _status(field: str) -> int:
@@ -82,7 +92,12 @@ def ask(process: subprocess.Popen[str], what: int | str) -> dict[str, Any]:
 def save_results(name: str, results: dict[str, object]) -> None:
     """Write what was measured, with the machine, to ``bench/results``."""
     RESULTS.mkdir(exist_ok=True)
-    machine = {
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+
+
+def machine() -> dict[str, object]:
+    """What it was measured on, and when."""
+    return {
         "processor": next(
             (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
         ),
@@ -91,4 +106,3 @@ def save_results(name: str, results: dict[str, object]) -> None:
         "platform": platform.platform(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")

@@ -34,183 +34,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from _measure import ask, compute_dtype, rounds, save_results
+import _training_peers as peers
+from _measure import ask, begin_peak, compute_dtype, peak_mib, rounds, save_results
+from _training_peers import Setting, Trainee
 
 SHAPE = {"vocab_size": 50304, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6}
 GATED = {"hidden_dim": 1024, "n_kv_groups": 3}
 BATCH = 8
 TOKENS = BATCH * SHAPE["context_length"]
-LEARNING_RATE = 3e-4
 DTYPE = compute_dtype()
-Step = Callable[[Tensor, Tensor], float]
 
-
-def _torch_step(
-    model: torch.nn.Module, logits: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, autocast: bool = True
-) -> Step:
-    def step(inputs: Tensor, targets: Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and DTYPE is torch.bfloat16):
-            loss = F.cross_entropy(logits(inputs).flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss)
-
-    return step
-
-
-def transformers() -> Step:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {"n_embd": SHAPE["emb_dim"], "n_layer": SHAPE["n_layers"], "n_head": SHAPE["n_heads"], "use_cache": False}
-    sizes |= {"vocab_size": SHAPE["vocab_size"], "n_positions": SHAPE["context_length"]}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    compiled = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    return _torch_step(model, lambda ids: compiled(ids).logits, optimizer)
-
-
-def nanogpt() -> Step:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.convert.peers import NanoGPT
-
-    model = NanoGPT(
-        SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["emb_dim"], SHAPE["context_length"], False, SHAPE["vocab_size"], 0.0
-    )
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            torch.nn.init.normal_(parameter, std=0.02)
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    rest = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return _torch_step(model, torch.compile(model), torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True))
-
-
-def litgpt() -> Step:
-    from litgpt.config import Config
-    from litgpt.model import GPT
-
-    model = GPT(
-        Config(
-            block_size=SHAPE["context_length"],
-            padded_vocab_size=SHAPE["vocab_size"],
-            n_layer=SHAPE["n_layers"],
-            n_head=SHAPE["n_heads"],
-            n_embd=SHAPE["emb_dim"],
-        )
-    )
-    return _torch_step(model, torch.compile(model), torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True))
-
-
-def book_optimised() -> Step:
-    from llms_from_scratch.ch04 import GPTModelFast
-
-    model = GPTModelFast({**SHAPE, "drop_rate": 0.0, "qkv_bias": False}).to(DTYPE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    return _torch_step(model, torch.compile(model), optimizer, autocast=False)
-
-
-def book_baseline() -> Step:
-    from llms_from_scratch.ch04 import GPTModel
-
-    model = GPTModel({**SHAPE, "drop_rate": 0.0, "qkv_bias": False})
-    return _torch_step(model, model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), autocast=False)
-
-
-def transformers_decoder(family: str) -> Step:
-    import transformers
-
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["emb_dim"],
-        intermediate_size=GATED["hidden_dim"],
-        num_hidden_layers=SHAPE["n_layers"],
-        num_attention_heads=SHAPE["n_heads"],
-        num_key_value_heads=GATED["n_kv_groups"],
-        head_dim=SHAPE["emb_dim"] // SHAPE["n_heads"],
-        max_position_embeddings=SHAPE["context_length"],
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    compiled = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    return _torch_step(model, lambda ids: compiled(ids).logits, optimizer)
-
-
-def litgpt_llama() -> Step:
-    from litgpt.config import Config
-    from litgpt.model import GPT
-
-    model = GPT(
-        Config(
-            block_size=SHAPE["context_length"],
-            padded_vocab_size=SHAPE["vocab_size"],
-            n_layer=SHAPE["n_layers"],
-            n_head=SHAPE["n_heads"],
-            n_embd=SHAPE["emb_dim"],
-            n_query_groups=GATED["n_kv_groups"],
-            intermediate_size=GATED["hidden_dim"],
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            mlp_class_name="LLaMAMLP",
-        )
-    )
-    return _torch_step(model, torch.compile(model), torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True))
-
-
-def book_llama() -> Step:
-    from llms_from_scratch.llama3 import Llama3Model
-
-    model = Llama3Model({**SHAPE, **GATED, "rope_base": 10_000.0, "rope_freq": None, "dtype": torch.float32})
-    return _torch_step(model, torch.compile(model), torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True))
-
-
-def onym(tied: bool, arch: str = "gpt2") -> Step:
-    from onym.gpt.kinds import config_of
-    from onym.gpt.models import make_model
-    from onym.train.dry_run import prepare
-    from onym.train.options import OptimizationOptions
-    from onym.train.precision import choose_compute
-    from onym.train.step import Stepper
-
-    compute = choose_compute("cpu", "auto")
-    compute.set_deterministic(False)
-    shape = SHAPE if arch == "gpt2" else {**SHAPE, **GATED}
-    model = make_model(config_of(arch, "nano", **shape, tie_embeddings=tied))
-    stepper = Stepper(model, OptimizationOptions(optimizer="adamw", learning_rate=LEARNING_RATE), compute)
-    batch = (torch.zeros(BATCH, SHAPE["context_length"], dtype=torch.long),) * 2
-    prepare(stepper, batch, [BATCH], "whole")
-    steps = iter(range(10**9))
-    return lambda inputs, targets: float(stepper((inputs, targets), LEARNING_RATE, next(steps)).loss)
-
-
-GPT2: dict[str, Callable[[], Step]] = {
-    "onym": lambda: onym(True),
-    "onym, untied": lambda: onym(False),
-    "transformers": transformers,
-    "nanoGPT's recipe": nanogpt,
-    "litgpt": litgpt,
-    "the book, optimised": book_optimised,
-    "the book, baseline": book_baseline,
+GPT2: dict[str, Callable[[Setting], Trainee]] = {
+    "onym": peers.onym,
+    "onym, untied": lambda setting: peers.onym(setting, tied=False),
+    "transformers": peers.transformers,
+    "nanoGPT's recipe": peers.nanogpt,
+    "litgpt": peers.litgpt,
+    "the book, optimised": peers.book_optimised,
+    "the book, baseline": peers.book_baseline,
 }
-DECODERS: dict[str, Callable[[], Step]] = {
-    "onym, llama": lambda: onym(True, "llama"),
-    "onym, qwen3": lambda: onym(True, "qwen3"),
-    "onym, llama, untied": lambda: onym(False, "llama"),
-    "transformers, Llama": lambda: transformers_decoder("Llama"),
-    "transformers, Qwen3": lambda: transformers_decoder("Qwen3"),
-    "litgpt, Llama": litgpt_llama,
-    "the book, Llama3Model": book_llama,
+DECODERS: dict[str, Callable[[Setting], Trainee]] = {
+    "onym, llama": lambda setting: peers.onym(setting, arch="llama"),
+    "onym, qwen3": lambda setting: peers.onym(setting, arch="qwen3"),
+    "onym, llama, untied": lambda setting: peers.onym(setting, tied=False, arch="llama"),
+    "transformers, Llama": lambda setting: peers.transformers_decoder(setting, "Llama"),
+    "transformers, Qwen3": lambda setting: peers.transformers_decoder(setting, "Qwen3"),
+    "litgpt, Llama": peers.litgpt_llama,
+    "the book, Llama3Model": peers.book_llama,
 }
 TABLES = {"gpt2": GPT2, "decoder": DECODERS}
 
@@ -261,22 +115,18 @@ def products(table: str) -> Callable[[], float]:
 def child(name: str) -> None:
     """Answer each line of standard input, a number of steps, with their seconds and the memory at the peak in MiB."""
     torch.manual_seed(0)
-    step = (GPT2 | DECODERS)[name]()
+    step = (GPT2 | DECODERS)[name](Setting(SHAPE, GATED, BATCH, torch.device("cpu"), DTYPE)).step
     generator = torch.Generator().manual_seed(1)
     for line in sys.stdin:
         seconds, loss = [], 0.0
         for _ in range(1 + int(line)):
             ids = torch.randint(SHAPE["vocab_size"], (BATCH, SHAPE["context_length"] + 1), generator=generator)
             start = time.perf_counter()
-            loss = step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+            loss = float(step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()))
             seconds.append(time.perf_counter() - start)
-        status = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
         # The first step of a turn finds cold caches, and pages that the system has set aside meanwhile.
-        print(
-            json.dumps({"seconds": seconds[1:], "loss": loss, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}), flush=True
-        )
-        # What compiling took at its peak is over; from now on the steps' own counts.
-        Path("/proc/self/clear_refs").write_text("5")
+        print(json.dumps({"seconds": seconds[1:], "loss": loss, "peak_mib": peak_mib()}), flush=True)
+        begin_peak()  # what compiling took at its peak is over; from now on the steps' own counts
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ class NanoGPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.transformer.wte(ids) + self.transformer.wpe(torch.arange(ids.shape[1]))
+        x = self.transformer.wte(ids) + self.transformer.wpe(torch.arange(ids.shape[1], device=ids.device))
         for h in self.transformer.h:
             q, k, v = (
                 part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
