@@ -5,6 +5,7 @@
 #   make check   lint, format, types, import rules, a strict build of the docs
 #   make prove   the proofs in full: thousands of random models, a kill at every system call, every flipped bit, runs killed 50 times
 #   make bench   every benchmark, against the real peers in the same run
+#   make bench-gpu  the one for an NVIDIA GPU: training, saving, decoding, in 7 minutes; the ladder with ARGS='--only ladder'
 #   make docs    the site, in site/
 #   make reference  docs/options.md and docs/modules.md, from the code
 #   make venv    the installation alone: .venv/bin/onym and .venv/bin/python
@@ -24,7 +25,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 MAKE_VENV := $(PYTHON) -m venv $(VENV)
 endif
 
-.PHONY: train test test-gpu check prove bench docs reference format venv clean
+.PHONY: train test test-gpu check prove bench bench-gpu docs reference format venv clean
 .DELETE_ON_ERROR:
 
 train: $(BASE)
@@ -51,6 +52,9 @@ prove: venv
 
 bench: venv
 	for claim in bench/[a-z]*.py; do $(VENV)/bin/python $$claim $(ARGS) || exit 1; done
+
+bench-gpu: venv
+	$(VENV)/bin/python bench/gpu.py $(ARGS)
 
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

@@ -22,7 +22,7 @@ from onym.train.metering import Peak, training_flops_per_token
 from onym.train.precision import choose_compute
 
 LADDER_SECONDS = 150.0
-_NAME = 44  # columns
+_NAME = 46  # columns
 Row = dict[str, Any]
 
 
@@ -206,7 +206,7 @@ class Training(Part):
         memory = f"{row['peak_mib']:>9,.0f}{row['reserved_mib']:>9,.0f}"
         return (
             f"{row['tokens_per_second']:>10,.0f}{spread:>24}{row['mfu']:>7.1%}{ratio:>9}{memory}{row['compile_s']:>7.0f} s"
-            f"{row['loss']:>8.3f}  {row['note']}".rstrip()
+            f"{row['loss']:>8.3f}  {row['note'][:90]}".rstrip()
         )
 
 
@@ -396,7 +396,7 @@ class Decoding(Part):
         ratio = f"{row['of_transformers']:.2f}x" if "of_transformers" in row else "-"
         return (
             f"{row['tokens_per_second']:>10,.0f}{spread:>20}{row['step_ms']:>9.3f}{gpu:>8}{row['bandwidth_share']:>7.1%}"
-            f"{ratio:>16}{row['compile_s']:>6.0f} s  {row['note']}".rstrip()
+            f"{ratio:>16}{row['compile_s']:>6.0f} s  {row['note'][:90]}".rstrip()
         )
 
 

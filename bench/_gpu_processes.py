@@ -144,8 +144,9 @@ def start_all(jobs: list[Job], common: Mapping[str, Any], deadline: float, gib: 
         now = time.monotonic()
         if now >= deadline:
             for job in starting:
-                job.fail(f"left out: not ready after {now - job.began:.0f} s")
+                job.failed = f"left out: not ready after {now - job.began:.0f} s"
                 say(f"{job.name}: {job.failed}")
+            close_all(starting)
         for job in [job for job in waiting if deadline - now < job.least_seconds]:
             job.fail(LEFT_OUT)
             say(f"{job.name}: {job.failed}")
@@ -164,7 +165,8 @@ def start_all(jobs: list[Job], common: Mapping[str, Any], deadline: float, gib: 
                 waiting.append(job)
                 say(f"{job.name}: out of memory beside others; again, alone")
             else:
-                say(f"{job.name}: {job.failed or 'ready'} after {seconds:.0f} s")
+                lost = "; ".join(dict.fromkeys(job.ready.get("failed", {}).values()))  # rows of it
+                say(f"{job.name}: {job.failed or lost or 'ready'} after {seconds:.0f} s")
         time.sleep(_POLL_SECONDS)
 
 

@@ -57,7 +57,7 @@ from _gpu_processes import LEFT_OUT, close_all, say, start_all  # noqa: E402
 from _measure import RESULTS, machine  # noqa: E402
 from onym.errors import OnymError  # noqa: E402
 from onym.train.metering import matmul_flops, peak_of  # noqa: E402
-from onym.train.precision import choose_compute  # noqa: E402
+from onym.train.precision import Compute, choose_compute  # noqa: E402
 
 GIB = 2**30
 PARTS = ("gpt2", "saving", "decoder", "decoding", "ladder")
@@ -67,8 +67,9 @@ LAST_SECONDS = 15.0
 """To end processes, and to print."""
 
 
-def gpu_of(device: torch.device) -> dict[str, Any]:
-    """Its name, memory, driver and CUDA."""
+def gpu_of(compute: Compute) -> dict[str, Any]:
+    """Its name, memory, driver and CUDA, and the rate of a large product."""
+    device = compute.device
     if device.type != "cuda":
         return {}
     question = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -77,13 +78,15 @@ def gpu_of(device: torch.device) -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError, IndexError):
         driver = "unknown"
     properties = torch.cuda.get_device_properties(device)
+    product = matmul_flops(device, compute.dtype)
+    torch.cuda.empty_cache()
     return {
         "gpu": properties.name,
         "gpu_gib": round(properties.total_memory / GIB, 1),
         "driver": driver,
         "cuda": torch.version.cuda,
         "capability": f"{properties.major}.{properties.minor}",
-        "product_flops": matmul_flops(device, torch.bfloat16),
+        "product_flops": product,
     }
 
 
@@ -221,7 +224,7 @@ def main() -> int:
     except OnymError as error:
         print(error, file=sys.stderr)
         return 2
-    facts = gpu_of(compute.device)
+    facts = gpu_of(compute)
     batch = given.batch or (2 if given.tiny else batch_for(facts.get("gpu_gib", 0.0)))
     common = Common(str(compute.device), str(compute.dtype).removeprefix("torch."), given.tiny, given.eager, batch)
     gib = torch.cuda.mem_get_info(compute.device)[0] / GIB - 3 if compute.device.type == "cuda" else math.inf
