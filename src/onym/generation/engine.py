@@ -383,7 +383,8 @@ class Engine:
                 changed = penalised(logits, request.sampling, request.prompt, slot.written, request.logit_bias)
                 token = choose(changed, request.sampling, slot.draws.random())
                 logit = logits.gather(0, token[None])[0]
-                row = [token, logit, logits.logsumexp(dim=-1), changed.max()]
+                normaliser = logits.logsumexp(dim=-1)
+                row = [token, logit, normaliser, normaliser if changed is logits else changed.max()]
                 drawn.append(torch.stack([each.double() for each in row]))
             return torch.stack(drawn).tolist()
 
