@@ -85,7 +85,9 @@ def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none"
     # The driver's own files, because torch would take hold of the GPU to answer, also for a command that computes on the CPU.
-    told = [file.read_text(errors="replace") for file in Path("/proc/driver/nvidia/gpus").glob("*/information")]
-    names = sorted({line.partition(":")[2].strip() for text in told for line in text.splitlines() if line.startswith("Model:")})
+    described = [file.read_text(errors="replace") for file in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    names = sorted(
+        {line.partition(":")[2].strip() for text in described for line in text.splitlines() if line.startswith("Model:")}
+    )
     names = names or sorted({torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())})
     return f"{', '.join(names)}, {f'ROCm {torch.version.hip}' if torch.version.hip else f'CUDA {torch.version.cuda}'}"

@@ -25,8 +25,8 @@ from onym.generation.cache import Slots
 from onym.generation.step_function import Known, Step
 from onym.gpt.causal_lm import CausalLM
 
-# Blocks of different sizes are tried out for the sums over rows, which otherwise do not reach the bandwidth of the memory.
 _LEAST, _MOST_AT_FIRST = 256, 2048  # tokens that a graph attends to
+# Blocks of different sizes are tried out for the sums over rows, which otherwise do not reach the bandwidth of the memory.
 _OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 
@@ -59,6 +59,7 @@ class CapturedStep:
             self._sizes.append(min(slots.capacity, 4 * self._sizes[-1]))
         self.known = Known(self._step, slots, f"graph of {self._sizes[0]}")
         self._graphs: dict[int, tuple[Callable[[], object], list[Tensor]]] = {}
+        self._kept: list[Callable[[], Tensor]] = []  # kernels are unloaded with the code that launched them
         with _compiling() if compiled else nullcontext():
             self._capture(self._sizes[0], compiled=compiled)
 
@@ -87,6 +88,7 @@ class CapturedStep:
             with torch.compiler.set_stance("default") if compiled else nullcontext():
                 return function(self._inputs[0], self._inputs[1], keys, values).float()
 
+        self._kept.append(run)
         self._graphs[size] = _captured(run, self._inputs.device)
 
 
@@ -110,21 +112,17 @@ def _captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable
 
         return again, logits
     with torch.cuda.device(device):
-        aside = _stream(torch.cuda.current_device())
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # the first calls compile, try out kernels, and wait for the GPU
+        stream = _stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first calls compile, try out kernels, and wait for the GPU
             for _ in range(3):
                 run()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the GPU: a server opens one model while another writes.
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             logits = [run()]
-
-    def replay(keep: Callable[[], Tensor] = run) -> None:  # kernels are unloaded with the code that launched them
-        graph.replay()
-
-    return replay, logits
+    return graph.replay, logits
 
 
 @functools.cache

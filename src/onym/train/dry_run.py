@@ -63,6 +63,8 @@ def prepare(
             stepper.model.zero_grad()
         forget_compiled()  # torch compiles the same lines for a few shapes only, and then runs the rest as they are, unsaid
         release_gpu_memory(stepper.compute.device)
+        if stepper.compute.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(stepper.compute.device)  # what is reported is of the size that fits
     raise AssertionError("there is always a size to try")
 
 
@@ -79,9 +81,9 @@ class _DryRun:
         self.loss = math.nan
         # The size of AdamW's moments: the optimizer's first step must not fail where the dry run did not. A run that is resumed
         # has them already.
-        there = {parameter for optimizer in stepper.optimizers for parameter in optimizer.state}
-        coming = [each for each in stepper.model.parameters() if each.requires_grad and each not in there]
-        self.moments = [torch.empty_like(parameter) for parameter in coming for _ in range(2)]
+        stepped = {parameter for optimizer in stepper.optimizers for parameter in optimizer.state}
+        without = [each for each in stepper.model.parameters() if each.requires_grad and each not in stepped]
+        self.moments = [torch.empty_like(parameter) for parameter in without for _ in range(2)]
 
     def compile(self, how: How | Literal["auto"], steps: int) -> tuple[Compilation, float]:
         if self.device.type == "cpu":

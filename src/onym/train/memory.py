@@ -37,14 +37,10 @@ def return_freed_memory() -> None:
 
 
 def release_gpu_memory(device: torch.device) -> None:
-    """Give back what torch keeps of a GPU for later, so that another size or another process can have it; on a CPU, nothing.
-
-    The most that was allocated (:func:`onym.train.metering.memory_in_use`) counts anew.
-    """
+    """Give back what torch keeps of a GPU for later, so that another size or another process can have it; on a CPU, nothing."""
     if device.type == "cuda":
         gc.collect()  # an error's traceback can be part of a cycle, and holds what failed
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _glibc() -> ctypes.CDLL | None:
