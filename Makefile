@@ -48,7 +48,7 @@ check: venv
 
 prove: venv
 	$(VENV)/bin/python -m pytest tests/names/test_any_nesting.py tests/state/test_tree.py --hypothesis-profile=prove --durations=0 $(ARGS)
-	ONYM_PROVE=1 $(VENV)/bin/python -m pytest tests/test_main_job.py tests/storage tests/format tests/checkpoint tests/data/test_chat_template.py tests/train/test_precision.py tests/train/test_resume.py tests/train/test_ranks.py tests/train/test_network.py tests/train/test_sharded_training.py tests/integrations tests/serve/test_load.py --hypothesis-profile=prove --durations=0 -s $(ARGS)
+	ONYM_PROVE=1 $(VENV)/bin/python -m pytest tests/test_main_job.py tests/storage tests/format tests/checkpoint tests/data/test_chat_template.py tests/train/test_precision.py tests/train/test_resume.py tests/train/test_ranks.py tests/train/test_network.py tests/train/test_sharded_training.py tests/integrations tests/serve/test_load.py tests/cli/test_ladder.py --hypothesis-profile=prove --durations=0 -s $(ARGS)
 
 bench: venv
 	for claim in bench/[a-z]*.py; do $(VENV)/bin/python $$claim $(ARGS) || exit 1; done

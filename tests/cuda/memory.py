@@ -21,7 +21,8 @@ def allocated(device: torch.device) -> int:
     """Bytes of tensors that are there, without looking for those that nothing reaches any more."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    found = {each.untyped_storage().data_ptr(): each.nbytes for each in gc.get_objects() if type(each) is Tensor}
+    tensors = [each for each in gc.get_objects() if type(each) is Tensor and each.layout is torch.strided]
+    found = {each.untyped_storage().data_ptr(): each.nbytes for each in tensors if each.device.type != "meta"}
     return sum(found.values())
 
 

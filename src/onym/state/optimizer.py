@@ -253,11 +253,8 @@ def prepare_optimizer_state(
                     group[key] = value
             for name in part:
                 if slots.get(name):
-                    state = optimizer.state.get(live[name], {})
-                    in_place = bool(group.get("capturable")) and state.keys() == slots[name].keys()
-                    for key, value in slots[name].items():
-                        if in_place and isinstance(state[key], Tensor) and _fill(state[key], value):
-                            slots[name][key] = state[key]
+                    if group.get("capturable"):
+                        _fill_state(optimizer.state.get(live[name]), slots[name])
                     optimizer.state[live[name]] = slots[name]
                 elif name in slots:
                     optimizer.state.pop(live[name], None)
@@ -408,6 +405,14 @@ def _like(value: Any, live: Any) -> Any:
     if isinstance(live, tuple) and isinstance(value, tuple) and len(live) == len(value):
         return tuple(map(_like, value, live))
     return value
+
+
+def _fill_state(live: Any, restored: Any) -> None:
+    """Take the tensors that are there, with the values restored, into a parameter's new state."""
+    if isinstance(live, dict) and isinstance(restored, dict):
+        for key in live.keys() & restored.keys():
+            if isinstance(live[key], Tensor) and _fill(live[key], restored[key]):
+                restored[key] = live[key]
 
 
 @torch.no_grad()
