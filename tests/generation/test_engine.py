@@ -198,12 +198,12 @@ def test_what_was_measured_of_a_graph_is_of_its_length(tiny: GPT) -> None:
     assert names[0] != names[1] == names[2]
 
 
-def test_as_many_engines_as_are_made_have_a_compiled_step(tiny: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_of_any_number_of_shapes_have_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch gives up compiling the same lines after eight times, by default."""
     monkeypatch.setattr(captured, "_OPTIONS", None)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    tiny.eval()
-    assert all(as_on_a_gpu(tiny, "on").compiled for _ in range(10))
+    model = random_model(dataclasses.replace(CONFIGS["gpt2"], context_length=160), 0)
+    assert all(as_on_a_gpu(model, "on", capacity=16 * number).compiled for number in range(1, 11))
 
 
 @pytest.mark.slow

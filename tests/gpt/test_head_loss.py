@@ -76,10 +76,12 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_the_plain_formula() -> Non
         assert ours < 1.5 * theirs + 1e-3
 
 
-def test_in_fp16_gradients_do_not_depend_on_how_many_tokens_share_the_loss() -> None:
-    """A probability divided by 16,384 tokens is next to nothing in fp16, before the gradient scaler's factor is there."""
+def test_in_fp16_gradients_do_not_depend_on_how_many_tokens_share_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probability divided by 131,072 tokens is next to nothing in fp16, before the gradient scaler's factor is there."""
+    monkeypatch.setitem(subject._CHUNK_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(subject._EAGER_ROWS, "cpu", 1 << 13)
     torch.manual_seed(0)
-    tokens, scale = 16_384, 65536.0
+    tokens, scale = 131_072, 65536.0
     exact = (torch.randn(tokens, WIDTH, dtype=torch.float64), torch.randn(VOCABULARY, WIDTH, dtype=torch.float64))
     targets = torch.randint(VOCABULARY, (tokens,))
 
