@@ -6,7 +6,7 @@ The parent's request is an argument; then it writes a line of JSON for each turn
     {…}              of a turn
     {"failed": why}  and the process ends
 
-It ends when its standard input does, so none is left behind however the parent goes.
+It ends when its standard input does, so no process remains however the parent ends.
 """
 
 from __future__ import annotations

@@ -469,7 +469,7 @@ def test_what_cannot_work_is_refused_and_harms_no_other(tiny: GPT, request_: Req
     assert len(texts(made, [Request([1], 5)])[0]) == 5
 
 
-def test_a_bias_that_forbids_all_tokens_is_told(tiny: GPT) -> None:
+def test_a_bias_that_forbids_all_tokens_is_an_error(tiny: GPT) -> None:
     forbidden = {token: float("-inf") for token in range(tiny.config.vocab_size)}
     made = Engine(tiny.eval(), dtype="fp32", compile="off")
     assert texts(made, [Request([1], 3, logit_bias={**forbidden, 7: 0.0})])[0] == [7, 7, 7]

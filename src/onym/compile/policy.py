@@ -81,13 +81,21 @@ def remember(shape: Mapping[str, Any], compilation: Compilation) -> None:
         return
     all_known = _read()
     saved = compilation.saved_seconds / compilation.eager_seconds
-    # What was compiled now is found the next time.
-    seconds = compilation.seconds * (_WARM if compilation.seconds > _COLD_SECONDS else 1.0)
+    seconds = seconds_next_time(compilation.seconds)
     known = {**all_known.pop(_name(shape), {}), compilation.how: asdict(Costs(seconds, saved))}
     newest = dict(list(all_known.items())[-_MOST_SHAPES:])
     with suppress(Exception):
         root().mkdir(parents=True, exist_ok=True)
         replace_file(root() / _FILE, json.dumps({**newest, _name(shape): known}))
+
+
+def seconds_next_time(seconds: float) -> float:
+    """Of what took so many seconds: what was compiled now is found the next time.
+
+    >>> seconds_next_time(40.0), seconds_next_time(5.0)
+    (6.0, 5.0)
+    """
+    return seconds * (_WARM if seconds > _COLD_SECONDS else 1.0)
 
 
 def _read() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from onym.compile.policy import Costs
+from onym.compile.policy import Costs, seconds_next_time
 from onym.generation.cache import OneStep, Slots
 from onym.generation.captured import CapturedStep
 from onym.generation.compiled import CompiledStep
@@ -35,7 +35,6 @@ _ASSUMED = Costs(45.0, 0.4)
 """Seconds to compile, and the share of a step that it saves, where this shape was never compiled here."""
 _ASSUMED_OF_GRAPH = Costs(45.0, 0.3)
 """The same on a GPU, where a step that is a CUDA graph already is compared with one that is compiled too; not measured."""
-_WARM = 0.2  # of the seconds, where the code is found
 _TRIAL_STEPS = 7
 
 
@@ -50,10 +49,11 @@ def arrange(
         dtype: of the weights.
         wanted: whether to compile.
         expected: steps to come.
-        note: called with the reason why the step is not compiled where that was asked for.
+        note: called with the reason why the step is not compiled or captured where it was to be.
 
     Returns:
-        The model with :class:`~onym.generation.weights.Product` for its linear layers, and its step if it is compiled.
+        The model with :class:`~onym.generation.weights.Product` for its linear layers, and its step if that is compiled or
+        captured.
     """
     on_cpu = cache.keys.device.type == "cpu"
     if wanted == "off" or cache.keys.device.type not in ("cpu", "cuda"):
@@ -109,10 +109,9 @@ def captured_step(
         return None
     eager = _seconds(lambda tokens, positions: plain(tokens, positions, 1), cache)
     known = plain.known.recall()
-    if wanted == "auto":
-        saved = _ASSUMED_OF_GRAPH.saved * eager if known is None else eager - known.compiled
-        if expected * saved <= 0.5 * (_ASSUMED_OF_GRAPH.seconds if known is None else known.seconds):
-            return plain
+    costs = _ASSUMED_OF_GRAPH if known is None else Costs(known.seconds, 1 - known.compiled / eager)
+    if wanted == "auto" and not pays(expected, eager, costs):
+        return plain
     began = time.perf_counter()
     try:
         step = CapturedStep(model, cache, compiled=True)
@@ -121,18 +120,17 @@ def captured_step(
         return plain
     seconds = time.perf_counter() - began
     compiled = _seconds(lambda tokens, positions: step(tokens, positions, 1), cache)
-    # What was compiled now is found the next time.
-    plain.known.remember(Measured(seconds if known is not None else seconds * _WARM, eager, compiled))
+    plain.known.remember(Measured(seconds_next_time(seconds), eager, compiled))
     return step if wanted == "on" or compiled < eager else plain
 
 
-def pays(steps: int, eager_seconds: float) -> bool:
-    """Whether to compile for ``steps`` steps that take ``eager_seconds`` each without, where nothing is known.
+def pays(steps: int, eager_seconds: float, costs: Costs = _ASSUMED) -> bool:
+    """Whether to compile for ``steps`` steps that take ``eager_seconds`` each without; ``costs`` where they are known.
 
     >>> pays(200, 0.003), pays(10_000, 0.024)
     (False, True)
     """
-    return steps * eager_seconds * _ASSUMED.saved > 0.5 * _ASSUMED.seconds
+    return steps * eager_seconds * costs.saved > 0.5 * costs.seconds
 
 
 def run_eagerly(model: CausalLM, cache: Slots, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:

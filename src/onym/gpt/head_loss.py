@@ -131,9 +131,8 @@ def _scale(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     factor = of_loss * factor
 
     def scaled(gradient: Tensor) -> Tensor:
-        wide = torch.promote_types(
-            gradient.dtype, factor.dtype
-        )  # a GPU would round a factor of 65536 to fp16, where it is infinite
+        # A GPU would round a factor of 65536 to fp16 first, where it is infinite.
+        wide = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
         result: Tensor = (gradient.to(wide) * factor).to(gradient.dtype)
         return result
 

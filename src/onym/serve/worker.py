@@ -192,7 +192,8 @@ class Worker:
                     _LOG.exception("A step failed")
                     self._abandon(writer, _as_api_error(error))
                     if is_broken(error):
-                        self._loop.call_soon_threadsafe(self._break, str(error).splitlines()[0])
+                        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                            self._loop.call_soon_threadsafe(self._break, str(error).splitlines()[0])
             if not self._writers or time.monotonic() - self._handed_over_at > _TOGETHER:
                 waited_for = self._handed_over_at == 0.0
                 self._flush()

@@ -68,7 +68,7 @@ def look_at(folder: Path, *, quick: bool) -> Disk:
 def write_speed(folder: Path, count: int) -> float | None:
     """Bytes a second at which a file reaches the disk; None for none at all.
 
-    The file has no name (``O_TMPFILE``, or deleted while it is open), so nothing is left behind, not even by a SIGKILL.
+    The file has no name (``O_TMPFILE``, or deleted while it is open), so no file remains, not even after a SIGKILL.
     What is written is random, for there are file systems that compress.
     """
     random = os.urandom(min(count, 2**20))

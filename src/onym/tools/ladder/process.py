@@ -10,7 +10,7 @@ The parent writes a number of steps in a line, the process answers each with a l
     {"seconds": of a step, "memory": bytes at the peak so far}
     {"failed": why}    and ends
 
-It ends when its standard input does, so none is left behind however the parent goes.
+It ends when its standard input does, so no process remains however the parent ends.
 """
 
 from __future__ import annotations
