@@ -68,9 +68,9 @@ __all__ = [*_MODULE_OF]
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use: ``onym --help`` needs no torch, and the library needs no GPT."""
     if name == "__version__":
-        from importlib.metadata import version
+        from onym.version import own_version
 
-        return version("onym")
+        return own_version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)

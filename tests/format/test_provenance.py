@@ -120,6 +120,7 @@ def test_sources_that_are_used_without_an_installation(tmp_path: Path, monkeypat
     def version(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(provenance, "version", version)
+    monkeypatch.setattr("onym.version.version", version)
+    assert onym.__version__ == "not installed"
     onym.save(torch.nn.Linear(2, 1), tmp_path / "saved")
     assert onym.open_checkpoint(tmp_path / "saved").provenance["onym"] == "not installed"

@@ -6,11 +6,12 @@ import platform
 import subprocess
 import time
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from threading import Thread
 from typing import Any
 
 import torch
+
+from onym.version import own_version
 
 
 def provenance() -> dict[str, Any]:
@@ -21,19 +22,12 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "onym": _own_version(),
+        "onym": own_version(),
     }
     if _asking is not None:
         _asking.join()
     commit = _git_commit()
     return {**about, "git": commit} if commit else about
-
-
-def _own_version() -> str:
-    try:
-        return version("onym")
-    except PackageNotFoundError:  # its sources are used as they are
-        return "not installed"
 
 
 _asking: Thread | None = None
